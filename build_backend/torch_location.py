@@ -1,0 +1,47 @@
+"""Finds the torch package whose headers the extension is compiled against.
+
+``python torch_location.py`` prints its folder; CMakeLists.txt and the build backend both ask here,
+so they cannot disagree. ``FUSEDCNN_TORCH_DIR`` overrides the search: the folder of a torch package
+(the one that holds ``include/`` and ``lib/``).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sysconfig
+from pathlib import Path
+
+_HEADER = Path("include/torch/csrc/stable/library.h")
+# `headeronly/util/shim_utils.h` came with 2.10, the oldest torch whose headers this builds against.
+_HEADER_2_10 = Path("include/torch/headeronly/util/shim_utils.h")
+
+
+def torch_dir() -> Path | None:
+    """Folder of the torch package to compile against, or None when there is none.
+
+    Raises:
+        RuntimeError: ``FUSEDCNN_TORCH_DIR`` names a folder without torch's stable-ABI headers.
+    """
+    override = os.environ.get("FUSEDCNN_TORCH_DIR")
+    if override:
+        if not (Path(override) / _HEADER).is_file():
+            raise RuntimeError(
+                f"FUSEDCNN_TORCH_DIR: expected a torch >= 2.10 package folder holding {_HEADER}, "
+                f"got {override!r}"
+            )
+        return Path(override)
+    candidates = []
+    spec = importlib.util.find_spec("torch")  # build requirement, or no isolation
+    if spec is not None and spec.origin is not None:
+        candidates.append(Path(spec.origin).parent)
+    for scheme_path in ("purelib", "platlib"):  # the target environment, hidden by isolation
+        candidates.append(Path(sysconfig.get_path(scheme_path)) / "torch")
+    for candidate in candidates:
+        if (candidate / _HEADER).is_file() and (candidate / _HEADER_2_10).is_file():
+            return candidate
+    return None
+
+
+if __name__ == "__main__":
+    print(torch_dir() or "")

@@ -1,0 +1,22 @@
+// All CPU kernels of one ISA. Compiled once per ISA, with FUSEDCNN_ISA naming its namespace.
+#include "cpu/kernel.h"
+
+#include "cpu/kernels/backward_general.h"
+#include "cpu/kernels/forward_general.h"
+
+namespace fusedcnn::cpu::FUSEDCNN_ISA {
+
+// The one list of kernels: selection, tests and benchmarks read it. Within a pass, first come,
+// first served.
+KernelList kernels();
+
+KernelList kernels() {
+  static constexpr Kernel list[] = {
+      {"general", Pass::kForward, covers_everything, forward_general, nullptr},
+      {"general", Pass::kGradWeight, why_not_backward_general, nullptr, grad_weight_general},
+      {"general", Pass::kGradInput, why_not_backward_general, nullptr, grad_input_general},
+  };
+  return {list, sizeof list / sizeof *list};
+}
+
+}  // namespace fusedcnn::cpu::FUSEDCNN_ISA

@@ -1,0 +1,270 @@
+// The general backward kernels: gradients of weight, bias and input for every geometry.
+//
+// A pooled output passes its gradient to one convolution output, or to none where ReLU is off, so
+// both kernels walk the list of live pooled outputs of one output channel. Each live entry is a
+// gradient and the place of a patch (plan.h) in the padded image: grad_weight adds gradient x patch
+// of the input to the channel's weights, grad_input adds gradient x weights to the patch. That is
+// a quarter of the dense work for a 2x2 pool, and less where ReLU is off.
+#pragma once
+
+#include "cpu/kernel.h"
+#include "cpu/kernels/live_list.h"
+#include "cpu/kernels/patches.h"
+#include "cpu/kernels/simd.h"
+#include "cpu/plan.h"
+#include "cpu/scratch.h"
+
+namespace fusedcnn::cpu::FUSEDCNN_ISA {
+namespace {
+
+// ---- micro-kernels: S runs x V vectors of a patch ------------------------------------------------
+//
+// Up to 12 vectors stay in registers. grad_weight needs 8 independent chains of FMAs to hide their
+// latency (2 ports x 4 cycles), so narrow tiles take several entries at a time, each into
+// accumulators of its own.
+
+constexpr int kMaxRuns = 3;
+constexpr int kMaxVectors = 4;
+
+// acc[s][v] += sum over entries of gradient[i] * image[place[i] + s * run_stride + v]
+// image: at the tile's first run; acc: [S][run], run elements apart.
+template <typename T, int S, int V>
+FUSEDCNN_NOINLINE void gather_patches(const T* image, int64_t run_stride, const uint32_t* place,
+                                      const T* gradient, int64_t entries, T* acc, int64_t run) {
+  constexpr int kAtOnce = S * V >= 8 ? 1 : S * V >= 4 ? 2 : S * V >= 2 ? 4 : 8;
+  Vector<T> sum[kAtOnce][S][V] = {};
+  int64_t i = 0;
+  for (; i + kAtOnce <= entries; i += kAtOnce) {
+    for (int u = 0; u < kAtOnce; ++u) {
+      const T* from = image + place[i + u];
+      const Vector<T> g = broadcast(gradient[i + u]);
+      for (int s = 0; s < S; ++s) {
+        for (int v = 0; v < V; ++v) sum[u][s][v] += g * load(from + s * run_stride + v * kLanes<T>);
+      }
+    }
+  }
+  for (; i < entries; ++i) {
+    const T* from = image + place[i];
+    const Vector<T> g = broadcast(gradient[i]);
+    for (int s = 0; s < S; ++s) {
+      for (int v = 0; v < V; ++v) sum[0][s][v] += g * load(from + s * run_stride + v * kLanes<T>);
+    }
+  }
+  for (int s = 0; s < S; ++s) {
+    for (int v = 0; v < V; ++v) {
+      Vector<T> total = sum[0][s][v];
+      for (int u = 1; u < kAtOnce; ++u) total += sum[u][s][v];
+      T* to = acc + s * run + v * kLanes<T>;
+      store(to, load(to) + total);
+    }
+  }
+}
+
+// image[place[i] + s * run_stride + v] += gradient[i] * weight[s][v]; of the last vector of each
+// run only the lanes set in `tail` change. weight: [S][run], run elements apart.
+template <typename T, int S, int V>
+FUSEDCNN_NOINLINE void scatter_patches(T* image, int64_t run_stride, const uint32_t* place,
+                                       const T* gradient, int64_t entries, const T* weight,
+                                       int64_t run, Vector<Int<T>> tail) {
+  Vector<T> w[S][V];
+  for (int s = 0; s < S; ++s) {
+    for (int v = 0; v < V; ++v) w[s][v] = load(weight + s * run + v * kLanes<T>);
+  }
+  for (int64_t i = 0; i < entries; ++i) {
+    T* to = image + place[i];
+    const Vector<T> g = broadcast(gradient[i]);
+    for (int s = 0; s < S; ++s) {
+      for (int v = 0; v < V; ++v) {
+        T* at = to + s * run_stride + v * kLanes<T>;
+        const Vector<T> old = load(at);
+        const Vector<T> sum = old + g * w[s][v];
+        store(at, v + 1 < V ? sum : tail ? sum : old);
+      }
+    }
+  }
+}
+
+// Calls body.template operator()<S, V>(run, vector) for tiles that cover `runs` x `vectors`.
+template <int S, typename Body>
+FUSEDCNN_INLINE void for_vectors(int64_t first_run, int64_t vectors, const Body& body) {
+  for (int64_t v = 0; v < vectors; v += kMaxVectors) {
+    switch (smaller<int64_t>(kMaxVectors, vectors - v)) {
+      case 1: body.template operator()<S, 1>(first_run, v); break;
+      case 2: body.template operator()<S, 2>(first_run, v); break;
+      case 3: body.template operator()<S, 3>(first_run, v); break;
+      default: body.template operator()<S, 4>(first_run, v);
+    }
+  }
+}
+
+template <typename Body>
+FUSEDCNN_INLINE void for_tiles(int64_t runs, int64_t vectors, const Body& body) {
+  for (int64_t s = 0; s < runs; s += kMaxRuns) {
+    switch (smaller<int64_t>(kMaxRuns, runs - s)) {
+      case 1: for_vectors<1>(s, vectors, body); break;
+      case 2: for_vectors<2>(s, vectors, body); break;
+      default: for_vectors<3>(s, vectors, body);
+    }
+  }
+}
+
+// ---- grad_weight and grad_bias -------------------------------------------------------------------
+
+// Partial sums of the batch, each over a fixed run of images whatever the number of threads, then
+// added in order. At most kMaxPartials, and at most kPartialBytes of them.
+constexpr int64_t kMaxPartials = 32;
+constexpr int64_t kPartialBytes = int64_t{8} << 20;
+// Tasks to aim at: enough for a small server's threads to share.
+constexpr int64_t kTasks = 32;
+
+template <typename S, typename C>
+void grad_weight_typed(const BackwardArgs& args, const ThreadPool& pool) {
+  using T = Accumulator<S>;
+  constexpr int kN = kLanes<T>;
+  const Geometry& g = args.geometry;
+  const BackwardPlan plan(g, 1);
+  const int64_t run = plan.run(kN), patch = plan.patch(kN);
+  const int64_t out_channels = g.out_channels_per_group();
+  // The bias's sum stands behind the weights', one vector wide.
+  const int64_t row = (args.grad_weight ? patch : 0) + kN;
+
+  int64_t partials = smaller(kMaxPartials, larger<int64_t>(g.batch, 1));
+  const int64_t most = kPartialBytes / (g.out_channels * row * int64_t{sizeof(T)});
+  partials = larger<int64_t>(1, smaller(partials, most));
+  const int64_t images = (g.batch + partials - 1) / partials;  // of one partial sum
+  // Output channels are independent, so splitting them as well changes no result.
+  const int64_t splits = smaller(out_channels, larger<int64_t>(1, kTasks / (partials * g.groups)));
+  const int64_t split = (out_channels + splits - 1) / splits;
+
+  T* sums = static_cast<T*>(
+      scratch(Slot::kPartials, partials * g.out_channels * row * sizeof(T)));
+  parallel_tasks(pool, partials * g.groups * splits, [&](int64_t task) {
+    const int64_t partial = task / (g.groups * splits);
+    const int64_t group = task / splits % g.groups;
+    const int64_t first = task % splits * split, last = smaller(first + split, out_channels);
+    if (first >= last) return;
+    T* rows = sums + (partial * g.out_channels + group * out_channels) * row;
+    memset(rows + first * row, 0, (last - first) * row * sizeof(T));
+    T* image = args.grad_weight ? patch_image<T>(plan) : nullptr;
+    LiveList<T> list(g.outputs());
+    const int64_t end = smaller((partial + 1) * images, g.batch);
+    for (int64_t n = partial * images; n < end; ++n) {
+      if (args.grad_weight) pack_patches<S, T>(plan, args, n, group, image);
+      for (int64_t oc = first; oc < last; ++oc) {
+        T* sum = rows + oc * row;
+        list.template build<S, C>(plan, args, n, group * out_channels + oc);
+        sum[row - kN] += list.total();
+        if (!args.grad_weight) continue;
+        for (int64_t o = 0; o < plan.outer; ++o) {
+          for_tiles(plan.segments, run / kN, [&]<int R, int V>(int64_t s, int64_t v) {
+            gather_patches<T, R, V>(
+                image + o * plan.outer_stride + s * plan.segment_stride + v * kN,
+                plan.segment_stride, list.place, list.gradient, list.entries,
+                sum + (o * plan.segments + s) * run + v * kN, run);
+          });
+        }
+      }
+    }
+  });
+
+  parallel_tasks(pool, g.out_channels, [&](int64_t oc) {
+    T* sum = sums + oc * row;
+    for (int64_t p = 1; p < partials; ++p) {
+      const T* other = sums + (p * g.out_channels + oc) * row;
+      for (int64_t i = 0; i < row; ++i) sum[i] += other[i];
+    }
+    if (args.grad_bias) static_cast<S*>(args.grad_bias)[oc] = narrow<S>(sum[row - kN]);
+    if (!args.grad_weight) return;
+    const Strides to = args.grad_weight_strides;
+    for (int64_t kh = 0; kh < g.h.kernel; ++kh) {
+      for (int64_t kw = 0; kw < g.w.kernel; ++kw) {
+        // Dilated rows hold one tap per run; packed rows all taps of a kh.
+        const T* from = plan.outer == 1 ? sum + kh * run + kw * plan.channels
+                                        : sum + (kh * plan.segments + kw) * run;
+        S* tap = static_cast<S*>(args.grad_weight) + oc * to.n + kh * to.h + kw * to.w;
+        for (int64_t c = 0; c < g.in_channels_per_group(); ++c) tap[c * to.c] = narrow<S>(from[c]);
+      }
+    }
+  });
+}
+
+// ---- grad_input ----------------------------------------------------------------------------------
+
+template <typename S, typename C>
+void grad_input_typed(const BackwardArgs& args, const ThreadPool& pool) {
+  using T = Accumulator<S>;
+  constexpr int kN = kLanes<T>;
+  const Geometry& g = args.geometry;
+  // Pixels of whole vectors keep every run aligned, so that a patch's stores feed the next patch's
+  // loads directly; not worth it where most of a vector would be padding.
+  const int64_t channels = g.in_channels_per_group(), out_channels = g.out_channels_per_group();
+  const BackwardPlan plan(g, channels > kN / 2 ? kN : 1);
+  const int64_t run = plan.run(kN), patch = plan.patch(kN);
+
+  T* packed = static_cast<T*>(scratch(Slot::kWeights, g.out_channels * patch * sizeof(T)));
+  parallel_tasks(pool, g.out_channels, [&](int64_t oc) {
+    T* to = packed + oc * patch;
+    memset(to, 0, patch * sizeof(T));
+    const Strides from = args.weight_strides;
+    const S* weight = static_cast<const S*>(args.weight) + oc * from.n;
+    for (int64_t kh = 0; kh < g.h.kernel; ++kh) {
+      for (int64_t kw = 0; kw < g.w.kernel; ++kw) {
+        T* tap = plan.outer == 1 ? to + kh * run + kw * plan.channels
+                                 : to + (kh * plan.segments + kw) * run;
+        const S* source = weight + kh * from.h + kw * from.w;
+        for (int64_t c = 0; c < channels; ++c) tap[c] = widen(source[c * from.c]);
+      }
+    }
+  });
+
+  Vector<Int<T>> tail;
+  for (int i = 0; i < kN; ++i) tail[i] = i < plan.length - (run - kN) ? -1 : 0;
+  parallel_tasks(pool, g.batch * g.groups, [&](int64_t task) {
+    const int64_t n = task / g.groups, group = task % g.groups;
+    T* image = patch_image<T>(plan);
+    memset(image, 0, plan.size * sizeof(T));
+    LiveList<T> list(g.outputs());
+    for (int64_t r = 0; r < out_channels; ++r) {
+      const int64_t oc = group * out_channels + r;
+      list.template build<S, C>(plan, args, n, oc);
+      for (int64_t o = 0; o < plan.outer; ++o) {
+        for_tiles(plan.segments, run / kN, [&]<int R, int V>(int64_t s, int64_t v) {
+          const Vector<Int<T>> all = Vector<Int<T>>{} - 1;
+          scatter_patches<T, R, V>(
+              image + o * plan.outer_stride + s * plan.segment_stride + v * kN,
+              plan.segment_stride, list.place, list.gradient, list.entries,
+              packed + oc * patch + (o * plan.segments + s) * run + v * kN, run,
+              (v + V) * kN == run ? tail : all);
+        });
+      }
+    }
+    unpack_patches<S, T>(plan, args, n, group, image);
+  });
+}
+
+const char* why_not_backward_general(const Problem& problem) {
+  return backward_fits(problem.geometry) ? nullptr : "a padded image has 2^32 elements or more";
+}
+
+// Calls kernel<S, C>() with the storage type and the code type of the call.
+#define FUSEDCNN_DISPATCH(kernel)                                      \
+  const auto run = [&]<typename S>(S) {                                \
+    args.wide_code ? kernel<S, int32_t>(args, pool) : kernel<S, uint8_t>(args, pool); \
+  };                                                                   \
+  switch (args.type) {                                                 \
+    case DataType::kFloat32: return run(float{});                      \
+    case DataType::kFloat64: return run(double{});                     \
+    case DataType::kBFloat16: return run(BFloat16{});                  \
+    case DataType::kFloat16: return run(Float16{});                    \
+  }
+
+void grad_weight_general(const BackwardArgs& args, const ThreadPool& pool) {
+  FUSEDCNN_DISPATCH(grad_weight_typed)
+}
+
+void grad_input_general(const BackwardArgs& args, const ThreadPool& pool) {
+  FUSEDCNN_DISPATCH(grad_input_typed)
+}
+
+}  // namespace
+}  // namespace fusedcnn::cpu::FUSEDCNN_ISA

@@ -1,0 +1,176 @@
+// Vectors of the ISA that this object is compiled for, as GCC/Clang vector extensions.
+// Everything here has internal linkage: an inline function shared between ISA objects would be
+// merged by the linker into one machine's copy.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace fusedcnn::cpu::FUSEDCNN_ISA {
+namespace {
+
+// Never wider than the ISA's registers: the compiler would split such vectors through memory.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kRegisters = 16;
+#else
+constexpr int kVectorBytes = 16;
+#if defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+#endif
+
+#define FUSEDCNN_INLINE inline __attribute__((always_inline))
+#define FUSEDCNN_NOINLINE __attribute__((noinline))
+
+template <typename T>
+struct VectorOf {
+  static constexpr int kLanes = kVectorBytes / sizeof(T);
+  typedef T Type __attribute__((vector_size(kVectorBytes)));
+  typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+};
+
+template <typename T>
+using Vector = typename VectorOf<T>::Type;
+template <typename T>
+constexpr int kLanes = VectorOf<T>::kLanes;
+
+// The integer of a lane's width: what comparisons yield and codes are counted in.
+template <typename T>
+struct IntOf;
+template <>
+struct IntOf<float> {
+  using Type = int32_t;
+};
+template <>
+struct IntOf<double> {
+  using Type = int64_t;
+};
+template <typename T>
+using Int = typename IntOf<T>::Type;
+
+template <typename T>
+FUSEDCNN_INLINE Vector<T> load(const T* from) {
+  return *reinterpret_cast<const typename VectorOf<T>::Unaligned*>(from);
+}
+
+template <typename T>
+FUSEDCNN_INLINE void store(T* to, Vector<T> value) {
+  *reinterpret_cast<typename VectorOf<T>::Unaligned*>(to) = value;
+}
+
+template <typename T>
+FUSEDCNN_INLINE Vector<T> broadcast(T value) {
+  return value - Vector<T>{};
+}
+
+template <typename T>
+FUSEDCNN_INLINE T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+
+template <typename T>
+FUSEDCNN_INLINE T larger(T a, T b) {
+  return a < b ? b : a;
+}
+
+FUSEDCNN_INLINE int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// ---- storage types -------------------------------------------------------------------------------
+//
+// Half types are stored in 16 bits and computed in float. Both conversions are written in integer
+// operations that the compiler vectorises on every ISA.
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <typename Storage>
+struct AccumulatorOf {
+  using Type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using Type = double;
+};
+template <typename Storage>
+using Accumulator = typename AccumulatorOf<Storage>::Type;
+
+FUSEDCNN_INLINE uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+FUSEDCNN_INLINE float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+FUSEDCNN_INLINE float widen(float value) { return value; }
+FUSEDCNN_INLINE double widen(double value) { return value; }
+FUSEDCNN_INLINE float widen(BFloat16 value) { return float_of(uint32_t{value.bits} << 16); }
+
+FUSEDCNN_INLINE float widen(Float16 value) {
+  const uint32_t sign = uint32_t(value.bits & 0x8000) << 16;
+  const uint32_t magnitude = value.bits & 0x7fff;
+  // Exponent and mantissa in float's place; the product moves the exponent's bias from 15 to 127
+  // and normalises subnormal halves on the way. Infinity and NaN get float's largest exponent.
+  const float moved = float_of(magnitude << 13) * float_of(0x77800000);  // 2^112
+  const uint32_t special = magnitude >= 0x7c00 ? 0x7f800000u : 0;
+  return float_of(sign | bits_of(moved) | special);
+}
+
+template <typename Storage>
+Storage narrow(Accumulator<Storage> value);
+
+template <>
+FUSEDCNN_INLINE float narrow<float>(float value) {
+  return value;
+}
+
+template <>
+FUSEDCNN_INLINE double narrow<double>(double value) {
+  return value;
+}
+
+// Both round to nearest, ties to even, and keep NaN a NaN.
+template <>
+FUSEDCNN_INLINE BFloat16 narrow<BFloat16>(float value) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return {static_cast<uint16_t>(value != value ? 0x7fc0 : rounded)};
+}
+
+template <>
+FUSEDCNN_INLINE Float16 narrow<Float16>(float value) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  // Normal halves: move the exponent's bias from 127 to 15 and round at bit 13.
+  const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Subnormal halves (below 2^-14): adding 0.5 lines the 10 mantissa bits up with float's last.
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000;
+  uint32_t half = magnitude < 0x38800000 ? subnormal : normal;
+  half = magnitude >= 0x477ff000 ? 0x7c00 : half;  // rounds past the largest half: infinity
+  half = magnitude > 0x7f800000 ? 0x7e00 : half;
+  return {static_cast<uint16_t>(sign | half)};
+}
+
+}  // namespace
+}  // namespace fusedcnn::cpu::FUSEDCNN_ISA

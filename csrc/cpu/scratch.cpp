@@ -1,0 +1,36 @@
+#include "cpu/scratch.h"
+
+#include <cstdlib>
+#include <new>
+
+namespace fusedcnn::cpu {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+constexpr int64_t kKeptBytes = int64_t{8} << 20;
+
+struct Block {
+  void* data = nullptr;
+  int64_t bytes = 0;
+
+  ~Block() { std::free(data); }
+};
+
+}  // namespace
+
+void* scratch(Slot slot, int64_t bytes) {
+  thread_local Block blocks[static_cast<int>(Slot::kCount)];
+  Block& block = blocks[static_cast<int>(slot)];
+  const bool oversized = block.bytes > kKeptBytes && bytes < block.bytes / 2;
+  if (block.bytes < bytes || oversized) {
+    std::free(block.data);
+    block = Block{};
+    const int64_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    block.data = std::aligned_alloc(kAlignment, static_cast<size_t>(rounded));
+    if (!block.data) throw std::bad_alloc();
+    block.bytes = rounded;
+  }
+  return block.data;
+}
+
+}  // namespace fusedcnn::cpu

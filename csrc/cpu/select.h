@@ -1,0 +1,37 @@
+// Chooses the ISA once per process and a kernel per problem.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/kernel.h"
+
+#if defined(__GNUC__)
+#define FUSEDCNN_EXPORT __attribute__((visibility("default")))
+#endif
+
+namespace fusedcnn::cpu {
+
+struct Isa {
+  const char* name;
+  bool supported;  // by this machine
+  KernelList list;
+};
+
+// All ISAs compiled in, widest first.
+FUSEDCNN_EXPORT const std::vector<Isa>& isas();
+
+// The ISA in use: the forced one, else the widest supported.
+FUSEDCNN_EXPORT const Isa& selected_isa();
+
+// For tests and benchmarks: use only this ISA and only kernels of this name from now on, in every
+// thread; an empty string means "choose". Throws std::invalid_argument on a name that is not
+// compiled in or an ISA that this machine lacks.
+FUSEDCNN_EXPORT void force(const std::string& isa, const std::string& kernel);
+FUSEDCNN_EXPORT std::string forced_isa();
+FUSEDCNN_EXPORT std::string forced_kernel();
+
+// The first kernel of the pass that covers the problem, or null with `reason` saying why not.
+FUSEDCNN_EXPORT const Kernel* select(Pass pass, const Problem& problem, std::string* reason);
+
+}  // namespace fusedcnn::cpu

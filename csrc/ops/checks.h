@@ -1,0 +1,47 @@
+// Turns the operators' arguments into a Geometry, or throws an error that names the argument.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "core/geometry.h"
+
+namespace fusedcnn {
+
+// The operators' `geometry` argument: one flat list, since a packed list costs half of what six
+// small ones do at every call. Order: see kFields in checks.cpp; written by functional.py.
+constexpr size_t kPackedGeometrySize = 18;
+
+// Sizes of the operator for these tensors. Input is [N, C, H, W] or [C, H, W] (batch 1).
+// Throws std::runtime_error.
+Geometry check_geometry(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
+                        const std::vector<int64_t>& packed);
+
+// The common element type of tensors on the CPU. `other` may be undefined (null handle).
+DataType check_type(const torch::stable::Tensor& input);
+
+// Throws unless `tensor` is a strided CPU tensor of the same type as `input`.
+void check_like_input(const char* argument, const torch::stable::Tensor& tensor,
+                      const torch::stable::Tensor& input);
+
+// Throws unless `tensor` has this shape.
+void check_shape(const char* argument, const torch::stable::Tensor& tensor,
+                 const std::vector<int64_t>& expected);
+
+// Element strides as [N, C, H, W]; those of a [C, H, W] tensor get a batch stride of 0.
+Strides strides_of(const torch::stable::Tensor& tensor);
+
+// Whether torch's own layers would treat this 4-d tensor as channels_last.
+bool is_channels_last(const torch::stable::Tensor& tensor);
+
+// An uninitialised CPU tensor like `like` in rank: [n, c, h, w], or [c, h, w] when `batched` is
+// false; dense, channels_last or contiguous.
+torch::stable::Tensor empty_image(bool batched, int64_t n, int64_t c, int64_t h, int64_t w,
+                                  torch::headeronly::ScalarType type, bool channels_last);
+
+// An uninitialised contiguous CPU tensor of one dimension.
+torch::stable::Tensor empty_vector(int64_t size, torch::headeronly::ScalarType type);
+
+}  // namespace fusedcnn

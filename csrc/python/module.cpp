@@ -1,0 +1,55 @@
+// fusedcnn._C: what was built and what runs, and forcing an ISA or a kernel. Knows no torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "cpu/select.h"
+
+namespace py = pybind11;
+namespace cpu = fusedcnn::cpu;
+
+namespace {
+
+py::list kernels() {
+  py::list rows;
+  for (const cpu::Isa& isa : cpu::isas()) {
+    for (int i = 0; i < isa.list.count; ++i) {
+      const cpu::Kernel& kernel = isa.list.kernels[i];
+      py::dict row;
+      row["isa"] = isa.name;
+      row["supported"] = isa.supported;
+      row["pass"] = name(kernel.pass);
+      row["name"] = kernel.name;
+      rows.append(row);
+    }
+  }
+  return rows;
+}
+
+py::list isas() {
+  py::list rows;
+  for (const cpu::Isa& isa : cpu::isas()) {
+    py::dict row;
+    row["name"] = isa.name;
+    row["supported"] = isa.supported;
+    row["selected"] = &isa == &cpu::selected_isa();
+    rows.append(row);
+  }
+  return rows;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("version") = FUSEDCNN_VERSION;
+#if defined(__clang__)
+  m.attr("compiler") = "clang " __clang_version__;
+#else
+  m.attr("compiler") = "gcc " __VERSION__;
+#endif
+  m.def("isas", &isas);
+  m.def("kernels", &kernels);
+  m.def("force", &cpu::force, py::arg("isa"), py::arg("kernel"));
+  m.def("forced", [] { return py::make_tuple(cpu::forced_isa(), cpu::forced_kernel()); });
+}

@@ -1,0 +1,20 @@
+"""Conv2d + bias + ReLU + MaxPool2d in one pass, forward and backward, for PyTorch."""
+
+from fusedcnn._ops import build_info
+from fusedcnn.autograd import ConvReLUMaxPool2dFunction
+from fusedcnn.functional import conv_relu_max_pool2d
+from fusedcnn.model import FusedSimpleCNN, SimpleCNN
+from fusedcnn.modules import ConvReLUMaxPool2d
+from fusedcnn.training import train_step
+
+__version__: str = build_info()["version"]
+
+__all__ = [
+    "ConvReLUMaxPool2d",
+    "ConvReLUMaxPool2dFunction",
+    "FusedSimpleCNN",
+    "SimpleCNN",
+    "build_info",
+    "conv_relu_max_pool2d",
+    "train_step",
+]

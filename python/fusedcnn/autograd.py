@@ -1,0 +1,56 @@
+"""The eager autograd path: a classic Function, the leanest that torch offers to Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedcnn._ops import backward_op, forward_op, output_mask, select_grads
+
+# Calls the operators without a second pass through their own autograd registration, which costs
+# several microseconds of Python per call and would record nothing here.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+class ConvReLUMaxPool2dFunction(torch.autograd.Function):
+    """conv2d + bias + ReLU + max_pool2d with its fused backward.
+
+    ``apply(input, weight, bias, geometry)``, where ``geometry`` is the packed tuple of
+    :func:`fusedcnn.functional.pack_geometry`. Users want
+    :func:`fusedcnn.conv_relu_max_pool2d`, which checks, packs and routes.
+
+    Saved for the backward: input, weight and one byte per pooled output (four where the pool
+    window has more than 255 elements). Differentiable twice.
+
+    A ``forward(ctx, ...)`` Function, because one with ``setup_context`` inspects its signature at
+    every call (30 us). Under torch.func and torch.compile, which need the other kind,
+    :mod:`fusedcnn.functional` takes the registered operators instead.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[int, ...]
+    ) -> Tensor:
+        """Return the pooled output [N, OC, OH, OW] and save what the backward needs."""
+        with _below_autograd():
+            output, code = forward_op(input, weight, bias, geometry, True)
+        ctx.save_for_backward(input, weight, code)
+        ctx.geometry = geometry
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of input, weight and bias that are needed, None for the rest."""
+        mask = output_mask(ctx.needs_input_grad)
+        if grad_output is None or not mask:
+            return None, None, None, None
+        input, weight, code = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: record the backward itself
+            grads = backward_op(grad_output, input, weight, code, ctx.geometry, mask)
+        else:
+            with _below_autograd():
+                grads = backward_op(grad_output, input, weight, code, ctx.geometry, mask)
+        return *select_grads(grads, mask), None

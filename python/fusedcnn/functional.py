@@ -1,0 +1,275 @@
+"""Arguments, defaults and routing of the fused block."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from fusedcnn._ops import Geometry, forward_op, note_stock
+from fusedcnn.autograd import ConvReLUMaxPool2dFunction
+
+_INT64_MAX = 2**63 - 1
+# Inputs with more elements per image than this are left to the stock layers when gradients are
+# wanted: the backward kernels index one padded image with 32 bits.
+_MAX_IMAGE_ELEMENTS = 2**30
+
+
+def _integers(argument: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """Two integers from one or two, with torch's rules."""
+    values = value if isinstance(value, (tuple, list, torch.Size)) else (value,)
+    try:
+        values = tuple(operator.index(v) for v in values)
+    except TypeError:
+        raise TypeError(f"{argument}: expected an int or a pair of ints, got {value!r}") from None
+    if len(values) not in (1, 2):
+        raise RuntimeError(f"{argument}: expected an int or a pair of ints, got {value!r}")
+    if any(abs(v) > _INT64_MAX for v in values):
+        raise RuntimeError(f"{argument}: expected values that fit 64 bits, got {value!r}")
+    return (values[0], values[-1])
+
+
+def _freeze(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+@functools.lru_cache(maxsize=1024)
+def _pack(
+    kernel_size, stride, padding, dilation, groups, pool_kernel, pool_stride, pool_padding,
+    pool_dilation, ceil_mode,
+) -> Geometry:  # fmt: skip
+    stride_h, stride_w = _integers("stride", stride)
+    dilation_h, dilation_w = _integers("dilation", dilation)
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise RuntimeError(f"padding: expected 'same', 'valid' or ints, got {padding!r}")
+        if padding == "same" and (stride_h, stride_w) != (1, 1):
+            raise RuntimeError(
+                f"padding: expected numbers where stride is not 1, got 'same' and stride {stride}"
+            )
+        same = padding == "same"
+        # An odd total puts the extra zero after the last element, as torch does.
+        total_h = dilation_h * (kernel_size[0] - 1) * same
+        total_w = dilation_w * (kernel_size[1] - 1) * same
+        pads = (total_h // 2, total_h - total_h // 2, total_w // 2, total_w - total_w // 2)
+    else:
+        padding_h, padding_w = _integers("padding", padding)
+        pads = (padding_h, padding_h, padding_w, padding_w)
+    pool_kernel_h, pool_kernel_w = _integers("pool_kernel_size", pool_kernel)
+    # As in F.max_pool2d, None and an empty list both mean the kernel's size.
+    pool_stride = pool_kernel if pool_stride is None or pool_stride == () else pool_stride
+    pool_stride_h, pool_stride_w = _integers("pool_stride", pool_stride)
+    pool_padding_h, pool_padding_w = _integers("pool_padding", pool_padding)
+    pool_dilation_h, pool_dilation_w = _integers("pool_dilation", pool_dilation)
+    try:
+        groups = operator.index(groups)
+    except TypeError:
+        raise TypeError(f"groups: expected an int, got {groups!r}") from None
+    if not isinstance(ceil_mode, bool):
+        raise TypeError(f"ceil_mode: expected a bool, got {ceil_mode!r}")
+    return Geometry(
+        stride_h, stride_w, *pads, dilation_h, dilation_w, groups, pool_kernel_h, pool_kernel_w,
+        pool_stride_h, pool_stride_w, pool_padding_h, pool_padding_w, pool_dilation_h,
+        pool_dilation_w, int(ceil_mode),
+    )  # fmt: skip
+
+
+def pack_geometry(
+    kernel_size: Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    pool_kernel_size: int | Sequence[int] = 2,
+    pool_stride: int | Sequence[int] | None = None,
+    pool_padding: int | Sequence[int] = 0,
+    pool_dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+) -> Geometry:
+    """Pack the arguments of the block into the operators' ``geometry``.
+
+    Args:
+        kernel_size: (KH, KW) of the weight; decides what ``padding="same"`` means.
+        stride: as in :func:`conv_relu_max_pool2d`, like all that follow.
+        padding: see there.
+        dilation: see there.
+        groups: see there.
+        pool_kernel_size: see there.
+        pool_stride: see there.
+        pool_padding: see there.
+        pool_dilation: see there.
+        ceil_mode: see there.
+
+    Raises:
+        TypeError: an argument is not an int, a pair of ints or (padding) a string.
+        RuntimeError: a list of another length, an unknown padding string, ``"same"`` with a stride.
+            Ranges are checked by the operator, which knows the sizes.
+    """
+    arguments = (
+        stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding,
+        pool_dilation, ceil_mode,
+    )  # fmt: skip
+    try:
+        return _pack(tuple(kernel_size), *arguments)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+    return _pack(tuple(kernel_size), *map(_freeze, arguments))
+
+
+def _why_stock(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Why the stock layers compute this call, or None where a fused kernel does."""
+    device = input.device.type
+    if device != "cpu":
+        return f"no fused kernel for device type '{device}' in this version"
+    if input.layout != torch.strided or weight.layout != torch.strided:
+        return f"no fused kernel for layout {input.layout} with weight layout {weight.layout}"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    if input.numel() > _MAX_IMAGE_ELEMENTS and input[..., :, :, :].numel() // max(
+        1, input.shape[0] if input.dim() == 4 else 1
+    ) > (_MAX_IMAGE_ELEMENTS):
+        return f"images of more than {_MAX_IMAGE_ELEMENTS} elements"
+    return None
+
+
+def _stock(input, weight, bias, stride, padding, dilation, groups, pool) -> Tensor:
+    return F.max_pool2d(
+        F.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups)), **pool
+    )
+
+
+def conv_relu_max_pool2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    pool_kernel_size: int | Sequence[int] = 2,
+    pool_stride: int | Sequence[int] | None = None,
+    pool_padding: int | Sequence[int] = 0,
+    pool_dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    r"""Convolution, bias, ReLU and max pooling in one pass, differentiable.
+
+    Equivalent to::
+
+        F.max_pool2d(F.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups)),
+                     pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
+
+    in value and in every gradient: the first maximum of a window takes its gradient, ReLU's
+    gradient at 0 is 0, NaN passes through. For the backward it keeps ``input``, ``weight`` and one
+    byte per pooled output instead of three full-size activations.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16; any strides.
+            A channels_last input gives a channels_last output.
+        weight: [OC, C / groups, KH, KW], of input's dtype and device.
+        bias: [OC] or None.
+        stride: of the convolution, in pixels; an int or (h, w), like all sizes here.
+        padding: zeros on both sides, or ``"same"`` or ``"valid"``.
+        dilation: distance between the kernel's taps.
+        groups: blocks of channels convolved apart.
+        pool_kernel_size: size of the pooling window, in convolution outputs.
+        pool_stride: distance between windows; default: ``pool_kernel_size``.
+        pool_padding: ignored elements on both sides, at most half a window.
+        pool_dilation: distance between a window's elements.
+        ceil_mode: round the pooled size up instead of down.
+
+    Returns:
+        [N, OC, OH, OW] (or [OC, OH, OW]), sizes as :class:`torch.nn.Conv2d` and
+        :class:`torch.nn.MaxPool2d` define them.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        RuntimeError: shapes, dtypes, devices or sizes that do not go together. The message names
+            the argument, what was expected and what came; nothing has been computed.
+
+    Source: :func:`torch.nn.functional.conv2d`, :func:`torch.nn.functional.max_pool2d`. Devices
+    without a fused kernel are served by those, with a debug line in the ``fusedcnn`` logger.
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(
+            conv_relu_max_pool2d,
+            (input, weight, bias),
+            input,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            pool_kernel_size=pool_kernel_size,
+            pool_stride=pool_stride,
+            pool_padding=pool_padding,
+            pool_dilation=pool_dilation,
+            ceil_mode=ceil_mode,
+        )
+    _check_tensors(input, weight, bias)
+    device_type = input.device.type
+    if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        input = input.to(dtype)
+        weight = weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    geometry = pack_geometry(
+        weight.shape[2:],
+        stride,
+        padding,
+        dilation,
+        groups,
+        pool_kernel_size=pool_kernel_size,
+        pool_stride=pool_stride,
+        pool_padding=pool_padding,
+        pool_dilation=pool_dilation,
+        ceil_mode=ceil_mode,
+    )
+    reason = _why_stock(input, weight, bias)
+    if reason is not None:
+        note_stock(reason)
+        pool = {
+            "kernel_size": pool_kernel_size,
+            "stride": pool_stride,
+            "padding": pool_padding,
+            "dilation": pool_dilation,
+            "ceil_mode": ceil_mode,
+        }
+        return _stock(input, weight, bias, stride, padding, dilation, groups, pool)
+    needs_grad = torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if not needs_grad or torch.compiler.is_compiling():
+        return forward_op(input, weight, bias, geometry, needs_grad)[0]
+    return ConvReLUMaxPool2dFunction.apply(input, weight, bias, geometry)
+
+
+def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a Tensor, got {type(weight).__name__}")
+    if weight.dim() != 4:
+        raise RuntimeError(
+            f"weight: expected [out_channels, in_channels / groups, KH, KW], "
+            f"got {list(weight.shape)}"
+        )
+    if weight.device != input.device:
+        raise RuntimeError(f"weight: expected device {input.device} like input, got {weight.device}")
+    if bias is not None:
+        if not isinstance(bias, Tensor):
+            raise TypeError(f"bias: expected a Tensor or None, got {type(bias).__name__}")
+        if bias.device != input.device:
+            raise RuntimeError(f"bias: expected device {input.device} like input, got {bias.device}")

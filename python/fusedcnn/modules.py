@@ -1,0 +1,160 @@
+"""The fused block as a module: a Conv2d with pooling arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedcnn.functional import conv_relu_max_pool2d
+
+
+class ConvReLUMaxPool2d(nn.Conv2d):
+    """Conv2d, ReLU and MaxPool2d in one module, computed in one pass.
+
+    Equivalent to::
+
+        nn.Sequential(nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation,
+                                groups, bias, padding_mode),
+                      nn.ReLU(),
+                      nn.MaxPool2d(pool_kernel_size, pool_stride, pool_padding, pool_dilation,
+                                   ceil_mode=ceil_mode))
+
+    It is a :class:`torch.nn.Conv2d`: the same parameters under the same names, the same
+    initialisation from the same random numbers, so its ``state_dict`` is the convolution's.
+
+    Args:
+        in_channels: C of the input [N, C, H, W] or [C, H, W].
+        out_channels: channels of the output.
+        kernel_size: of the convolution; an int or (h, w), like all sizes here.
+        stride: of the convolution.
+        padding: zeros on both sides, or ``"same"`` or ``"valid"``.
+        dilation: of the convolution.
+        groups: blocks of channels convolved apart.
+        bias: whether there is a learnable bias.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``; all but the
+            first pad the input in a step of its own.
+        pool_kernel_size: of the pool.
+        pool_stride: default: ``pool_kernel_size``.
+        pool_padding: at most half a window.
+        pool_dilation: of the pool.
+        ceil_mode: round the pooled size up instead of down.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: what :class:`torch.nn.Conv2d` refuses.
+        RuntimeError: in ``forward``, sizes that do not go together; see
+            :func:`fusedcnn.conv_relu_max_pool2d`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        pool_kernel_size: int | tuple[int, int] = 2,
+        pool_stride: int | tuple[int, int] | None = None,
+        pool_padding: int | tuple[int, int] = 0,
+        pool_dilation: int | tuple[int, int] = 1,
+        ceil_mode: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        self._set_pool(pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
+
+    def _set_pool(self, kernel_size, stride, padding, dilation, ceil_mode) -> None:
+        self.pool_kernel_size = kernel_size
+        self.pool_stride = kernel_size if stride is None else stride
+        self.pool_padding = padding
+        self.pool_dilation = dilation
+        self.ceil_mode = ceil_mode
+
+    @classmethod
+    def from_modules(cls, conv: nn.Conv2d, pool: nn.MaxPool2d) -> ConvReLUMaxPool2d:
+        """Fuse ``pool(relu(conv(x)))``; the new module shares conv's Parameters.
+
+        Args:
+            conv: a Conv2d; its hooks and parametrisations are not carried over.
+            pool: a MaxPool2d that does not return indices.
+
+        Raises:
+            TypeError: not a Conv2d or not a MaxPool2d.
+            ValueError: the pool returns indices, which the fused block does not compute.
+        """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv: expected a Conv2d, got {type(conv).__name__}")
+        if not isinstance(pool, nn.MaxPool2d):
+            raise TypeError(f"pool: expected a MaxPool2d, got {type(pool).__name__}")
+        if pool.return_indices:
+            raise ValueError("pool: expected return_indices=False, got True")
+        fused = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            pool_kernel_size=pool.kernel_size,
+            pool_stride=pool.stride,
+            pool_padding=pool.padding,
+            pool_dilation=pool.dilation,
+            ceil_mode=pool.ceil_mode,
+            device="meta",  # the parameters are replaced; no random numbers are drawn
+        )
+        fused.weight = conv.weight
+        fused.bias = conv.bias
+        return fused.train(conv.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the pooled output [N, OC, OH, OW] (or [OC, OH, OW])."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return conv_relu_max_pool2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            pool_kernel_size=self.pool_kernel_size,
+            pool_stride=self.pool_stride,
+            pool_padding=self.pool_padding,
+            pool_dilation=self.pool_dilation,
+            ceil_mode=self.ceil_mode,
+        )
+
+    def extra_repr(self) -> str:
+        """Conv2d's line with the pool's arguments behind it."""
+        return (
+            f"{super().extra_repr()}, pool_kernel_size={self.pool_kernel_size}, "
+            f"pool_stride={self.pool_stride}, pool_padding={self.pool_padding}, "
+            f"pool_dilation={self.pool_dilation}, ceil_mode={self.ceil_mode}"
+        )
