@@ -3,6 +3,7 @@
 
 #include "cpu/kernels/backward_general.h"
 #include "cpu/kernels/forward_general.h"
+#include "cpu/kernels/forward_winograd2.h"
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 
@@ -12,6 +13,7 @@ KernelList kernels();
 
 KernelList kernels() {
   static constexpr Kernel list[] = {
+      {"winograd2", Pass::kForward, why_not_winograd2, forward_winograd2, nullptr},
       {"general", Pass::kForward, covers_everything, forward_general, nullptr},
       {"general", Pass::kGradWeight, why_not_backward_general, nullptr, grad_weight_general},
       {"general", Pass::kGradInput, why_not_backward_general, nullptr, grad_input_general},

@@ -275,8 +275,10 @@ void forward_band(const ForwardArgs& args, const ForwardShared<Accumulator<S>>& 
   }
 }
 
+// `only`, where given, picks the bands to compute: [batch * bands], nonzero for yes.
 template <typename S, typename C>
-void forward_general_typed(const ForwardArgs& args, const ThreadPool& pool) {
+void forward_general_bands(const ForwardArgs& args, const ThreadPool& pool,
+                           const uint8_t* only = nullptr) {
   using T = Accumulator<S>;
   const Geometry& g = args.geometry;
   const ForwardPlan plan(g, sizeof(T), kLanes<T>);
@@ -308,6 +310,7 @@ void forward_general_typed(const ForwardArgs& args, const ThreadPool& pool) {
   const ForwardShared<T> shared{plan, packed, bias, blocks};
   const int64_t bands = plan.bands(g);
   parallel_tasks(pool, g.batch * bands, [&](int64_t task) {
+    if (only && !only[task]) return;
     forward_band<S, C>(args, shared, task / bands, task % bands * plan.band);
   });
 }
@@ -316,8 +319,8 @@ const char* covers_everything(const Problem&) { return nullptr; }
 
 void forward_general(const ForwardArgs& args, const ThreadPool& pool) {
   const auto run = [&]<typename S>(S) {
-    args.wide_code ? forward_general_typed<S, int32_t>(args, pool)
-                   : forward_general_typed<S, uint8_t>(args, pool);
+    args.wide_code ? forward_general_bands<S, int32_t>(args, pool)
+                   : forward_general_bands<S, uint8_t>(args, pool);
   };
   switch (args.type) {
     case DataType::kFloat32: return run(float{});

@@ -55,6 +55,10 @@ template <>
 struct IntOf<double> {
   using Type = int64_t;
 };
+template <>
+struct IntOf<uint32_t> {
+  using Type = int32_t;
+};
 template <typename T>
 using Int = typename IntOf<T>::Type;
 

@@ -1,0 +1,341 @@
+// The forward by Winograd's minimal filtering F(2x2, 3x3), for 3x3 stride 1 under a 2x2 pool.
+//
+// One tile is one pooling window: its 4x4 input patch d gives the four convolution outputs
+//   Y = A^T [ sum over c of (G g G^T) * (B^T d B) ] A        (Lavin and Gray, 2016)
+// in 16 multiplications per input channel instead of 36. All constants are 0, +-1 and 1/2, so the
+// error is no more than the direct kernel's, integers stay exact and a constant patch gives four
+// equal outputs: ties fall as in the direct kernel. Bias, ReLU, max and code follow on registers.
+//
+// A task owns a band of pooled rows of one image and walks it in strips of whole rows:
+//   V  [4 i][channels][4 j][tiles]              transformed patches, from phase planes (plan.h)
+//   U  [blocks][4 i][channels][4 j][Z * lanes]  transformed weights of Z vectors of out channels
+//   Y  [tiles][Z][2][2] vectors                 the windows' outputs, summed over i
+// then transposes [tiles][out channels] into the output.
+//
+// Sums of patch elements could overflow, and an infinity would reach outputs that it does not
+// touch; a band with values beyond kModerate, infinity or NaN is left to the general kernel.
+#pragma once
+
+#include "cpu/kernel.h"
+#include "cpu/kernels/forward_general.h"
+#include "cpu/kernels/simd.h"
+#include "cpu/kernels/transpose.h"
+#include "cpu/plan.h"
+#include "cpu/scratch.h"
+
+namespace fusedcnn::cpu::FUSEDCNN_ISA {
+namespace {
+
+// Inputs and weights up to this size cannot overflow: 4 x 2.25 x 16 x channels x 2^96 < 2^127 for
+// all channel counts below 2^23.
+constexpr float kModerate = 281474976710656.0f;  // 2^48
+
+// Register tile: 4 j x T tiles x Z vectors of accumulators; a channel costs 4 T broadcasts and 4 Z
+// loads for 4 T Z FMAs. 32 registers: 4 x 3 x 2 (20 loads for 24 FMAs) or, for a single vector of
+// output channels, 4 x 6 x 1 (28 loads). 16 registers: 4 x 3 x 1.
+constexpr int kWinogradWide = kRegisters >= 32 ? 2 : 1;
+template <int Z>
+constexpr int kWinogradTiles = kRegisters >= 32 && Z == 1 ? 6 : 3;
+
+// Tiles of a strip: V for one i, U for one i and Y stay in L1 together.
+constexpr int64_t kStripTiles = 48;
+
+// One call owns T tiles x Z vectors of output channels x the four j of one row i of the transform:
+//   m[j][t][z] = sum over c of v[c][j][t] * u[c][j][z]
+// and adds their share of the outputs to y. v: [channels][4][tiles], at the first tile.
+// u: [channels][4][Z * lanes]. y: [T][Z][4] vectors.
+template <int T, int Z>
+FUSEDCNN_NOINLINE void winograd_row(int i, const float* v, int64_t tiles, int64_t channels,
+                                    const float* u, float* y) {
+  constexpr int kN = kLanes<float>;
+  Vector<float> m[4][T][Z] = {};
+  for (int64_t c = 0; c < channels; ++c, v += 4 * tiles, u += 4 * Z * kN) {
+    for (int j = 0; j < 4; ++j) {
+      Vector<float> weight[Z];
+      for (int z = 0; z < Z; ++z) weight[z] = load(u + (j * Z + z) * kN);
+      for (int t = 0; t < T; ++t) {
+        const Vector<float> value = broadcast(v[j * tiles + t]);
+        for (int z = 0; z < Z; ++z) m[j][t][z] += value * weight[z];
+      }
+    }
+  }
+  for (int t = 0; t < T; ++t) {
+    for (int z = 0; z < Z; ++z) {
+      const Vector<float> left = m[0][t][z] + m[1][t][z] + m[2][t][z];
+      const Vector<float> right = m[1][t][z] - m[2][t][z] - m[3][t][z];
+      float* out = y + (t * Z + z) * 4 * kN;
+      // Rows of A^T: outputs of row 0 sum i = 0, 1, 2; those of row 1 are i1 - i2 - i3.
+      if (i == 0) {
+        store(out, left);
+        store(out + kN, right);
+      } else if (i == 1) {
+        store(out, load(out) + left);
+        store(out + kN, load(out + kN) + right);
+        store(out + 2 * kN, left);
+        store(out + 3 * kN, right);
+      } else {
+        if (i == 2) {
+          store(out, load(out) + left);
+          store(out + kN, load(out + kN) + right);
+        }
+        store(out + 2 * kN, load(out + 2 * kN) - left);
+        store(out + 3 * kN, load(out + 3 * kN) - right);
+      }
+    }
+  }
+}
+
+template <int Z>
+void winograd_rows(int i, int64_t count, const float* v, int64_t tiles, int64_t channels,
+                   const float* u, float* y) {
+  constexpr int kT = kWinogradTiles<Z>;
+  constexpr int64_t kTileSize = Z * 4 * kLanes<float>;
+  int64_t t = 0;
+  for (; t + kT <= count; t += kT) {
+    winograd_row<kT, Z>(i, v + t, tiles, channels, u, y + t * kTileSize);
+  }
+  for (; t + 2 <= count; t += 2) {
+    winograd_row<2, Z>(i, v + t, tiles, channels, u, y + t * kTileSize);
+  }
+  if (t < count) winograd_row<1, Z>(i, v + t, tiles, channels, u, y + t * kTileSize);
+}
+
+// B^T d B for one row of windows of one channel. planes: the channel's four phase planes at the
+// row's first place; v: [4 i][...][4 j][tiles] at the channel and the row's first tile. Whole
+// vectors are stored: what lies past the row is overwritten by the next row or never read.
+FUSEDCNN_INLINE void transform_patches(const ForwardPlan& plan, const float* planes, int64_t count,
+                                       float* v, int64_t i_stride, int64_t tiles) {
+  constexpr int kN = kLanes<float>;
+  for (int64_t k = 0; k < count; k += kN) {
+    Vector<float> b[4][4];
+    for (int x = 0; x < 4; ++x) {
+      Vector<float> d[4];
+      for (int y = 0; y < 4; ++y) {
+        d[y] = load(planes + ((y % 2) * 2 + x % 2) * plan.plane_size + y / 2 * plan.pitch + x / 2 +
+                    k);
+      }
+      b[0][x] = d[0] - d[2];
+      b[1][x] = d[1] + d[2];
+      b[2][x] = d[2] - d[1];
+      b[3][x] = d[1] - d[3];
+    }
+    for (int i = 0; i < 4; ++i) {
+      float* to = v + i * i_stride + k;
+      store(to, b[i][0] - b[i][2]);
+      store(to + tiles, b[i][1] + b[i][2]);
+      store(to + 2 * tiles, b[i][2] - b[i][1]);
+      store(to + 3 * tiles, b[i][1] - b[i][3]);
+    }
+  }
+}
+
+// Bias, max, ReLU and code of one tile's Z vectors. y: [Z][4] vectors; values, codes: [Z * lanes].
+template <int Z>
+FUSEDCNN_INLINE void finish_tile(const float* y, const float* bias, float* values, uint32_t* codes) {
+  constexpr int kN = kLanes<float>;
+  for (int z = 0; z < Z; ++z) {
+    const Vector<float> shift = load(bias + z * kN);
+    Vector<float> best = load(y + z * 4 * kN) + shift;
+    Vector<uint32_t> winner = {};
+    for (int e = 1; e < 4; ++e) {
+      const Vector<float> value = load(y + (z * 4 + e) * kN) + shift;
+      // The first maximum wins. NaN can only come from the bias, where it is in all four: the last
+      // one wins, as in torch.
+      const auto wins = (value > best) | (value != value);
+      best = wins ? value : best;
+      winner = wins ? broadcast<uint32_t>(e) : winner;
+    }
+    const auto off = best <= Vector<float>{};
+    store(values + z * kN, off ? Vector<float>{} : best);
+    store(codes + z * kN, off ? broadcast<uint32_t>(kOff<uint8_t>) : winner);
+  }
+}
+
+struct Winograd2Shared {
+  const ForwardPlan& plan;
+  const float* weights;  // U
+  const float* bias;     // [padded out channels]
+  int64_t padded;        // out channels, whole vectors
+  uint8_t* immoderate;   // [batch * bands], set where the band was left to the general kernel
+};
+
+// Whether every element lies within kModerate; false for NaN.
+FUSEDCNN_INLINE bool moderate(const float* values, int64_t count) {
+  constexpr int kN = kLanes<float>;
+  Vector<int32_t> fine = Vector<int32_t>{} - 1;
+  int64_t k = 0;
+  for (; k + kN <= count; k += kN) {
+    const Vector<float> x = load(values + k);
+    fine &= (x <= broadcast(kModerate)) & (x >= broadcast(-kModerate));
+  }
+  bool all = true;
+  for (int l = 0; l < kN; ++l) all &= fine[l] != 0;
+  for (; k < count; ++k) all &= values[k] <= kModerate && values[k] >= -kModerate;
+  return all;
+}
+
+template <int Z>
+void strip_block(const Winograd2Shared& shared, int64_t channels, int64_t first, int64_t count,
+                 const float* v, int64_t tiles, float* y, float* values, uint32_t* codes) {
+  constexpr int kN = kLanes<float>;
+  for (int i = 0; i < 4; ++i) {
+    winograd_rows<Z>(i, count, v + i * channels * 4 * tiles, tiles, channels,
+                     shared.weights + (first * 4 + i * Z * kN) * channels * 4, y);
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    finish_tile<Z>(y + t * Z * 4 * kN, shared.bias + first, values + t * shared.padded + first,
+                   codes + t * shared.padded + first);
+  }
+}
+
+template <typename S>
+void winograd2_band(const ForwardArgs& args, const Winograd2Shared& shared, int64_t task) {
+  constexpr int kN = kLanes<float>;
+  const Geometry& g = args.geometry;
+  const ForwardPlan& plan = shared.plan;
+  const int64_t bands = plan.bands(g);
+  const int64_t n = task / bands, first_out = task % bands * plan.band;
+  const int64_t rows = smaller(plan.band, g.h.out - first_out);
+  const int64_t channels = g.in_channels;
+
+  const int64_t row_size = plan.pitch * plan.w.step + plan.w.step;
+  const int64_t planes_size = channels * plan.channel_size;
+  float* row = static_cast<float*>(
+      scratch(Slot::kPlanes, (row_size + planes_size + kN) * sizeof(float)));
+  float* planes = row + row_size;
+  memset(row, 0, row_size * sizeof(float));
+  memset(planes + planes_size, 0, kN * sizeof(float));
+  const S* image = static_cast<const S*>(args.input) + n * args.input_strides.n;
+  for (int64_t c = 0; c < channels; ++c) {
+    pack_band<S, float>(plan, g, image + c * args.input_strides.c, args.input_strides, first_out,
+                        planes + c * plan.channel_size, row);
+  }
+  if (!moderate(planes, planes_size)) {
+    shared.immoderate[task] = 1;
+    return;
+  }
+
+  const int64_t strip_rows = larger<int64_t>(1, smaller(rows, kStripTiles / g.w.out));
+  const int64_t tiles = round_up(strip_rows * g.w.out, kN) + kN;  // room for whole vectors
+  const int64_t v_size = 16 * channels * tiles, y_size = tiles * kWinogradWide * 4 * kN;
+  float* v = static_cast<float*>(scratch(
+      Slot::kConv, (v_size + y_size + 2 * tiles * shared.padded) * sizeof(float)));
+  float* y = v + v_size;
+  float* values = y + y_size;
+  uint32_t* codes = reinterpret_cast<uint32_t*>(values + tiles * shared.padded);
+
+  for (int64_t strip = 0; strip < rows; strip += strip_rows) {
+    const int64_t height = smaller(strip_rows, rows - strip);
+    const int64_t count = height * g.w.out;
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t r = 0; r < height; ++r) {
+        transform_patches(plan, planes + c * plan.channel_size + (strip + r) * plan.pitch, g.w.out,
+                          v + c * 4 * tiles + r * g.w.out, channels * 4 * tiles, tiles);
+      }
+    }
+    int64_t oc = 0;
+    for (; oc + kWinogradWide * kN <= shared.padded; oc += kWinogradWide * kN) {
+      strip_block<kWinogradWide>(shared, channels, oc, count, v, tiles, y, values, codes);
+    }
+    if (oc < shared.padded) {
+      strip_block<1>(shared, channels, oc, count, v, tiles, y, values, codes);
+    }
+    const int64_t at = n * args.output_strides.n + (first_out + strip) * args.output_strides.h;
+    write_pixels<S>(values, codes, shared.padded, count, g.out_channels, g.w.out,
+                    static_cast<S*>(args.output) + at,
+                    args.code ? static_cast<uint8_t*>(args.code) + at : nullptr,
+                    args.output_strides);
+  }
+}
+
+// U = G g G^T for every pair of channels, a vector of output channels at a time, into the blocks
+// that winograd_row reads.
+template <typename S>
+void transform_weights(const ForwardArgs& args, int64_t padded, float* weights) {
+  constexpr int kN = kLanes<float>;
+  const Geometry& g = args.geometry;
+  const Strides s = args.weight_strides;
+  for (int64_t first = 0; first < padded; first += kN) {
+    // Blocks of kWinogradWide vectors as long as they are full, then single ones.
+    const int64_t wide = kWinogradWide * kN;
+    const bool in_wide = first / wide * wide + wide <= padded;
+    const int64_t z_count = in_wide ? kWinogradWide : 1;
+    const int64_t block = in_wide ? first / wide * wide : first;
+    float* base = weights + block * 16 * g.in_channels + (first - block);
+    for (int64_t c = 0; c < g.in_channels; ++c) {
+      Vector<float> k[3][3] = {};
+      for (int l = 0; l < kN && first + l < g.out_channels; ++l) {
+        const S* from = static_cast<const S*>(args.weight) + (first + l) * s.n + c * s.c;
+        for (int y = 0; y < 3; ++y) {
+          for (int x = 0; x < 3; ++x) k[y][x][l] = widen(from[y * s.h + x * s.w]);
+        }
+      }
+      Vector<float> half[4][3];
+      for (int x = 0; x < 3; ++x) {
+        half[0][x] = k[0][x];
+        half[1][x] = (k[0][x] + k[1][x] + k[2][x]) * 0.5f;
+        half[2][x] = (k[0][x] - k[1][x] + k[2][x]) * 0.5f;
+        half[3][x] = k[2][x];
+      }
+      for (int i = 0; i < 4; ++i) {
+        const Vector<float> u[4] = {half[i][0], (half[i][0] + half[i][1] + half[i][2]) * 0.5f,
+                                    (half[i][0] - half[i][1] + half[i][2]) * 0.5f, half[i][2]};
+        for (int j = 0; j < 4; ++j) {
+          store(base + ((i * g.in_channels + c) * 4 + j) * z_count * kN, u[j]);
+        }
+      }
+    }
+  }
+}
+
+template <typename S>
+void winograd2_typed(const ForwardArgs& args, const ThreadPool& pool) {
+  const Geometry& g = args.geometry;
+  const ForwardPlan plan(g, sizeof(float), kLanes<float>);
+  const int64_t padded = round_up(g.out_channels, kLanes<float>);
+  const int64_t u_size = 16 * g.in_channels * padded;
+  const int64_t bands = g.batch * plan.bands(g);
+  float* weights =
+      static_cast<float*>(scratch(Slot::kTransformed, (u_size + padded) * sizeof(float) + bands));
+  float* bias = weights + u_size;
+  uint8_t* immoderate = reinterpret_cast<uint8_t*>(bias + padded);
+  transform_weights<S>(args, padded, weights);
+  if (!moderate(weights, u_size)) return forward_general(args, pool);
+  for (int64_t oc = 0; oc < padded; ++oc) {
+    const bool real = args.bias && oc < g.out_channels;
+    bias[oc] = real ? widen(static_cast<const S*>(args.bias)[oc * args.bias_stride]) : 0.0f;
+  }
+  memset(immoderate, 0, bands);
+  const Winograd2Shared shared{plan, weights, bias, padded, immoderate};
+  parallel_tasks(pool, bands, [&](int64_t task) { winograd2_band<S>(args, shared, task); });
+  if (memchr(immoderate, 1, bands)) forward_general_bands<S, uint8_t>(args, pool, immoderate);
+}
+
+const char* why_not_winograd2(const Problem& problem) {
+  const Geometry& g = problem.geometry;
+  if (problem.type == DataType::kFloat64) return "computes in float32";
+  if (g.groups != 1) return "groups";
+  for (const Axis* axis : {&g.h, &g.w}) {
+    if (axis->kernel != 3 || axis->stride != 1 || axis->dilation != 1) {
+      return "not a 3x3 kernel of stride and dilation 1";
+    }
+    if (axis->pool_kernel != 2 || axis->pool_stride != 2 || axis->pool_dilation != 1 ||
+        axis->pool_padding != 0 || axis->out * 2 > axis->conv) {
+      return "not a 2x2 pool of stride 2 over whole windows";
+    }
+  }
+  if (g.out_channels < kLanes<float> / 2) return "too few output channels to fill a vector";
+  return nullptr;
+}
+
+void forward_winograd2(const ForwardArgs& args, const ThreadPool& pool) {
+  switch (args.type) {
+    case DataType::kFloat32: return winograd2_typed<float>(args, pool);
+    case DataType::kBFloat16: return winograd2_typed<BFloat16>(args, pool);
+    case DataType::kFloat16: return winograd2_typed<Float16>(args, pool);
+    case DataType::kFloat64: return;  // refused by why_not
+  }
+}
+
+}  // namespace
+}  // namespace fusedcnn::cpu::FUSEDCNN_ISA
