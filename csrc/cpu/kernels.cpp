@@ -1,6 +1,5 @@
 // All CPU kernels of one ISA. Compiled once per ISA, with FUSEDCNN_ISA naming its namespace.
 #include "cpu/kernel.h"
-
 #include "cpu/kernels/backward_general.h"
 #include "cpu/kernels/forward_general.h"
 #include "cpu/kernels/forward_winograd2.h"

@@ -29,8 +29,7 @@ AxisPhases make_phases(const Axis& axis, bool ceil_mode) {
   p.conv_phase = std::make_unique<int64_t[]>(axis.pool_kernel);
   for (int64_t k = 0; k < axis.pool_kernel; ++k) {
     const int64_t offset = k * axis.pool_dilation;
-    p.pool_phase[k] =
-        find_or_append(p.conv_phase.get(), p.conv_phases, offset % axis.pool_stride);
+    p.pool_phase[k] = find_or_append(p.conv_phase.get(), p.conv_phases, offset % axis.pool_stride);
     p.pool_place[k] = offset / axis.pool_stride;
   }
   p.conv_extra = std::make_unique<int64_t[]>(p.conv_phases);
@@ -70,7 +69,7 @@ ForwardPlan::ForwardPlan(const Geometry& g, int64_t element, int64_t lanes)
   const int64_t count = (g.h.out + band - 1) / band;
   band = (g.h.out + count - 1) / count;
   plane_rows = band + h.max_place;
-  plane_size = plane_rows * pitch;
+  plane_size = plane_rows * pitch + lanes;  // rows are written in whole vectors
   channel_size = phases * plane_size;
   // The last place that a pooled output reads, and room for whole vectors from there.
   conv_size = (band - 1 + h.max_extra) * pitch + g.w.out + w.max_extra + lanes;

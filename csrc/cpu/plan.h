@@ -38,14 +38,14 @@ struct AxisPhases {
 struct ForwardPlan {
   AxisPhases h;
   AxisPhases w;
-  int64_t pitch;         // places per row of a plane
-  int64_t band;          // pooled rows computed at a time
-  int64_t plane_rows;    // rows of a plane, for a full band
-  int64_t plane_size;    // elements of one phase plane
-  int64_t channel_size;  // elements of one channel: all its phase planes
+  int64_t pitch;               // places per row of a plane
+  int64_t band;                // pooled rows computed at a time
+  int64_t plane_rows;          // rows of a plane, for a full band
+  int64_t plane_size;          // elements from one phase plane to the next
+  int64_t channel_size;        // elements of one channel: all its phase planes
   Array<int64_t> tap_offset;   // [conv_phases_h * conv_phases_w][taps] into a channel
   Array<int64_t> pool_offset;  // [window] into the convolution scratch of one channel
-  int64_t conv_size;     // elements of the convolution scratch of one phase
+  int64_t conv_size;           // elements of the convolution scratch of one phase
 
   // `element` is the accumulation type's size and `lanes` the elements of a vector.
   ForwardPlan(const Geometry& g, int64_t element, int64_t lanes);
@@ -59,15 +59,15 @@ struct ForwardPlan {
 // (all KW taps of one kh, when dilation_w is 1) is one contiguous run. Each pooled output that is
 // live adds or receives one patch: `segments` runs of `length` elements.
 struct BackwardPlan {
-  int64_t rows, cols;     // of the padded image, as far as taps reach
-  int64_t channels;       // element stride between pixels: channels per group, maybe padded
-  int64_t size;           // rows * cols * channels
-  int64_t outer;          // a patch is [outer][segments][length]
+  int64_t rows, cols;  // of the padded image, as far as taps reach
+  int64_t channels;    // element stride between pixels: channels per group, maybe padded
+  int64_t size;        // rows * cols * channels
+  int64_t outer;       // a patch is [outer][segments][length]
   int64_t segments;
   int64_t length;
-  int64_t outer_stride;   // elements between outer runs
+  int64_t outer_stride;  // elements between outer runs
   int64_t segment_stride;
-  Array<uint32_t> base;      // [out_h * out_w] place of window element 0's patch, modulo 2^32
+  Array<uint32_t> base;         // [out_h * out_w] place of window element 0's patch, modulo 2^32
   Array<uint32_t> code_offset;  // [window, at least 256] what the winner's code adds to it
 
   // Pixels hold `channel_multiple` times a whole number of elements (1: packed).

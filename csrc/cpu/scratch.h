@@ -6,7 +6,18 @@
 namespace fusedcnn::cpu {
 
 // Slots, so that buffers alive at the same time in one thread do not share a block.
-enum class Slot : int { kPlanes, kConv, kPooled, kPatch, kGradient, kLists, kPartials, kWeights, kTransformed, kCount };
+enum class Slot : int {
+  kPlanes,
+  kConv,
+  kPooled,
+  kPatch,
+  kGradient,
+  kLists,
+  kPartials,
+  kWeights,
+  kTransformed,
+  kCount
+};
 
 // At least `bytes` bytes, 64-byte aligned, of unspecified content, valid in this thread until its
 // next call with the same slot. Blocks up to a few megabytes are kept for the thread's next call,

@@ -6,8 +6,8 @@
 namespace fusedcnn::cpu {
 
 // One accessor per ISA object, each defined in kernels.cpp.
-#define X(isa) \
-  namespace isa { \
+#define X(isa)          \
+  namespace isa {       \
   KernelList kernels(); \
   }
 FUSEDCNN_ISA_LIST

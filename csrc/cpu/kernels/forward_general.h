@@ -28,21 +28,28 @@ FUSEDCNN_NOINLINE void conv_tile(const T* planes, int64_t channel_size, int64_t 
                                  const int64_t* offset, int64_t taps, const T* weight,
                                  const T* bias, T* out, int64_t out_stride) {
   Vector<T> acc[R][V];
+  FUSEDCNN_UNROLL
   for (int r = 0; r < R; ++r) {
+    FUSEDCNN_UNROLL
     for (int v = 0; v < V; ++v) acc[r][v] = broadcast(bias[r]);
   }
   for (int64_t c = 0; c < channels; ++c, planes += channel_size) {
     for (int64_t t = 0; t < taps; ++t, weight += kTileChannels) {
       const T* from = planes + offset[t];
       Vector<T> x[V];
+      FUSEDCNN_UNROLL
       for (int v = 0; v < V; ++v) x[v] = load(from + v * kLanes<T>);
+      FUSEDCNN_UNROLL
       for (int r = 0; r < R; ++r) {
         const Vector<T> w = broadcast(weight[r]);
+        FUSEDCNN_UNROLL
         for (int v = 0; v < V; ++v) acc[r][v] += w * x[v];
       }
     }
   }
+  FUSEDCNN_UNROLL
   for (int r = 0; r < R; ++r) {
+    FUSEDCNN_UNROLL
     for (int v = 0; v < V; ++v) store(out + r * out_stride + v * kLanes<T>, acc[r][v]);
   }
 }
@@ -66,56 +73,85 @@ ConvTile<T> conv_tile_for(int64_t vectors) {
 template <typename T>
 ConvTile<T> conv_tile_for(int64_t channels, int64_t vectors) {
   switch (channels) {
-    case 1: return conv_tile_for<T, 1>(vectors);
-    case 2: return conv_tile_for<T, 2>(vectors);
-    case 3: return conv_tile_for<T, 3>(vectors);
-    default: return conv_tile_for<T, 4>(vectors);
+    case 1:
+      return conv_tile_for<T, 1>(vectors);
+    case 2:
+      return conv_tile_for<T, 2>(vectors);
+    case 3:
+      return conv_tile_for<T, 3>(vectors);
+    default:
+      return conv_tile_for<T, 4>(vectors);
   }
 }
 
-// to[k] = from[k * step + phase], k < count, for every phase in use.
-// The steps of common strides and pools are compile-time, so that the compiler shuffles vectors.
-template <typename T, int64_t Step>
-void split_phases(const T* from, int64_t step, const AxisPhases& axis, T* to, int64_t plane_size,
-                  int64_t count) {
-  if (Step) step = Step;
-  for (int64_t p = 0; p < axis.input_phases; ++p) {
-    const T* source = from + axis.input_phase[p];
-    T* plane = to + p * plane_size;
-    for (int64_t k = 0; k < count; ++k) plane[k] = source[k * step];
+// to[p][k] = from[k * step + phase of p], k < count, for every phase in use. Writes whole vectors:
+// up to a vector past `count` in each plane.
+template <typename T>
+void split_phases(const T* from, const AxisPhases& axis, T* to, int64_t plane_size, int64_t count) {
+  constexpr int kN = kLanes<T>;
+  if (axis.step == 1) {
+    for (int64_t k = 0; k < count; k += kN) store(to + k, load(from + k));
+  } else if (axis.step == 2 && axis.input_phases == 2 && axis.input_phase[0] == 0) {
+    Vector<Int<T>> even, odd;
+    for (int l = 0; l < kN; ++l) {
+      even[l] = 2 * l;
+      odd[l] = 2 * l + 1;
+    }
+    for (int64_t k = 0; k < count; k += kN) {
+      const Vector<T> a = load(from + 2 * k), b = load(from + 2 * k + kN);
+      store(to + k, __builtin_shuffle(a, b, even));
+      store(to + plane_size + k, __builtin_shuffle(a, b, odd));
+    }
+  } else {
+    for (int64_t p = 0; p < axis.input_phases; ++p) {
+      const T* source = from + axis.input_phase[p];
+      for (int64_t k = 0; k < count; ++k) to[p * plane_size + k] = source[k * axis.step];
+    }
   }
+}
+
+// Elements of the scratch that pack_band needs for `rows`.
+FUSEDCNN_INLINE int64_t packed_row(const ForwardPlan& plan, int64_t lanes) {
+  return plan.pitch * plan.w.step + 2 * lanes;
 }
 
 // Lays out the input rows of one band of one channel in phase planes, zeros outside the image.
 // image: the channel's [H, W] with strides; planes: [phases_h * phases_w][plane_rows][pitch];
-// row: scratch for one padded row of pitch * step elements, zero outside the image already.
+// rows: scratch for [plane_rows][packed_row], zeros outside the image's columns already.
 template <typename S, typename T>
 void pack_band(const ForwardPlan& plan, const Geometry& g, const S* image, Strides strides,
-               int64_t first_out, T* planes, T* row) {
-  const int64_t left = -plan.w.origin;  // padding in front of the row
+               int64_t first_out, T* planes, T* rows) {
+  constexpr int kN = kLanes<T>;
+  const int64_t left = -plan.w.origin;  // padding in front of a row
   const int64_t width = smaller(g.w.in, larger<int64_t>(plan.pitch * plan.w.step - left, 0));
+  const int64_t row_size = packed_row(plan, kN);
   for (int64_t p = 0; p < plan.h.input_phases; ++p) {
+    const auto source = [&](int64_t i) {
+      return (first_out + i) * plan.h.step + plan.h.input_phase[p] + plan.h.origin;
+    };
+    // First every row in order, then every row apart: a vector load soon after the narrower stores
+    // that it spans would wait for them.
+    for (int64_t i = 0; i < plan.plane_rows; ++i) {
+      const int64_t y = source(i);
+      if (y < 0 || y >= g.h.in) continue;
+      const S* from = image + y * strides.h;
+      T* to = rows + i * row_size + left;
+      if (strides.w == 1) {
+        for (int64_t x = 0; x < width; ++x) to[x] = widen(from[x]);
+      } else {
+        for (int64_t x = 0; x < width; ++x) to[x] = widen(from[x * strides.w]);
+      }
+    }
     T* plane = planes + p * plan.w.input_phases * plan.plane_size;
     for (int64_t i = 0; i < plan.plane_rows; ++i) {
-      const int64_t y = (first_out + i) * plan.h.step + plan.h.input_phase[p] + plan.h.origin;
+      const int64_t y = source(i);
       T* to = plane + i * plan.pitch;
-      if (y < 0 || y >= g.h.in) {
-        for (int64_t q = 0; q < plan.w.input_phases; ++q) {
-          memset(to + q * plan.plane_size, 0, plan.pitch * sizeof(T));
-        }
+      if (y >= 0 && y < g.h.in) {
+        split_phases(rows + i * row_size, plan.w, to, plan.plane_size, plan.pitch);
         continue;
       }
-      const S* from = image + y * strides.h;
-      if (strides.w == 1) {
-        for (int64_t x = 0; x < width; ++x) row[left + x] = widen(from[x]);
-      } else {
-        for (int64_t x = 0; x < width; ++x) row[left + x] = widen(from[x * strides.w]);
-      }
-      switch (plan.w.step) {
-        case 1: split_phases<T, 1>(row, 1, plan.w, to, plan.plane_size, plan.pitch); break;
-        case 2: split_phases<T, 2>(row, 2, plan.w, to, plan.plane_size, plan.pitch); break;
-        case 4: split_phases<T, 4>(row, 4, plan.w, to, plan.plane_size, plan.pitch); break;
-        default: split_phases<T, 0>(row, plan.w.step, plan.w, to, plan.plane_size, plan.pitch);
+      for (int64_t q = 0; q < plan.w.input_phases; ++q) {
+        memset(to + q * plan.plane_size, 0, plan.pitch * sizeof(T));
       }
     }
   }
@@ -201,7 +237,7 @@ template <typename T>
 struct ForwardShared {
   const ForwardPlan& plan;
   const T* packed;
-  const T* bias;  // [groups][blocks][4], zeros where there is none
+  const T* bias;   // [groups][blocks][4], zeros where there is none
   int64_t blocks;  // of four output channels, in one group
 };
 
@@ -215,15 +251,15 @@ void forward_band(const ForwardArgs& args, const ForwardShared<Accumulator<S>>& 
   const int64_t channels = g.in_channels_per_group(), out_channels = g.out_channels_per_group();
   const int64_t rows = smaller(plan.band, g.h.out - first_out);
 
-  const int64_t row_size = plan.pitch * plan.w.step + plan.w.step;
+  const int64_t rows_size = plan.plane_rows * packed_row(plan, kN);
   // Vector loads reach past the last place by less than a tile.
   const int64_t slack = kTileVectors * kN;
-  T* row = static_cast<T*>(
-      scratch(Slot::kPlanes, (row_size + channels * plan.channel_size + slack) * sizeof(T)));
-  T* planes = row + row_size;
+  T* in_order = static_cast<T*>(
+      scratch(Slot::kPlanes, (rows_size + channels * plan.channel_size + slack) * sizeof(T)));
+  T* planes = in_order + rows_size;
   const int64_t conv_channel = plan.conv_phases() * plan.conv_size;
   T* conv = static_cast<T*>(scratch(Slot::kConv, kTileChannels * conv_channel * sizeof(T)));
-  memset(row, 0, row_size * sizeof(T));
+  memset(in_order, 0, rows_size * sizeof(T));
   memset(planes + channels * plan.channel_size, 0, slack * sizeof(T));
   const bool masked = plan.h.masked || plan.w.masked;
 
@@ -231,11 +267,12 @@ void forward_band(const ForwardArgs& args, const ForwardShared<Accumulator<S>>& 
     for (int64_t c = 0; c < channels; ++c) {
       const S* image = static_cast<const S*>(args.input) + n * args.input_strides.n +
                        (group * channels + c) * args.input_strides.c;
-      pack_band<S, T>(plan, g, image, args.input_strides, first_out,
-                      planes + c * plan.channel_size, row);
+      pack_band<S, T>(plan, g, image, args.input_strides, first_out, planes + c * plan.channel_size,
+                      in_order);
     }
     for (int64_t block = 0; block < shared.blocks; ++block) {
-      const int64_t in_block = smaller<int64_t>(kTileChannels, out_channels - block * kTileChannels);
+      const int64_t in_block =
+          smaller<int64_t>(kTileChannels, out_channels - block * kTileChannels);
       const int64_t index = group * shared.blocks + block;
       const T* weight = shared.packed + index * channels * g.taps() * kTileChannels;
       const T* bias = shared.bias + index * kTileChannels;
@@ -265,8 +302,7 @@ void forward_band(const ForwardArgs& args, const ForwardShared<Accumulator<S>>& 
           const bool empty_row = empty_window(g.h, first_out + i);
           for (int64_t k = 0; k < g.w.out; ++k) {
             if (empty_row || empty_window(g.w, k)) {
-              output[k * args.output_strides.w] =
-                  narrow<S>(-static_cast<T>(__builtin_inff()));
+              output[k * args.output_strides.w] = narrow<S>(-static_cast<T>(__builtin_inff()));
             }
           }
         }
@@ -323,10 +359,14 @@ void forward_general(const ForwardArgs& args, const ThreadPool& pool) {
                    : forward_general_bands<S, uint8_t>(args, pool);
   };
   switch (args.type) {
-    case DataType::kFloat32: return run(float{});
-    case DataType::kFloat64: return run(double{});
-    case DataType::kBFloat16: return run(BFloat16{});
-    case DataType::kFloat16: return run(Float16{});
+    case DataType::kFloat32:
+      return run(float{});
+    case DataType::kFloat64:
+      return run(double{});
+    case DataType::kBFloat16:
+      return run(BFloat16{});
+    case DataType::kFloat16:
+      return run(Float16{});
   }
 }
 

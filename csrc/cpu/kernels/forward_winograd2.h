@@ -6,8 +6,9 @@
 // error is no more than the direct kernel's, integers stay exact and a constant patch gives four
 // equal outputs: ties fall as in the direct kernel. Bias, ReLU, max and code follow on registers.
 //
-// A task owns a band of pooled rows of one image and walks it in strips of whole rows:
-//   V  [4 i][channels][4 j][tiles]              transformed patches, from phase planes (plan.h)
+// A task owns a band of pooled rows of one image and walks it in strips of kStripTiles
+// windows, whole rows or parts of one:
+//   V  [4 i][channels][4 j][kTileStride]        transformed patches, from phase planes (plan.h)
 //   U  [blocks][4 i][channels][4 j][Z * lanes]  transformed weights of Z vectors of out channels
 //   Y  [tiles][Z][2][2] vectors                 the windows' outputs, summed over i
 // then transposes [tiles][out channels] into the output.
@@ -37,44 +38,59 @@ constexpr int kWinogradWide = kRegisters >= 32 ? 2 : 1;
 template <int Z>
 constexpr int kWinogradTiles = kRegisters >= 32 && Z == 1 ? 6 : 3;
 
-// Tiles of a strip: V for one i, U for one i and Y stay in L1 together.
+// Tiles of a strip: V for one i, U for one i and Y stay in L1 together. Whole vectors are stored,
+// so a strip's rows of V are a vector longer.
 constexpr int64_t kStripTiles = 48;
+constexpr int64_t kTileStride = kStripTiles + 16;
 
-// One call owns T tiles x Z vectors of output channels x the four j of one row i of the transform:
+// One call owns T tiles x Z vectors of output channels x the four j of row I of the transform:
 //   m[j][t][z] = sum over c of v[c][j][t] * u[c][j][z]
-// and adds their share of the outputs to y. v: [channels][4][tiles], at the first tile.
+// and adds their share of the outputs to y. v: [channels][4][kTileStride], at the first tile.
 // u: [channels][4][Z * lanes]. y: [T][Z][4] vectors.
-template <int T, int Z>
-FUSEDCNN_NOINLINE void winograd_row(int i, const float* v, int64_t tiles, int64_t channels,
-                                    const float* u, float* y) {
+template <int I, int T, int Z>
+FUSEDCNN_NOINLINE void winograd_row(const float* v, int64_t channels, const float* u, float* y) {
   constexpr int kN = kLanes<float>;
-  Vector<float> m[4][T][Z] = {};
-  for (int64_t c = 0; c < channels; ++c, v += 4 * tiles, u += 4 * Z * kN) {
+  Vector<float> m[4][T][Z];
+  FUSEDCNN_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    FUSEDCNN_UNROLL
+    for (int t = 0; t < T; ++t) {
+      FUSEDCNN_UNROLL
+      for (int z = 0; z < Z; ++z) m[j][t][z] = Vector<float>{};
+    }
+  }
+  for (int64_t c = 0; c < channels; ++c, v += 4 * kTileStride, u += 4 * Z * kN) {
+    FUSEDCNN_UNROLL
     for (int j = 0; j < 4; ++j) {
       Vector<float> weight[Z];
-      for (int z = 0; z < Z; ++z) weight[z] = load(u + (j * Z + z) * kN);
+      FUSEDCNN_UNROLL
+      for (int z = 0; z < Z; ++z) keep(weight[z] = load(u + (j * Z + z) * kN));
+      FUSEDCNN_UNROLL
       for (int t = 0; t < T; ++t) {
-        const Vector<float> value = broadcast(v[j * tiles + t]);
+        const Vector<float> value = broadcast(v[j * kTileStride + t]);
+        FUSEDCNN_UNROLL
         for (int z = 0; z < Z; ++z) m[j][t][z] += value * weight[z];
       }
     }
   }
+  FUSEDCNN_UNROLL
   for (int t = 0; t < T; ++t) {
+    FUSEDCNN_UNROLL
     for (int z = 0; z < Z; ++z) {
       const Vector<float> left = m[0][t][z] + m[1][t][z] + m[2][t][z];
       const Vector<float> right = m[1][t][z] - m[2][t][z] - m[3][t][z];
       float* out = y + (t * Z + z) * 4 * kN;
       // Rows of A^T: outputs of row 0 sum i = 0, 1, 2; those of row 1 are i1 - i2 - i3.
-      if (i == 0) {
+      if (I == 0) {
         store(out, left);
         store(out + kN, right);
-      } else if (i == 1) {
+      } else if (I == 1) {
         store(out, load(out) + left);
         store(out + kN, load(out + kN) + right);
         store(out + 2 * kN, left);
         store(out + 3 * kN, right);
       } else {
-        if (i == 2) {
+        if (I == 2) {
           store(out, load(out) + left);
           store(out + kN, load(out + kN) + right);
         }
@@ -85,53 +101,56 @@ FUSEDCNN_NOINLINE void winograd_row(int i, const float* v, int64_t tiles, int64_
   }
 }
 
-template <int Z>
-void winograd_rows(int i, int64_t count, const float* v, int64_t tiles, int64_t channels,
-                   const float* u, float* y) {
+template <int I, int Z>
+void winograd_rows(int64_t count, const float* v, int64_t channels, const float* u, float* y) {
   constexpr int kT = kWinogradTiles<Z>;
   constexpr int64_t kTileSize = Z * 4 * kLanes<float>;
   int64_t t = 0;
   for (; t + kT <= count; t += kT) {
-    winograd_row<kT, Z>(i, v + t, tiles, channels, u, y + t * kTileSize);
+    winograd_row<I, kT, Z>(v + t, channels, u, y + t * kTileSize);
   }
   for (; t + 2 <= count; t += 2) {
-    winograd_row<2, Z>(i, v + t, tiles, channels, u, y + t * kTileSize);
+    winograd_row<I, 2, Z>(v + t, channels, u, y + t * kTileSize);
   }
-  if (t < count) winograd_row<1, Z>(i, v + t, tiles, channels, u, y + t * kTileSize);
+  if (t < count) winograd_row<I, 1, Z>(v + t, channels, u, y + t * kTileSize);
 }
 
-// B^T d B for one row of windows of one channel. planes: the channel's four phase planes at the
-// row's first place; v: [4 i][...][4 j][tiles] at the channel and the row's first tile. Whole
-// vectors are stored: what lies past the row is overwritten by the next row or never read.
-FUSEDCNN_INLINE void transform_patches(const ForwardPlan& plan, const float* planes, int64_t count,
-                                       float* v, int64_t i_stride, int64_t tiles) {
+// B^T d B for a run of windows in one row of one channel. planes: the channel's four phase planes
+// at the run's first place; v: at the channel and the run's first tile. Whole vectors are stored:
+// what lies past the run is overwritten by the next or never read.
+FUSEDCNN_NOINLINE void transform_patches(const float* planes, int64_t plane_size, int64_t pitch,
+                                         int64_t count, float* v, int64_t i_stride) {
   constexpr int kN = kLanes<float>;
+  const float* rows[4];  // of the patches: phases 0 and 1 at one place, then at the next
+  FUSEDCNN_UNROLL
+  for (int y = 0; y < 4; ++y) rows[y] = planes + (y % 2) * 2 * plane_size + y / 2 * pitch;
   for (int64_t k = 0; k < count; k += kN) {
     Vector<float> b[4][4];
+    FUSEDCNN_UNROLL
     for (int x = 0; x < 4; ++x) {
       Vector<float> d[4];
-      for (int y = 0; y < 4; ++y) {
-        d[y] = load(planes + ((y % 2) * 2 + x % 2) * plan.plane_size + y / 2 * plan.pitch + x / 2 +
-                    k);
-      }
+      FUSEDCNN_UNROLL
+      for (int y = 0; y < 4; ++y) d[y] = load(rows[y] + (x % 2) * plane_size + x / 2 + k);
       b[0][x] = d[0] - d[2];
       b[1][x] = d[1] + d[2];
       b[2][x] = d[2] - d[1];
       b[3][x] = d[1] - d[3];
     }
+    FUSEDCNN_UNROLL
     for (int i = 0; i < 4; ++i) {
       float* to = v + i * i_stride + k;
       store(to, b[i][0] - b[i][2]);
-      store(to + tiles, b[i][1] + b[i][2]);
-      store(to + 2 * tiles, b[i][2] - b[i][1]);
-      store(to + 3 * tiles, b[i][1] - b[i][3]);
+      store(to + kTileStride, b[i][1] + b[i][2]);
+      store(to + 2 * kTileStride, b[i][2] - b[i][1]);
+      store(to + 3 * kTileStride, b[i][1] - b[i][3]);
     }
   }
 }
 
 // Bias, max, ReLU and code of one tile's Z vectors. y: [Z][4] vectors; values, codes: [Z * lanes].
 template <int Z>
-FUSEDCNN_INLINE void finish_tile(const float* y, const float* bias, float* values, uint32_t* codes) {
+FUSEDCNN_INLINE void finish_tile(const float* y, const float* bias, float* values,
+                                 uint32_t* codes) {
   constexpr int kN = kLanes<float>;
   for (int z = 0; z < Z; ++z) {
     const Vector<float> shift = load(bias + z * kN);
@@ -176,12 +195,14 @@ FUSEDCNN_INLINE bool moderate(const float* values, int64_t count) {
 
 template <int Z>
 void strip_block(const Winograd2Shared& shared, int64_t channels, int64_t first, int64_t count,
-                 const float* v, int64_t tiles, float* y, float* values, uint32_t* codes) {
+                 const float* v, float* y, float* values, uint32_t* codes) {
   constexpr int kN = kLanes<float>;
-  for (int i = 0; i < 4; ++i) {
-    winograd_rows<Z>(i, count, v + i * channels * 4 * tiles, tiles, channels,
-                     shared.weights + (first * 4 + i * Z * kN) * channels * 4, y);
-  }
+  const int64_t v_row = channels * 4 * kTileStride, u_row = channels * 4 * Z * kN;
+  const float* u = shared.weights + first * channels * 16;
+  winograd_rows<0, Z>(count, v, channels, u, y);
+  winograd_rows<1, Z>(count, v + v_row, channels, u + u_row, y);
+  winograd_rows<2, Z>(count, v + 2 * v_row, channels, u + 2 * u_row, y);
+  winograd_rows<3, Z>(count, v + 3 * v_row, channels, u + 3 * u_row, y);
   for (int64_t t = 0; t < count; ++t) {
     finish_tile<Z>(y + t * Z * 4 * kN, shared.bias + first, values + t * shared.padded + first,
                    codes + t * shared.padded + first);
@@ -198,53 +219,60 @@ void winograd2_band(const ForwardArgs& args, const Winograd2Shared& shared, int6
   const int64_t rows = smaller(plan.band, g.h.out - first_out);
   const int64_t channels = g.in_channels;
 
-  const int64_t row_size = plan.pitch * plan.w.step + plan.w.step;
+  const int64_t rows_size = plan.plane_rows * packed_row(plan, kN);
   const int64_t planes_size = channels * plan.channel_size;
-  float* row = static_cast<float*>(
-      scratch(Slot::kPlanes, (row_size + planes_size + kN) * sizeof(float)));
-  float* planes = row + row_size;
-  memset(row, 0, row_size * sizeof(float));
+  float* in_order =
+      static_cast<float*>(scratch(Slot::kPlanes, (rows_size + planes_size + kN) * sizeof(float)));
+  float* planes = in_order + rows_size;
+  memset(in_order, 0, rows_size * sizeof(float));
   memset(planes + planes_size, 0, kN * sizeof(float));
   const S* image = static_cast<const S*>(args.input) + n * args.input_strides.n;
   for (int64_t c = 0; c < channels; ++c) {
+    float* to = planes + c * plan.channel_size;
     pack_band<S, float>(plan, g, image + c * args.input_strides.c, args.input_strides, first_out,
-                        planes + c * plan.channel_size, row);
-  }
-  if (!moderate(planes, planes_size)) {
-    shared.immoderate[task] = 1;
-    return;
-  }
-
-  const int64_t strip_rows = larger<int64_t>(1, smaller(rows, kStripTiles / g.w.out));
-  const int64_t tiles = round_up(strip_rows * g.w.out, kN) + kN;  // room for whole vectors
-  const int64_t v_size = 16 * channels * tiles, y_size = tiles * kWinogradWide * 4 * kN;
-  float* v = static_cast<float*>(scratch(
-      Slot::kConv, (v_size + y_size + 2 * tiles * shared.padded) * sizeof(float)));
-  float* y = v + v_size;
-  float* values = y + y_size;
-  uint32_t* codes = reinterpret_cast<uint32_t*>(values + tiles * shared.padded);
-
-  for (int64_t strip = 0; strip < rows; strip += strip_rows) {
-    const int64_t height = smaller(strip_rows, rows - strip);
-    const int64_t count = height * g.w.out;
-    for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t r = 0; r < height; ++r) {
-        transform_patches(plan, planes + c * plan.channel_size + (strip + r) * plan.pitch, g.w.out,
-                          v + c * 4 * tiles + r * g.w.out, channels * 4 * tiles, tiles);
+                        to, in_order);
+    for (int64_t phase = 0; phase < 4; ++phase) {
+      if (!moderate(to + phase * plan.plane_size, plan.plane_rows * plan.pitch)) {
+        shared.immoderate[task] = 1;
+        return;
       }
     }
-    int64_t oc = 0;
-    for (; oc + kWinogradWide * kN <= shared.padded; oc += kWinogradWide * kN) {
-      strip_block<kWinogradWide>(shared, channels, oc, count, v, tiles, y, values, codes);
+  }
+
+  const int64_t v_size = 16 * channels * kTileStride;
+  constexpr int64_t kYSize = kTileStride * kWinogradWide * 4 * kN;
+  float* v = static_cast<float*>(
+      scratch(Slot::kConv, (v_size + kYSize + 2 * kTileStride * shared.padded) * sizeof(float)));
+  float* y = v + v_size;
+  float* values = y + kYSize;
+  uint32_t* codes = reinterpret_cast<uint32_t*>(values + kTileStride * shared.padded);
+
+  const int64_t width = smaller(g.w.out, kStripTiles);  // of a strip
+  const int64_t strip_rows = larger<int64_t>(1, smaller(rows, kStripTiles / g.w.out));
+  for (int64_t top = 0; top < rows; top += strip_rows) {
+    for (int64_t first = 0; first < g.w.out; first += width) {
+      const int64_t across = smaller(width, g.w.out - first);
+      const int64_t down = smaller(strip_rows, rows - top);
+      const int64_t count = down * across;
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t r = 0; r < down; ++r) {
+          transform_patches(planes + c * plan.channel_size + (top + r) * plan.pitch + first,
+                            plan.plane_size, plan.pitch, across,
+                            v + c * 4 * kTileStride + r * across, channels * 4 * kTileStride);
+        }
+      }
+      int64_t oc = 0;
+      for (; oc + kWinogradWide * kN <= shared.padded; oc += kWinogradWide * kN) {
+        strip_block<kWinogradWide>(shared, channels, oc, count, v, y, values, codes);
+      }
+      if (oc < shared.padded) strip_block<1>(shared, channels, oc, count, v, y, values, codes);
+      const int64_t at = n * args.output_strides.n + (first_out + top) * args.output_strides.h +
+                         first * args.output_strides.w;
+      write_pixels<S>(values, codes, shared.padded, count, g.out_channels, across,
+                      static_cast<S*>(args.output) + at,
+                      args.code ? static_cast<uint8_t*>(args.code) + at : nullptr,
+                      args.output_strides);
     }
-    if (oc < shared.padded) {
-      strip_block<1>(shared, channels, oc, count, v, tiles, y, values, codes);
-    }
-    const int64_t at = n * args.output_strides.n + (first_out + strip) * args.output_strides.h;
-    write_pixels<S>(values, codes, shared.padded, count, g.out_channels, g.w.out,
-                    static_cast<S*>(args.output) + at,
-                    args.code ? static_cast<uint8_t*>(args.code) + at : nullptr,
-                    args.output_strides);
   }
 }
 
@@ -330,10 +358,14 @@ const char* why_not_winograd2(const Problem& problem) {
 
 void forward_winograd2(const ForwardArgs& args, const ThreadPool& pool) {
   switch (args.type) {
-    case DataType::kFloat32: return winograd2_typed<float>(args, pool);
-    case DataType::kBFloat16: return winograd2_typed<BFloat16>(args, pool);
-    case DataType::kFloat16: return winograd2_typed<Float16>(args, pool);
-    case DataType::kFloat64: return;  // refused by why_not
+    case DataType::kFloat32:
+      return winograd2_typed<float>(args, pool);
+    case DataType::kBFloat16:
+      return winograd2_typed<BFloat16>(args, pool);
+    case DataType::kFloat16:
+      return winograd2_typed<Float16>(args, pool);
+    case DataType::kFloat64:
+      return;  // refused by why_not
   }
 }
 

@@ -83,7 +83,8 @@ void unpack_patches(const BackwardPlan& plan, const BackwardArgs& args, int64_t 
     const T* from = image + ((y + g.h.padding) * plan.cols + g.w.padding) * plan.channels;
     for (int64_t c = 0; c < channels; ++c) {
       S* to = output + c * strides.c + y * strides.h;
-      for (int64_t x = 0; x < width; ++x) to[x * strides.w] = narrow<S>(from[x * plan.channels + c]);
+      for (int64_t x = 0; x < width; ++x)
+        to[x * strides.w] = narrow<S>(from[x * plan.channels + c]);
       for (int64_t x = larger<int64_t>(width, 0); x < g.w.in; ++x) to[x * strides.w] = S{};
     }
   }

@@ -31,6 +31,9 @@ constexpr int kRegisters = 16;
 
 #define FUSEDCNN_INLINE inline __attribute__((always_inline))
 #define FUSEDCNN_NOINLINE __attribute__((noinline))
+// In front of the loops over a register tile: only loops unrolled early let the compiler see that
+// an array of accumulators can live in registers from the start.
+#define FUSEDCNN_UNROLL _Pragma("GCC unroll 24")
 
 template <typename T>
 struct VectorOf {
@@ -77,6 +80,21 @@ FUSEDCNN_INLINE Vector<T> broadcast(T value) {
   return value - Vector<T>{};
 }
 
+// Keeps a loaded vector in a register. GCC otherwise folds the load into every instruction that
+// uses the value, which costs a load port each time.
+template <typename V>
+FUSEDCNN_INLINE void keep(V& value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__x86_64__)
+  asm("" : "+x"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#else
+  (void)value;
+#endif
+}
+
 template <typename T>
 FUSEDCNN_INLINE T smaller(T a, T b) {
   return b < a ? b : a;
@@ -91,7 +109,8 @@ FUSEDCNN_INLINE int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// ---- storage types -------------------------------------------------------------------------------
+// ---- storage types
+// -------------------------------------------------------------------------------
 //
 // Half types are stored in 16 bits and computed in float. Both conversions are written in integer
 // operations that the compiler vectorises on every ISA.

@@ -15,10 +15,12 @@ FUSEDCNN_INLINE void transpose_groups(Vector<T> (&rows)[Rows]) {
   constexpr int kN = kLanes<T>;
   if constexpr (Distance < Rows) {
     Vector<Int<T>> low, high;
+    FUSEDCNN_UNROLL
     for (int i = 0; i < kN; ++i) {
       low[i] = i & Distance ? kN + (i ^ Distance) : i;
       high[i] = i & Distance ? kN + i : i ^ Distance;
     }
+    FUSEDCNN_UNROLL
     for (int i = 0; i < Rows; ++i) {
       if (i & Distance) continue;
       const Vector<T> a = rows[i], b = rows[i + Distance];
@@ -29,13 +31,15 @@ FUSEDCNN_INLINE void transpose_groups(Vector<T> (&rows)[Rows]) {
   }
 }
 
-// Writes `count` pooled pixels of a run of whole rows. values, codes: [count][padded channels];
-// output, code (may be null): at the run's first pixel of channel 0. Strides in elements.
+// Writes `count` pooled pixels of a run of rows, `width` of each. values, codes: [count][padded
+// channels]; output, code (may be null): at the run's first pixel of channel 0. Strides in
+// elements.
 template <typename S>
 void write_pixels(const float* values, const uint32_t* codes, int64_t padded, int64_t count,
                   int64_t channels, int64_t width, S* output, uint8_t* code, Strides strides) {
   constexpr int kN = kLanes<float>;
-  if (strides.w != 1 || strides.h != width || sizeof(S) != sizeof(float)) {
+  const bool side_by_side = strides.h == width || count == width;  // or a part of one row
+  if (strides.w != 1 || !side_by_side || sizeof(S) != sizeof(float)) {
     // channels_last, or a type to round to: pixel by pixel, channels innermost.
     for (int64_t p = 0; p < count; ++p) {
       const int64_t at = p / width * strides.h + p % width * strides.w;
@@ -60,6 +64,7 @@ void write_pixels(const float* values, const uint32_t* codes, int64_t padded, in
     for (int64_t p = 0; p < count; p += kN) {
       const int64_t pixels = smaller<int64_t>(kN, count - p);
       Vector<float> block[kN];
+      FUSEDCNN_UNROLL
       for (int r = 0; r < kN; ++r) block[r] = load(values + (p + r) * padded + c);
       transpose_groups<float, kN>(block);
       for (int64_t l = 0; l < lanes; ++l) {
@@ -75,6 +80,7 @@ void write_pixels(const float* values, const uint32_t* codes, int64_t padded, in
       // that every channel's codes lie together.
       constexpr int kQuads = kN / 4;
       Vector<uint32_t> quads[kQuads];
+      FUSEDCNN_UNROLL
       for (int r = 0; r < kQuads; ++r) {
         const uint32_t* from = codes + (p + 4 * r) * padded + c;
         quads[r] = load(from) | load(from + padded) << 8 | load(from + 2 * padded) << 16 |
