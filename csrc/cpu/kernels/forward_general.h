@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/kernel.h"
+#include "cpu/kernels/phase_planes.h"
 #include "cpu/kernels/simd.h"
 #include "cpu/plan.h"
 #include "cpu/scratch.h"
@@ -81,79 +82,6 @@ ConvTile<T> conv_tile_for(int64_t channels, int64_t vectors) {
       return conv_tile_for<T, 3>(vectors);
     default:
       return conv_tile_for<T, 4>(vectors);
-  }
-}
-
-// to[p][k] = from[k * step + phase of p], k < count, for every phase in use. Writes whole vectors:
-// up to a vector past `count` in each plane.
-template <typename T>
-void split_phases(const T* from, const AxisPhases& axis, T* to, int64_t plane_size, int64_t count) {
-  constexpr int kN = kLanes<T>;
-  if (axis.step == 1) {
-    for (int64_t k = 0; k < count; k += kN) store(to + k, load(from + k));
-  } else if (axis.step == 2 && axis.input_phases == 2 && axis.input_phase[0] == 0) {
-    Vector<Int<T>> even, odd;
-    for (int l = 0; l < kN; ++l) {
-      even[l] = 2 * l;
-      odd[l] = 2 * l + 1;
-    }
-    for (int64_t k = 0; k < count; k += kN) {
-      const Vector<T> a = load(from + 2 * k), b = load(from + 2 * k + kN);
-      store(to + k, __builtin_shuffle(a, b, even));
-      store(to + plane_size + k, __builtin_shuffle(a, b, odd));
-    }
-  } else {
-    for (int64_t p = 0; p < axis.input_phases; ++p) {
-      const T* source = from + axis.input_phase[p];
-      for (int64_t k = 0; k < count; ++k) to[p * plane_size + k] = source[k * axis.step];
-    }
-  }
-}
-
-// Elements of the scratch that pack_band needs for `rows`.
-FUSEDCNN_INLINE int64_t packed_row(const ForwardPlan& plan, int64_t lanes) {
-  return plan.pitch * plan.w.step + 2 * lanes;
-}
-
-// Lays out the input rows of one band of one channel in phase planes, zeros outside the image.
-// image: the channel's [H, W] with strides; planes: [phases_h * phases_w][plane_rows][pitch];
-// rows: scratch for [plane_rows][packed_row], zeros outside the image's columns already.
-template <typename S, typename T>
-void pack_band(const ForwardPlan& plan, const Geometry& g, const S* image, Strides strides,
-               int64_t first_out, T* planes, T* rows) {
-  constexpr int kN = kLanes<T>;
-  const int64_t left = -plan.w.origin;  // padding in front of a row
-  const int64_t width = smaller(g.w.in, larger<int64_t>(plan.pitch * plan.w.step - left, 0));
-  const int64_t row_size = packed_row(plan, kN);
-  for (int64_t p = 0; p < plan.h.input_phases; ++p) {
-    const auto source = [&](int64_t i) {
-      return (first_out + i) * plan.h.step + plan.h.input_phase[p] + plan.h.origin;
-    };
-    // First every row in order, then every row apart: a vector load soon after the narrower stores
-    // that it spans would wait for them.
-    for (int64_t i = 0; i < plan.plane_rows; ++i) {
-      const int64_t y = source(i);
-      if (y < 0 || y >= g.h.in) continue;
-      const S* from = image + y * strides.h;
-      T* to = rows + i * row_size + left;
-      if (strides.w == 1) {
-        for (int64_t x = 0; x < width; ++x) to[x] = widen(from[x]);
-      } else {
-        for (int64_t x = 0; x < width; ++x) to[x] = widen(from[x * strides.w]);
-      }
-    }
-    T* plane = planes + p * plan.w.input_phases * plan.plane_size;
-    for (int64_t i = 0; i < plan.plane_rows; ++i) {
-      const int64_t y = source(i);
-      T* to = plane + i * plan.pitch;
-      if (y >= 0 && y < g.h.in) {
-        split_phases(rows + i * row_size, plan.w, to, plan.plane_size, plan.pitch);
-        continue;
-      }
-      for (int64_t q = 0; q < plan.w.input_phases; ++q) {
-        memset(to + q * plan.plane_size, 0, plan.pitch * sizeof(T));
-      }
-    }
   }
 }
 
@@ -262,13 +190,14 @@ void forward_band(const ForwardArgs& args, const ForwardShared<Accumulator<S>>& 
   memset(in_order, 0, rows_size * sizeof(T));
   memset(planes + channels * plan.channel_size, 0, slack * sizeof(T));
   const bool masked = plan.h.masked || plan.w.masked;
+  RangeCheck<T> unused(0);
 
   for (int64_t group = 0; group < g.groups; ++group) {
     for (int64_t c = 0; c < channels; ++c) {
       const S* image = static_cast<const S*>(args.input) + n * args.input_strides.n +
                        (group * channels + c) * args.input_strides.c;
       pack_band<S, T>(plan, g, image, args.input_strides, first_out, planes + c * plan.channel_size,
-                      in_order);
+                      in_order, unused);
     }
     for (int64_t block = 0; block < shared.blocks; ++block) {
       const int64_t in_block =

@@ -158,9 +158,7 @@ FUSEDCNN_INLINE void finish_tile(const float* y, const float* bias, float* value
     Vector<uint32_t> winner = {};
     for (int e = 1; e < 4; ++e) {
       const Vector<float> value = load(y + (z * 4 + e) * kN) + shift;
-      // The first maximum wins. NaN can only come from the bias, where it is in all four: the last
-      // one wins, as in torch.
-      const auto wins = (value > best) | (value != value);
+      const auto wins = value > best;  // the first maximum wins
       best = wins ? value : best;
       winner = wins ? broadcast<uint32_t>(e) : winner;
     }
@@ -177,21 +175,6 @@ struct Winograd2Shared {
   int64_t padded;        // out channels, whole vectors
   uint8_t* immoderate;   // [batch * bands], set where the band was left to the general kernel
 };
-
-// Whether every element lies within kModerate; false for NaN.
-FUSEDCNN_INLINE bool moderate(const float* values, int64_t count) {
-  constexpr int kN = kLanes<float>;
-  Vector<int32_t> fine = Vector<int32_t>{} - 1;
-  int64_t k = 0;
-  for (; k + kN <= count; k += kN) {
-    const Vector<float> x = load(values + k);
-    fine &= (x <= broadcast(kModerate)) & (x >= broadcast(-kModerate));
-  }
-  bool all = true;
-  for (int l = 0; l < kN; ++l) all &= fine[l] != 0;
-  for (; k < count; ++k) all &= values[k] <= kModerate && values[k] >= -kModerate;
-  return all;
-}
 
 template <int Z>
 void strip_block(const Winograd2Shared& shared, int64_t channels, int64_t first, int64_t count,
@@ -227,16 +210,14 @@ void winograd2_band(const ForwardArgs& args, const Winograd2Shared& shared, int6
   memset(in_order, 0, rows_size * sizeof(float));
   memset(planes + planes_size, 0, kN * sizeof(float));
   const S* image = static_cast<const S*>(args.input) + n * args.input_strides.n;
+  RangeCheck<float> range(kModerate);
   for (int64_t c = 0; c < channels; ++c) {
-    float* to = planes + c * plan.channel_size;
     pack_band<S, float>(plan, g, image + c * args.input_strides.c, args.input_strides, first_out,
-                        to, in_order);
-    for (int64_t phase = 0; phase < 4; ++phase) {
-      if (!moderate(to + phase * plan.plane_size, plan.plane_rows * plan.pitch)) {
-        shared.immoderate[task] = 1;
-        return;
-      }
-    }
+                        planes + c * plan.channel_size, in_order, range);
+  }
+  if (!range.passed()) {
+    shared.immoderate[task] = 1;
+    return;
   }
 
   const int64_t v_size = 16 * channels * kTileStride;
@@ -328,11 +309,13 @@ void winograd2_typed(const ForwardArgs& args, const ThreadPool& pool) {
   float* bias = weights + u_size;
   uint8_t* immoderate = reinterpret_cast<uint8_t*>(bias + padded);
   transform_weights<S>(args, padded, weights);
-  if (!moderate(weights, u_size)) return forward_general(args, pool);
   for (int64_t oc = 0; oc < padded; ++oc) {
     const bool real = args.bias && oc < g.out_channels;
     bias[oc] = real ? widen(static_cast<const S*>(args.bias)[oc * args.bias_stride]) : 0.0f;
   }
+  RangeCheck<float> range(kModerate);  // so that no NaN arises here and none is passed on
+  for (int64_t k = 0; k < u_size + padded; k += kLanes<float>) range.see(load(weights + k));
+  if (!range.passed()) return forward_general(args, pool);
   memset(immoderate, 0, bands);
   const Winograd2Shared shared{plan, weights, bias, padded, immoderate};
   parallel_tasks(pool, bands, [&](int64_t task) { winograd2_band<S>(args, shared, task); });
