@@ -31,6 +31,7 @@ __all__ = [
     "prepare_metadata_for_build_wheel",
 ]
 
+
 def _torch_requirement() -> list[str]:
     return [] if torch_dir() else ["torch>=2.10"]
 
@@ -43,4 +44,3 @@ def get_requires_for_build_wheel(config_settings=None) -> list[str]:
 def get_requires_for_build_editable(config_settings=None) -> list[str]:
     """Build requirements of an editable install, as for a wheel."""
     return [*_backend.get_requires_for_build_editable(config_settings), *_torch_requirement()]
-

@@ -24,18 +24,18 @@ constexpr const char* name(DataType type) {
 // and convolution output c looks at input elements
 //   i = c * stride - padding + k * dilation,                  0 <= k < kernel, zero outside [0, in)
 struct Axis {
-  int64_t in;              // input size
-  int64_t kernel;          // taps of the convolution
+  int64_t in;      // input size
+  int64_t kernel;  // taps of the convolution
   int64_t stride;
-  int64_t padding;         // zeros before the first element
-  int64_t padding_after;   // zeros after the last one; differs from `padding` for padding="same"
+  int64_t padding;        // zeros before the first element
+  int64_t padding_after;  // zeros after the last one; differs from `padding` for padding="same"
   int64_t dilation;
   int64_t pool_kernel;
   int64_t pool_stride;
   int64_t pool_padding;
   int64_t pool_dilation;
-  int64_t conv;            // convolution output size
-  int64_t out;             // pooled output size
+  int64_t conv;  // convolution output size
+  int64_t out;   // pooled output size
 
   // Input elements between neighbouring pooled outputs.
   constexpr int64_t step() const { return pool_stride * stride; }

@@ -92,6 +92,9 @@ struct Kernel {
 struct KernelList {
   const Kernel* kernels;  // in order of preference, within each pass
   int count;
+  // Billions of float32 operations a second that one core of this ISA can do in multiply-adds: the
+  // yardstick of the benchmarks. Runs for about `seconds`.
+  double (*multiply_add_rate)(double seconds);
 };
 
 }  // namespace fusedcnn::cpu

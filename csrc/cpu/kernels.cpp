@@ -3,6 +3,7 @@
 #include "cpu/kernels/backward_general.h"
 #include "cpu/kernels/forward_general.h"
 #include "cpu/kernels/forward_winograd2.h"
+#include "cpu/kernels/multiply_add_rate.h"
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 
@@ -17,7 +18,7 @@ KernelList kernels() {
       {"general", Pass::kGradWeight, why_not_backward_general, nullptr, grad_weight_general},
       {"general", Pass::kGradInput, why_not_backward_general, nullptr, grad_input_general},
   };
-  return {list, sizeof list / sizeof *list};
+  return {list, sizeof list / sizeof *list, multiply_add_rate};
 }
 
 }  // namespace fusedcnn::cpu::FUSEDCNN_ISA

@@ -31,19 +31,32 @@ std::string shape_text(const Tensor& tensor) {
 
 const char* type_text(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::ComplexFloat: return "complex64";
-    case ScalarType::ComplexDouble: return "complex128";
-    default: return "another type";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    default:
+      return "another type";
   }
 }
 
@@ -89,9 +102,9 @@ void complete_axis(Axis& axis, bool ceil_mode, char letter) {
   }
   axis.conv = (padded - extent) / axis.stride + 1;
 
-  const int64_t window = checked_sum(
-      checked_product(axis.pool_dilation, axis.pool_kernel - 1, "pool_dilation"), 1,
-      "pool_dilation");
+  const int64_t window =
+      checked_sum(checked_product(axis.pool_dilation, axis.pool_kernel - 1, "pool_dilation"), 1,
+                  "pool_dilation");
   if (axis.pool_padding > window / 2) {
     fail("pool_padding: expected at most half of the pool window (", window / 2, "), got ",
          axis.pool_padding);
@@ -122,8 +135,7 @@ Geometry check_geometry(const Tensor& input, const Tensor& weight,
     fail("input: expected [N, C, H, W] or [C, H, W], got ", shape_text(input));
   }
   if (weight.dim() != 4) {
-    fail("weight: expected [out_channels, in_channels / groups, KH, KW], got ",
-         shape_text(weight));
+    fail("weight: expected [out_channels, in_channels / groups, KH, KW], got ", shape_text(weight));
   }
   const int64_t* p = packed.data();
   Geometry g{};
@@ -132,10 +144,30 @@ Geometry check_geometry(const Tensor& input, const Tensor& weight,
   g.out_channels = weight.size(0);
   g.groups = p[8];
   g.ceil_mode = p[17] != 0;
-  g.h = Axis{input.size(rank - 2), weight.size(2), p[0], p[2], p[3], p[6], p[9], p[11], p[13],
-             p[15], 0, 0};
-  g.w = Axis{input.size(rank - 1), weight.size(3), p[1], p[4], p[5], p[7], p[10], p[12], p[14],
-             p[16], 0, 0};
+  g.h = Axis{input.size(rank - 2),
+             weight.size(2),
+             p[0],
+             p[2],
+             p[3],
+             p[6],
+             p[9],
+             p[11],
+             p[13],
+             p[15],
+             0,
+             0};
+  g.w = Axis{input.size(rank - 1),
+             weight.size(3),
+             p[1],
+             p[4],
+             p[5],
+             p[7],
+             p[10],
+             p[12],
+             p[14],
+             p[16],
+             0,
+             0};
   if (g.groups < 1) fail("groups: expected a value >= 1, got ", g.groups);
   if (g.out_channels < 1) fail("weight: expected out_channels >= 1, got ", shape_text(weight));
   if (g.in_channels < 1) fail("input: expected C >= 1, got ", shape_text(input));
@@ -162,10 +194,14 @@ Geometry check_geometry(const Tensor& input, const Tensor& weight,
 
 DataType check_type(const Tensor& input) {
   switch (input.scalar_type()) {
-    case ScalarType::Float: return DataType::kFloat32;
-    case ScalarType::Double: return DataType::kFloat64;
-    case ScalarType::BFloat16: return DataType::kBFloat16;
-    case ScalarType::Half: return DataType::kFloat16;
+    case ScalarType::Float:
+      return DataType::kFloat32;
+    case ScalarType::Double:
+      return DataType::kFloat64;
+    case ScalarType::BFloat16:
+      return DataType::kBFloat16;
+    case ScalarType::Half:
+      return DataType::kFloat16;
     default:
       fail("input: expected float32, float64, bfloat16 or float16, got ",
            type_text(input.scalar_type()));
@@ -180,8 +216,7 @@ void check_like_input(const char* argument, const Tensor& tensor, const Tensor& 
   }
 }
 
-void check_shape(const char* argument, const Tensor& tensor,
-                 const std::vector<int64_t>& expected) {
+void check_shape(const char* argument, const Tensor& tensor, const std::vector<int64_t>& expected) {
   const auto sizes = tensor.sizes();
   if (std::vector<int64_t>(sizes.begin(), sizes.end()) == expected) return;
   std::ostringstream text;

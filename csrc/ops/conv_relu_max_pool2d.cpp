@@ -108,15 +108,15 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward(
     throw std::runtime_error("code: expected the CPU tensor that the forward returned");
   }
   const ScalarType scalar = input.scalar_type();
-  const bool want_input = output_mask & 1, want_weight = output_mask & 2, want_bias = output_mask & 4;
-  Tensor grad_input = want_input
-                          ? empty_image(batched, g.batch, g.in_channels, g.h.in, g.w.in, scalar,
-                                        is_channels_last(input))
-                          : empty_vector(0, scalar);
-  Tensor grad_weight = want_weight ? empty_image(true, g.out_channels, g.in_channels_per_group(),
-                                                 g.h.kernel, g.w.kernel, scalar,
-                                                 is_channels_last(weight))
-                                   : empty_vector(0, scalar);
+  const bool want_input = output_mask & 1, want_weight = output_mask & 2,
+             want_bias = output_mask & 4;
+  Tensor grad_input = want_input ? empty_image(batched, g.batch, g.in_channels, g.h.in, g.w.in,
+                                               scalar, is_channels_last(input))
+                                 : empty_vector(0, scalar);
+  Tensor grad_weight = want_weight
+                           ? empty_image(true, g.out_channels, g.in_channels_per_group(),
+                                         g.h.kernel, g.w.kernel, scalar, is_channels_last(weight))
+                           : empty_vector(0, scalar);
   Tensor grad_bias = empty_vector(want_bias ? g.out_channels : 0, scalar);
 
   cpu::BackwardArgs args{};

@@ -34,6 +34,10 @@ py::list isas() {
     row["name"] = isa.name;
     row["supported"] = isa.supported;
     row["selected"] = &isa == &cpu::selected_isa();
+    row["reason"] = &isa == &cpu::selected_isa()
+                        ? (cpu::forced_isa().empty() ? "widest supported" : "forced")
+                    : isa.supported ? "a wider one is supported, or another is forced"
+                                    : "this machine lacks it";
     rows.append(row);
   }
   return rows;
@@ -50,6 +54,10 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("isas", &isas);
   m.def("kernels", &kernels);
+  m.def(
+      "fma_gflops",
+      [](double seconds) { return cpu::selected_isa().list.multiply_add_rate(seconds); },
+      py::arg("seconds"), py::call_guard<py::gil_scoped_release>());
   m.def("force", &cpu::force, py::arg("isa"), py::arg("kernel"));
   m.def("forced", [] { return py::make_tuple(cpu::forced_isa(), cpu::forced_kernel()); });
 }

@@ -26,6 +26,11 @@ logger = logging.getLogger("fusedcnn")
 forward_op = torch.ops.fusedcnn.conv_relu_max_pool2d.default
 backward_op = torch.ops.fusedcnn.conv_relu_max_pool2d_backward.default
 
+# `with below_autograd():` calls the operators without their autograd registration, which costs
+# several microseconds of Python per call; for callers that record the call themselves, or know that
+# nothing is to be recorded.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
 # Bits of the backward's output_mask.
 GRAD_INPUT, GRAD_WEIGHT, GRAD_BIAS = 1, 2, 4
 
@@ -261,7 +266,7 @@ def note_stock(reason: str) -> None:
     """Record that a call was computed by the stock layers, and why; logs each reason once."""
     count = _stock_reasons.get(reason, 0)
     _stock_reasons[reason] = count + 1
-    if count == 0:
+    if count == 0:  # once each: a training loop would repeat it at every step
         logger.debug("computed by the stock layers: %s", reason)
 
 

@@ -7,11 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedcnn._ops import backward_op, forward_op, output_mask, select_grads
-
-# Calls the operators without a second pass through their own autograd registration, which costs
-# several microseconds of Python per call and would record nothing here.
-_below_autograd = torch._C._AutoDispatchBelowAutograd
+from fusedcnn._ops import backward_op, below_autograd, forward_op, output_mask, select_grads
 
 
 class ConvReLUMaxPool2dFunction(torch.autograd.Function):
@@ -34,7 +30,7 @@ class ConvReLUMaxPool2dFunction(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[int, ...]
     ) -> Tensor:
         """Return the pooled output [N, OC, OH, OW] and save what the backward needs."""
-        with _below_autograd():
+        with below_autograd():
             output, code = forward_op(input, weight, bias, geometry, True)
         ctx.save_for_backward(input, weight, code)
         ctx.geometry = geometry
@@ -51,6 +47,6 @@ class ConvReLUMaxPool2dFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: record the backward itself
             grads = backward_op(grad_output, input, weight, code, ctx.geometry, mask)
         else:
-            with _below_autograd():
+            with below_autograd():
                 grads = backward_op(grad_output, input, weight, code, ctx.geometry, mask)
         return *select_grads(grads, mask), None

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fusedcnn._ops import Geometry, forward_op, note_stock
+from fusedcnn._ops import Geometry, below_autograd, forward_op, note_stock
 from fusedcnn.autograd import ConvReLUMaxPool2dFunction
 
 _INT64_MAX = 2**63 - 1
-# Inputs with more elements per image than this are left to the stock layers when gradients are
-# wanted: the backward kernels index one padded image with 32 bits.
-_MAX_IMAGE_ELEMENTS = 2**30
+# The backward kernels index one padded image with 32 bits; half of that leaves room for channels
+# rounded up to whole vectors.
+_MAX_PADDED_ELEMENTS = 2**31
 
 
 def _integers(argument: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -124,7 +124,16 @@ def pack_geometry(
     return _pack(tuple(kernel_size), *map(_freeze, arguments))
 
 
-def _why_stock(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+def _padded_elements(input: Tensor, g: Geometry) -> int:
+    channels, height, width = input.shape[-3:]
+    return (
+        channels
+        * (height + g.padding_top + g.padding_bottom)
+        * (width + g.padding_left + g.padding_right)
+    )
+
+
+def _why_stock(input: Tensor, weight: Tensor, geometry: Geometry) -> str | None:
     """Why the stock layers compute this call, or None where a fused kernel does."""
     device = input.device.type
     if device != "cpu":
@@ -135,10 +144,8 @@ def _why_stock(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None
         return "torch.func transforms"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    if input.numel() > _MAX_IMAGE_ELEMENTS and input[..., :, :, :].numel() // max(
-        1, input.shape[0] if input.dim() == 4 else 1
-    ) > (_MAX_IMAGE_ELEMENTS):
-        return f"images of more than {_MAX_IMAGE_ELEMENTS} elements"
+    if _padded_elements(input, geometry) > _MAX_PADDED_ELEMENTS:
+        return f"a padded image of more than {_MAX_PADDED_ELEMENTS} elements"
     return None
 
 
@@ -218,7 +225,7 @@ def conv_relu_max_pool2d(
             pool_dilation=pool_dilation,
             ceil_mode=ceil_mode,
         )
-    _check_tensors(input, weight, bias)
+    _check_tensors(input, weight, bias)  # what the lines below need; the operator checks the rest
     device_type = input.device.type
     if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
@@ -237,7 +244,7 @@ def conv_relu_max_pool2d(
         pool_dilation=pool_dilation,
         ceil_mode=ceil_mode,
     )
-    reason = _why_stock(input, weight, bias)
+    reason = _why_stock(input, weight, geometry)
     if reason is not None:
         note_stock(reason)
         pool = {
@@ -251,9 +258,12 @@ def conv_relu_max_pool2d(
     needs_grad = torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    if not needs_grad or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return forward_op(input, weight, bias, geometry, needs_grad)[0]
-    return ConvReLUMaxPool2dFunction.apply(input, weight, bias, geometry)
+    if needs_grad:
+        return ConvReLUMaxPool2dFunction.apply(input, weight, bias, geometry)
+    with below_autograd():
+        return forward_op(input, weight, bias, geometry, False)[0]
 
 
 def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -261,15 +271,21 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a Tensor, got {type(weight).__name__}")
+    if input.dim() not in (3, 4):
+        raise RuntimeError(f"input: expected [N, C, H, W] or [C, H, W], got {list(input.shape)}")
     if weight.dim() != 4:
         raise RuntimeError(
             f"weight: expected [out_channels, in_channels / groups, KH, KW], "
             f"got {list(weight.shape)}"
         )
     if weight.device != input.device:
-        raise RuntimeError(f"weight: expected device {input.device} like input, got {weight.device}")
+        raise RuntimeError(
+            f"weight: expected device {input.device} like input, got {weight.device}"
+        )
     if bias is not None:
         if not isinstance(bias, Tensor):
             raise TypeError(f"bias: expected a Tensor or None, got {type(bias).__name__}")
         if bias.device != input.device:
-            raise RuntimeError(f"bias: expected device {input.device} like input, got {bias.device}")
+            raise RuntimeError(
+                f"bias: expected device {input.device} like input, got {bias.device}"
+            )

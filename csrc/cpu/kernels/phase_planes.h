@@ -90,7 +90,7 @@ template <typename S, typename T>
 FUSEDCNN_NOINLINE void pack_band(const ForwardPlan& plan, const Geometry& g, const S* image,
                                  Strides strides, int64_t first_out, T* planes, T* rows,
                                  RangeCheck<T>& range) {
-  RangeCheck<T> check = range;  // in a register
+  RangeCheck<T> check = range;          // in a register
   const int64_t left = -plan.w.origin;  // padding in front of a row
   const int64_t width = smaller(g.w.in, larger<int64_t>(plan.pitch * plan.w.step - left, 0));
   const int64_t row_size = packed_row(plan, kLanes<T>);

@@ -1,0 +1,123 @@
+"""What this machine could do at most, and what it is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import fusedcnn
+import torch
+from torch.utils.benchmark import Timer
+
+FMA_SECONDS = 0.3
+# Large enough that packing and edges cost a GEMM little, small enough for some 20 to 50 ms on a
+# desktop core; a GPU needs more work to fill it.
+GEMM_SIZE = {"cpu": 1280, "cuda": 8192}
+# Larger than most last-level caches, so that the copy goes through memory.
+COPY_BYTES = 128 * 2**20
+REPEATS = 5
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def measure_limits(threads: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Measure the machine's peak arithmetic and memory rates, best of several.
+
+    Args:
+        threads: used on the CPU, as in the timings.
+        dtype: of the matrix product.
+        device: which machine.
+
+    Returns:
+        ``fma_gflops``: float32 multiply-adds from registers by fusedcnn's selected ISA, all
+        threads, in GFLOP/s (a multiply-add counts as 2), or None where that cannot be measured;
+        ``gemm_gflops``: a large ``torch.mm`` in ``dtype``; ``copy_gbps``: ``tensor.copy_`` of a
+        large buffer, bytes read plus bytes written, in GB/s.
+    """
+    return {
+        "fma_gflops": _fma_gflops(threads) if device.type == "cpu" else None,
+        "gemm_gflops": _gemm_gflops(threads, dtype, device),
+        "copy_gbps": _copy_gbps(threads, device),
+    }
+
+
+def _best_seconds(statement: str, names: dict[str, Any], threads: int) -> float:
+    timer = Timer(statement, globals=names, num_threads=threads)
+    return min(timer.timeit(1).mean for _ in range(REPEATS))
+
+
+def _fma_gflops(threads: int) -> float | None:
+    fma_gflops = getattr(fusedcnn._C, "fma_gflops", None)
+    if fma_gflops is None:
+        return None
+    with ThreadPoolExecutor(threads) as pool:  # it runs on the calling thread, without the GIL
+        return sum(pool.map(fma_gflops, [FMA_SECONDS] * threads))
+
+
+def _gemm_gflops(threads: int, dtype: torch.dtype, device: torch.device) -> float:
+    size = GEMM_SIZE[device.type]
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    names = {"torch": torch, "a": a, "b": b, "out": torch.empty_like(a)}
+    return 2e-9 * size**3 / _best_seconds("torch.mm(a, b, out=out)", names, threads)
+
+
+def _copy_gbps(threads: int, device: torch.device) -> float:
+    source = torch.ones(COPY_BYTES // 4, device=device)
+    names = {"source": source, "target": torch.zeros_like(source)}
+    return 2e-9 * COPY_BYTES / _best_seconds("target.copy_(source)", names, threads)
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were taken on: hardware, software, commit, date."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": _cpu_model(),
+        "cores": available_cores(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "onnxruntime": _version("onnxruntime"),
+        "fusedcnn": fusedcnn.build_info(),
+        "commit": _commit(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, marked -dirty where it has changes; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,33 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A remark on the stock layer's own speed, not on ours.
+    config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the slow tests out unless -m says which to run."""
+    if not config.getoption("-m"):
+        slow = [item for item in items if "slow" in item.keywords]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if "slow" not in item.keywords]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """The same random numbers for a test whichever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def restore_threads():
+    """Give torch its number of threads back."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

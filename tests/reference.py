@@ -1,0 +1,285 @@
+"""What the right answer is, and how far from it a kernel may be.
+
+Two kinds of data, drawn per block:
+
+* Integers, small enough that every product and every sum is exact in the tested dtype. Whatever
+  the order of summation, a right kernel then gives the exact result, so the tests ask for equality;
+  and small integers tie all the time, so they test the tie rule too.
+* Normal floats, compared with the stock layers run in float64. The rule: the largest error is at
+  most twice the stock layers' own largest error in the tested dtype, on the same tensors, plus a
+  floor (see `Bound`).
+
+The backward passes get the stock layers' winners as their code. In floats another winner than
+float64's may be a legitimate choice of rounding between two nearly equal elements; given the
+winners, all three gradients are plain sums, with one right answer each. That a forward kernel's
+winners are the right ones is tested apart: exactly on integers, and on floats by demanding that
+each is within the forward's tolerance of the best element of its window.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from geometries import Block, by_name, pair
+from torch import Tensor
+
+INPUT, WEIGHT, BIAS = 1, 2, 4  # bits of the backward operator's output_mask
+GRADS = ("grad_input", "grad_weight", "grad_bias")
+
+# Integers up to this magnitude are exact: 2 ** (bits of the significand).
+_EXACT = {
+    torch.bfloat16: 2**8,
+    torch.float16: 2**11,
+    torch.float32: 2**24,
+    torch.float64: 2**53,
+}
+
+
+class Operands(NamedTuple):
+    """Everything that a forward and a backward take."""
+
+    input: Tensor  # [N, C, H, W] or [C, H, W]
+    weight: Tensor  # [OC, C / groups, KH, KW]
+    bias: Tensor | None  # [OC]
+    grad_output: Tensor  # [N, OC, OH, OW] or [OC, OH, OW]
+
+    def map(self, function) -> Operands:
+        """`function` of each tensor."""
+        return Operands(*(t if t is None else function(t) for t in self))
+
+
+class Result(NamedTuple):
+    """Everything that a forward and a backward return."""
+
+    output: Tensor
+    code: Tensor
+    grad_input: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor
+
+
+class Bound(NamedTuple):
+    """Reference of one result, and the largest error allowed."""
+
+    reference: Tensor  # float64
+    allowed: float
+
+
+def _generator(block: Block) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(block.name.encode()))
+
+
+def _shapes(block: Block) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the convolution's output and of the pooled output."""
+    plane = block.conv(
+        torch.empty(block.input, device="meta"), torch.empty(block.weight, device="meta"), None
+    )
+    return tuple(plane.shape), tuple(F.max_pool2d(plane, *block.pool_arguments).shape)
+
+
+def integer_operands(block: Block, dtype: torch.dtype) -> Operands:
+    """Small integers; `exact_case` verifies that all results are exact."""
+    generator = _generator(block)
+    largest = 1 if dtype == torch.bfloat16 else 2
+
+    def draw(shape, low=-largest, high=largest):
+        return torch.randint(low, high + 1, shape, generator=generator).to(dtype)
+
+    return Operands(
+        draw(block.input),
+        draw(block.weight),
+        draw((block.out_channels,), -2, 1) if block.bias else None,
+        draw(_shapes(block)[1]),
+    )
+
+
+def normal_operands(block: Block, dtype: torch.dtype) -> Operands:
+    """Normal floats; the weight scaled so that outputs are of the input's size."""
+    generator = _generator(block)
+
+    def draw(shape, scale=1.0):
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+    return Operands(
+        draw(block.input),
+        draw(block.weight, 1 / math.sqrt(math.prod(block.weight[1:]))),
+        draw((block.out_channels,)) if block.bias else None,
+        draw(_shapes(block)[1]),
+    )
+
+
+# ---- winners ------------------------------------------------------------------------------------
+
+
+def _first_elements(block: Block, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Row [OH, 1] and column [OW] of the plane that each window starts at; may be negative."""
+    stride = pair(block.pool if block.pool_stride is None else block.pool_stride)
+    padding = pair(block.pool_padding)
+    rows = torch.arange(size[0]).view(-1, 1) * stride[0] - padding[0]
+    return rows, torch.arange(size[1]) * stride[1] - padding[1]
+
+
+def encode(block: Block, pooled: Tensor, index: Tensor, plane_w: int) -> Tensor:
+    """The code (csrc/core/geometry.h) of max_pool2d's `index` into planes `plane_w` wide."""
+    kernel_h, kernel_w = pair(block.pool)
+    dilation = pair(block.pool_dilation)
+    rows, cols = _first_elements(block, index.shape[-2:])
+    element_h = (index // plane_w - rows) // dilation[0]
+    element_w = (index % plane_w - cols) // dilation[1]
+    code = element_h * kernel_w + element_w
+    wide = kernel_h * kernel_w > 255
+    return torch.where(pooled <= 0, -1, code).to(torch.int32 if wide else torch.uint8)
+
+
+def decode(block: Block, code: Tensor, plane_w: int) -> tuple[Tensor, Tensor]:
+    """Where gradient flows, and the winner's index into its plane (0 where none flows)."""
+    dilation = pair(block.pool_dilation)
+    kernel_w = pair(block.pool)[1]
+    live = code != (-1 if code.dtype == torch.int32 else 255)
+    element = torch.where(live, code, 0).long()
+    rows, cols = _first_elements(block, code.shape[-2:])
+    index = (rows + element // kernel_w * dilation[0]) * plane_w
+    index = index + cols + element % kernel_w * dilation[1]
+    return live, torch.where(live, index, 0)
+
+
+def _plane_gradient(block: Block, code: Tensor, grad_output: Tensor, shape) -> Tensor:
+    """Gradient at the convolution's output: grad_output added up at its winners."""
+    live, index = decode(block, code, shape[-1])
+    flat = grad_output.new_zeros(*shape[:-2], shape[-2] * shape[-1])
+    flat.scatter_add_(-1, index.flatten(-2), torch.where(live, grad_output, 0).flatten(-2))
+    return flat.view(shape)
+
+
+def _gradients(block: Block, operands: Operands, plane_gradient: Tensor) -> tuple[Tensor, ...]:
+    """Input, weight and bias gradients of the convolution alone."""
+    input, weight = (t.detach().requires_grad_() for t in operands[:2])
+    plane = block.conv(input, weight, None)
+    grads = torch.autograd.grad(plane, (input, weight), plane_gradient)
+    others = [d for d in range(plane.dim()) if d != plane.dim() - 3]
+    return *grads, plane_gradient.sum(others)
+
+
+# ---- stock layers and reference -----------------------------------------------------------------
+
+
+def stock_result(block: Block, operands: Operands) -> Result:
+    """Forward, winners and gradients of the stock layers in the operands' dtype."""
+    input, weight, bias = (None if t is None else t.detach().requires_grad_() for t in operands[:3])
+    plane = block.conv(input, weight, bias)
+    pooled, index = F.max_pool2d(F.relu(plane), *block.pool_arguments, return_indices=True)
+    wanted = [t for t in (input, weight, bias) if t is not None]
+    grads = torch.autograd.grad(pooled, wanted, operands.grad_output)
+    if bias is None:  # the operator computes it when asked: the sum over the live outputs
+        code = encode(block, pooled, index, plane.shape[-1])
+        plane_gradient = _plane_gradient(block, code, operands.grad_output, plane.shape)
+        grads = *grads, _gradients(block, operands, plane_gradient)[2]
+    return Result(pooled.detach(), encode(block, pooled, index, plane.shape[-1]), *grads)
+
+
+@functools.lru_cache(maxsize=8)
+def exact_case(name: str, dtype: torch.dtype) -> tuple[Operands, Result]:
+    """Integer operands and their exact results in `dtype`."""
+    block = by_name(name)
+    operands = integer_operands(block, dtype)
+    result = stock_result(block, operands.map(Tensor.double))
+    for field, value in result._asdict().items():
+        assert value.abs().max() <= _EXACT[dtype] or field == "code", f"{field} is not exact"
+    exact = {k: v if k == "code" else v.to(dtype) for k, v in result._asdict().items()}
+    return operands, Result(**exact)
+
+
+class FloatCase(NamedTuple):
+    """Normal operands, the stock layers' winners, and the bound of each result."""
+
+    operands: Operands
+    code: Tensor
+    plane: Tensor  # float64: the convolution's output
+    output: Bound
+    grad_input: Bound
+    grad_weight: Bound
+    grad_bias: Bound
+
+
+# A kernel may have this many times the stock layers' error.
+_FACTOR = 2
+
+
+def _bound(reference: Tensor, stock: Tensor, terms: int, spread: float) -> Bound:
+    """The tolerance rule, for results that are sums of `terms` products.
+
+    The floor is there because the stock layers' error can be next to nothing by luck where results
+    are few. It is what one right summation is expected to be off by. Adding K products of random
+    sign one by one, where all together have the root of the sum of squares `spread`, rounds the
+    k-th partial sum, of size spread * sqrt(k / K), by up to eps / 2 of it, evenly distributed:
+    a variance of (eps / 2)^2 / 3 * spread^2 * k / K, over all k a deviation of
+    eps * spread * sqrt(K / 24). Half types accumulate in float32, and the result is rounded once.
+
+    In float64 the reference is no better than what is tested, so there is no error of the stock
+    layers to compare with: both sides are such sums, and 6 deviations part them at most.
+    """
+    dtype = stock.dtype
+    accumulate = dtype if dtype == torch.float64 else torch.float32
+    deviation = torch.finfo(accumulate).eps * spread * math.sqrt(terms / 24)
+    rounding = torch.finfo(dtype).eps / 2 * reference.abs().max().item()
+    if dtype == torch.float64:
+        return Bound(reference, 6 * deviation + 2 * rounding)
+    error = (stock.double() - reference).abs().max().item()
+    return Bound(reference, _FACTOR * error + deviation + rounding)
+
+
+def _spread(block: Block, operands: Operands, code: Tensor) -> tuple[float, ...]:
+    """Largest root of the sum of squares of a result's terms: output and the three gradients."""
+    squares = operands.map(Tensor.square)
+    plane = block.conv(*squares[:3])
+    gradient = _plane_gradient(block, code, squares.grad_output, plane.shape)
+    results = (plane, *_gradients(block, squares, gradient))
+    return tuple(math.sqrt(t.max().item()) for t in results)
+
+
+@functools.lru_cache(maxsize=8)
+def float_case(name: str, dtype: torch.dtype) -> FloatCase:
+    """Normal operands of a block, with what a kernel may return for them."""
+    block = by_name(name)
+    operands = normal_operands(block, dtype)
+    stock = stock_result(block, operands)
+    wide = operands.map(Tensor.double)
+    plane = block.conv(*wide[:3])
+    output = F.max_pool2d(F.relu(plane), *block.pool_arguments)
+    gradient = _plane_gradient(block, stock.code, wide.grad_output, plane.shape)
+    gradients = _gradients(block, wide, gradient)
+    # How many terms each sum has; where no gradient flows, a term is zero and rounds nothing.
+    taps = math.prod(block.weight[2:])
+    pixels = output.numel() // block.out_channels
+    per_group = block.out_channels // block.groups
+    terms = (taps * block.weight[1] + 1, taps * per_group, pixels, pixels)
+    spread = _spread(block, wide, stock.code)
+    references = (output, *gradients)
+    results = (stock.output, stock.grad_input, stock.grad_weight, stock.grad_bias)
+    bounds = map(_bound, references, results, terms, spread)
+    return FloatCase(operands, stock.code, plane, *bounds)
+
+
+# ---- layouts ------------------------------------------------------------------------------------
+
+LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed")
+
+
+def with_layout(tensor: Tensor, layout: str) -> Tensor:
+    """The same values, otherwise laid out in memory; vectors only know "sliced"."""
+    if layout == "channels_last" and tensor.dim() == 4:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if layout == "channels_last" and tensor.dim() == 3:
+        return tensor.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    if layout == "sliced":  # every second element of a larger tensor, past its beginning
+        larger = torch.full([2 * size + 1 for size in tensor.shape], 7, dtype=tensor.dtype)
+        view = larger[tuple(slice(1, None, 2) for _ in tensor.shape)]
+        return view.copy_(tensor)
+    if layout == "transposed" and tensor.dim() > 1:
+        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return tensor.contiguous()

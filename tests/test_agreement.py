@@ -1,0 +1,144 @@
+"""Every kernel of every ISA, forced one by one, against the stock layers, over every geometry."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import fusedcnn
+import pytest
+import torch
+import torch.nn.functional as F
+from fusedcnn import _ops
+from geometries import BLOCKS, DTYPES, Block, by_name, dtype_name
+from reference import (
+    BIAS,
+    GRADS,
+    INPUT,
+    LAYOUTS,
+    WEIGHT,
+    Operands,
+    decode,
+    exact_case,
+    float_case,
+    with_layout,
+)
+from torch import Tensor
+
+
+class Forced(NamedTuple):
+    """One kernel of one ISA, for one pass."""
+
+    isa: str
+    pass_name: str
+    kernel: str
+
+
+# One list feeds selection, build_info and these tests: a listed kernel cannot go untested.
+KERNELS = [
+    Forced(row["isa"], row["pass"], row["name"])
+    for row in fusedcnn.build_info()["kernels"]
+    if row["supported"]
+]
+
+over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+# The lowest decorator varies slowest, so that a block's reference is computed once.
+over_blocks = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+
+
+def run_pass(
+    forced: Forced, block: Block, operands: Operands, code: Tensor
+) -> dict[str, Tensor] | None:
+    """The pass's results by name, or None if the kernel says that it does not cover the block."""
+    input, weight, bias, grad_output = operands
+    geometry = block.pack()
+    with _ops.force(forced.isa, forced.kernel):
+        try:
+            if forced.pass_name == "forward":
+                results = _ops.forward_op(input, weight, bias, geometry, True)
+                return dict(zip(("output", "code"), results, strict=True))
+            mask = INPUT if forced.pass_name == "grad_input" else WEIGHT | BIAS
+            grads = _ops.backward_op(grad_output, input, weight, code, geometry, mask)
+        except RuntimeError as error:
+            # "general" covers everything; of the others, only what they claim is tested.
+            refused = f"no {forced.pass_name} kernel covers" in str(error)
+            if forced.kernel != "general" and refused:
+                return None
+            raise
+    grads = dict(zip(GRADS, grads, strict=True))
+    if mask == INPUT:
+        return {"grad_input": grads["grad_input"]}
+    return {"grad_weight": grads["grad_weight"], "grad_bias": grads["grad_bias"]}
+
+
+@pytest.mark.parametrize("forced", KERNELS, ids="-".join)
+def test_every_kernel_is_exercised(forced):
+    """A kernel that covers next to none of the list would pass all else here unseen."""
+    covered = 0
+    for block in BLOCKS:
+        operands, expected = exact_case(block.name, torch.float32)
+        covered += run_pass(forced, block, operands, expected.code) is not None
+    assert covered >= (len(BLOCKS) if forced.kernel == "general" else 20)
+
+
+@pytest.mark.parametrize("isa", sorted({forced.isa for forced in KERNELS}))
+def test_every_isa_has_all_passes(isa):
+    passes = {(f.pass_name, f.kernel) for f in KERNELS if f.isa == isa}
+    assert {(p, "general") for p in ("forward", "grad_weight", "grad_input")} <= passes
+
+
+@over_dtypes
+@over_blocks
+def test_integers_are_exact(block, dtype):
+    """Where all sums are exact, so is the result: of any kernel, in any layout, ties included."""
+    operands, expected = exact_case(block.name, dtype)
+    wrong = []
+    for layout in LAYOUTS:
+        laid_out = operands.map(lambda t, layout=layout: with_layout(t, layout))
+        code = with_layout(expected.code, layout)
+        for forced in KERNELS:
+            results = run_pass(forced, block, laid_out, code) or {}
+            for name, result in results.items():
+                if not torch.equal(result, getattr(expected, name)):
+                    differ = (result != getattr(expected, name)).sum().item()
+                    wrong.append(f"{name}, {layout}, {forced}: {differ} of {result.numel()} differ")
+    assert not wrong, "\n".join(wrong)
+
+
+@over_dtypes
+@over_blocks
+def test_floats_are_as_close_as_the_stock_layers(block, dtype):
+    """The rule of reference.py, for each result of each kernel."""
+    case = float_case(block.name, dtype)
+    wrong = []
+    for forced in KERNELS:
+        results = run_pass(forced, block, case.operands, case.code) or {}
+        code = results.pop("code", None)
+        for name, result in results.items():
+            bound = getattr(case, name)
+            error = (result.double() - bound.reference).abs().max().item()
+            if not error <= bound.allowed:
+                wrong.append(f"{name}, {forced}: error {error:.3g}, allowed {bound.allowed:.3g}")
+        if code is not None and not winners_win(block, code, case.plane, case.output.allowed):
+            wrong.append(f"winners, {forced}")
+    assert not wrong, "\n".join(wrong)
+
+
+def winners_win(block: Block, code: Tensor, plane: Tensor, allowed: float) -> bool:
+    """Whether each winner is its window's maximum, and "off" means none above 0, up to rounding."""
+    live, index = decode(block, code, plane.shape[-1])
+    best = F.max_pool2d(plane, *block.pool_arguments)
+    value = plane.flatten(-2).gather(-1, index.flatten(-2)).view_as(best)
+    # Two values, each within `allowed` of the exact one, may change places within twice that.
+    wins = (value >= best - 2 * allowed) & (best >= -allowed)
+    return bool(torch.where(live, wins, best <= allowed).all())
+
+
+def test_the_list_covers_what_it_should():
+    """The kinds of geometry that the kernels distinguish are all there."""
+    names = [block.name for block in BLOCKS]
+    assert len(set(names)) == len(names)
+    windows = {block.name: exact_case(block.name, torch.float32)[1].code.dtype for block in BLOCKS}
+    assert windows["window15x17"] == torch.uint8
+    assert windows["window256"] == windows["window289"] == torch.int32
+    assert {len(block.input) for block in BLOCKS} == {3, 4}
+    assert by_name("same_even").padding == "same"

@@ -1,0 +1,191 @@
+"""conv_relu_max_pool2d as users call it: with autograd, over every geometry, dtype and layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fusedcnn import conv_relu_max_pool2d
+from geometries import BLOCKS, DTYPES, Block, by_name, dtype_name
+from reference import LAYOUTS, Operands, exact_case, float_case, with_layout
+from torch import Tensor
+
+over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+over_blocks = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+
+
+def fused(block: Block, *tensors: Tensor | None) -> Tensor:
+    return conv_relu_max_pool2d(*tensors, *block.conv_arguments, **block.fused_keywords)
+
+
+def run(function, operands: Operands) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Output and gradients of `function`(input, weight, bias), by autograd."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in operands[:3]]
+    output = function(*leaves)
+    output.backward(operands.grad_output)
+    return output.detach(), tuple(None if t is None else t.grad for t in leaves)
+
+
+@over_dtypes
+@over_blocks
+def test_equals_the_stock_layers_on_integers(block, dtype):
+    """The stock layers themselves, in this dtype and layout, give the exact result too."""
+    operands, _ = exact_case(block.name, dtype)
+    expected_output, expected_grads = run(block.stock, operands)
+    for layout in LAYOUTS:
+        laid_out = operands.map(lambda t, layout=layout: with_layout(t, layout))
+        output, grads = run(lambda *tensors: fused(block, *tensors), laid_out)
+        assert torch.equal(output, expected_output), layout
+        for name, grad, expected in zip(
+            ("input", "weight", "bias"), grads, expected_grads, strict=True
+        ):
+            assert (grad is None) == (expected is None), (name, layout)
+            assert grad is None or torch.equal(grad, expected), (name, layout)
+        with torch.no_grad():  # the forward without a code
+            assert torch.equal(fused(block, *laid_out[:3]), expected_output), layout
+
+
+@over_blocks
+def test_floats_are_as_close_as_the_stock_layers(block):
+    """In float32, by autograd; the bounds hold for the stock layers' winners.
+
+    No window of these blocks is so nearly tied that float32 picks another winner than the stock
+    layers did: a pick that differed would show as an error of the size of a gradient.
+    """
+    case = float_case(block.name, torch.float32)
+    output, grads = run(lambda *tensors: fused(block, *tensors), case.operands)
+    bounds = (case.output, case.grad_input, case.grad_weight, case.grad_bias)
+    for result, bound in zip((output, *grads), bounds, strict=True):
+        if result is not None:
+            assert (result.double() - bound.reference).abs().max() <= bound.allowed
+
+
+@pytest.mark.parametrize("weight_layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("input_layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "name", ["simplecnn1_n2", "simplecnn2_n5", "kernel4x4", "channels1to1", "groups2", "unbatched"]
+)
+def test_memory_formats_are_those_of_the_stock_layers(name, input_layout, weight_layout):
+    """channels_last in, channels_last out; strides are compared where a size leaves no doubt."""
+    block = by_name(name)
+    operands, _ = exact_case(name, torch.float32)
+    operands = operands._replace(
+        input=with_layout(operands.input, input_layout),
+        weight=with_layout(operands.weight, weight_layout),
+    )
+    output, grads = run(lambda *tensors: fused(block, *tensors), operands)
+    expected, expected_grads = run(block.stock, operands)
+    assert memory_format(output) == memory_format(expected)
+    # A gradient has its tensor's format, which autograd asks of leaves.
+    for grad, expected_grad in zip(grads[:2], expected_grads[:2], strict=True):
+        assert memory_format(grad) == memory_format(expected_grad)
+
+
+def memory_format(tensor: Tensor) -> set[torch.memory_format]:
+    """The formats that a tensor is dense in; both, where a size of 1 makes them the same."""
+    formats = {torch.contiguous_format} if tensor.is_contiguous() else set()
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        formats.add(torch.channels_last)
+    return formats
+
+
+def test_expanded_operands():
+    """Stride-0 dimensions: one image for a whole batch, one kernel for all output channels."""
+    block = by_name("simplecnn1_n5")
+    operands, _ = exact_case(block.name, torch.float32)
+    expanded = Operands(
+        operands.input[:1].expand(block.input),
+        operands.weight[:1].expand(block.weight),
+        operands.bias[:1].expand(block.out_channels),
+        operands.grad_output[:, :1].expand_as(operands.grad_output),
+    )
+    output, grads = run(lambda *tensors: fused(block, *tensors), expanded)
+    dense = expanded.map(Tensor.contiguous)
+    expected, expected_grads = run(block.stock, dense)
+    assert torch.equal(output, expected)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert torch.equal(grad, expected_grad)
+
+
+@pytest.mark.parametrize("name", ["simplecnn2_n2", "kernel5x5", "pool3_stride2"])
+def test_sum_backward(name):
+    """.sum() sends back one number expanded over the output, with all strides 0."""
+    block = by_name(name)
+    operands, _ = exact_case(name, torch.float32)
+    ones = operands._replace(grad_output=torch.ones_like(operands.grad_output))
+    _, expected = run(block.stock, ones)
+    leaves = [t.detach().requires_grad_() for t in operands[:3]]
+    fused(block, *leaves).sum().backward()
+    for leaf, grad in zip(leaves, expected, strict=True):
+        assert torch.equal(leaf.grad, grad)
+
+
+@pytest.mark.parametrize("name", ["simplecnn2_n2", "kernel5x5"])
+def test_half_of_the_output_used(name):
+    """The gradient of a slice arrives padded with zeros, and that of a transpose transposed."""
+    block = by_name(name)
+    operands, _ = exact_case(name, torch.float32)
+
+    def loss(function):
+        leaves = [t.detach().requires_grad_() for t in operands[:3]]
+        output = function(*leaves)
+        scale = torch.arange(output.shape[-1]).remainder(3) - 1.0
+        (output[:, ::2].transpose(2, 3) * scale.view(-1, 1)).sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    for grad, expected in zip(
+        loss(lambda *t: fused(block, *t)), loss(block.stock), strict=True
+    ):
+        assert torch.equal(grad, expected)
+
+
+def test_arguments_as_ints_tuples_and_lists():
+    """One number, a pair, a list: the same block."""
+    operands, _ = exact_case("kernel5x5", torch.float32)
+    input, weight, bias, _ = operands
+    expected = conv_relu_max_pool2d(input, weight, bias, 2, 1, 1, 1, pool_kernel_size=3)
+    for two, one, three in (((2, 2), (1, 1), (3, 3)), ([2, 2], [1, 1], [3, 3]), ([2], (1,), [3])):
+        output = conv_relu_max_pool2d(
+            input,
+            weight,
+            bias,
+            stride=two,
+            padding=one,
+            dilation=one,
+            pool_kernel_size=three,
+            pool_stride=three,
+            pool_dilation=one,
+        )
+        assert torch.equal(output, expected)
+    empty_stride = conv_relu_max_pool2d(
+        input, weight, bias, 2, 1, pool_kernel_size=3, pool_stride=[]
+    )
+    assert torch.equal(empty_stride, expected)
+
+
+def test_the_operator_without_a_code():
+    """with_code=False: the same output and an empty code."""
+    block = by_name("simplecnn2_n2")
+    operands, expected = exact_case(block.name, torch.float32)
+    op = torch.ops.fusedcnn.conv_relu_max_pool2d
+    output, code = op(*operands[:3], block.pack(), False)
+    assert torch.equal(output, expected.output)
+    assert code.numel() == 0
+    output, code = op(*operands[:3], block.pack(), True)
+    assert torch.equal(output, expected.output)
+    assert torch.equal(code, expected.code)
+
+
+def test_the_backward_operator_computes_what_is_asked():
+    """Each combination of the mask's bits: a gradient or an empty tensor."""
+    block = by_name("simplecnn2_n2")
+    operands, expected = exact_case(block.name, torch.float32)
+    wanted = (expected.grad_input, expected.grad_weight, expected.grad_bias)
+    for mask in range(8):
+        grads = torch.ops.fusedcnn.conv_relu_max_pool2d_backward(
+            operands.grad_output, operands.input, operands.weight, expected.code, block.pack(), mask
+        )
+        for bit, (grad, right) in enumerate(zip(grads, wanted, strict=True)):
+            if mask >> bit & 1:
+                assert torch.equal(grad, right), (mask, bit)
+            else:
+                assert grad.numel() == 0, (mask, bit)
