@@ -274,12 +274,12 @@ def build_info() -> dict[str, Any]:
     """What was built, what was selected on this machine, and why not the rest.
 
     Returns:
-        A dict of plain values: ``version``; ``compiler``; ``library`` (path of the operator library,
-        for ``torch.ops.load_library`` or a C++ program); ``torch`` (the running version); ``isas``
-        (each with ``name``, ``supported`` by this machine, ``selected``); ``kernels`` (each with
-        ``isa``, ``pass``, ``name``, ``supported``, in order of preference); ``devices`` (what
-        computes the block on each device type); ``stock_calls`` (calls of this process that the
-        stock layers computed, by reason).
+        A dict of plain values: ``version``; ``compiler``; ``library`` (path of the operator
+        library, for ``torch.ops.load_library`` or a C++ program); ``torch`` (the running version);
+        ``isas`` (each with ``name``, ``supported`` by this machine, ``selected`` and ``reason``);
+        ``kernels`` (each with ``isa``, ``pass``, ``name``, ``supported``, in order of preference);
+        ``devices`` (what computes the block on each device type); ``stock_calls`` (calls of this
+        process that the stock layers computed, by reason).
     """
     return {
         "version": _C.version,
