@@ -6,10 +6,11 @@
 // error is no more than the direct kernel's, integers stay exact and a constant patch gives four
 // equal outputs: ties fall as in the direct kernel. Bias, ReLU, max and code follow on registers.
 //
-// A task owns a band of pooled rows of one image and walks it in strips of kStripTiles
-// windows, whole rows or parts of one:
-//   V  [4 i][channels][4 j][kTileStride]        transformed patches, from phase planes (plan.h)
-//   U  [blocks][4 i][channels][4 j][Z * lanes]  transformed weights of Z vectors of out channels
+// A task owns a band of pooled rows of one image and walks its windows, numbered row by row, in
+// strips of kStripTiles:
+//   R  [channels][2][4 j][band + 1][OW]         d B: even and odd input rows, transformed along w
+//   V  [4 i][channels][4 j][kTileStride]        B^T d B of one strip
+//   U  [blocks][4 i][channels][4 j][Z * lanes]  weights of Z vectors of output channels
 //   Y  [tiles][Z][2][2] vectors                 the windows' outputs, summed over i
 // then transposes [tiles][out channels] into the output.
 //
@@ -115,34 +116,73 @@ void winograd_rows(int64_t count, const float* v, int64_t channels, const float*
   if (t < count) winograd_row<I, 1, Z>(v + t, channels, u, y + t * kTileSize);
 }
 
-// B^T d B for a run of windows in one row of one channel. planes: the channel's four phase planes
-// at the run's first place; v: at the channel and the run's first tile. Whole vectors are stored:
-// what lies past the run is overwritten by the next or never read.
-FUSEDCNN_NOINLINE void transform_patches(const float* planes, int64_t plane_size, int64_t pitch,
-                                         int64_t count, float* v, int64_t i_stride) {
+// Transforms one input row along w: out[j][k] is element j of window k's row of d B. from: the
+// padded row, 2 * width + 2 elements and a vector more; to: [4] rows, `plane` elements apart. Whole
+// vectors are stored: up to one past the row.
+FUSEDCNN_INLINE void transform_row(const float* from, int64_t width, float* to, int64_t plane) {
   constexpr int kN = kLanes<float>;
-  const float* rows[4];  // of the patches: phases 0 and 1 at one place, then at the next
+  Vector<int32_t> even, odd;
   FUSEDCNN_UNROLL
-  for (int y = 0; y < 4; ++y) rows[y] = planes + (y % 2) * 2 * plane_size + y / 2 * pitch;
-  for (int64_t k = 0; k < count; k += kN) {
-    Vector<float> b[4][4];
-    FUSEDCNN_UNROLL
-    for (int x = 0; x < 4; ++x) {
-      Vector<float> d[4];
-      FUSEDCNN_UNROLL
-      for (int y = 0; y < 4; ++y) d[y] = load(rows[y] + (x % 2) * plane_size + x / 2 + k);
-      b[0][x] = d[0] - d[2];
-      b[1][x] = d[1] + d[2];
-      b[2][x] = d[2] - d[1];
-      b[3][x] = d[1] - d[3];
+  for (int l = 0; l < kN; ++l) {
+    even[l] = 2 * l;
+    odd[l] = 2 * l + 1;
+  }
+  for (int64_t k = 0; k < width; k += kN) {
+    const Vector<float> a = load(from + 2 * k), b = load(from + 2 * k + kN);
+    const Vector<float> c = load(from + 2 * k + 2), d = load(from + 2 * k + 2 + kN);
+    const Vector<float> x[4] = {__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, odd),
+                                __builtin_shuffle(c, d, even), __builtin_shuffle(c, d, odd)};
+    store(to + k, x[0] - x[2]);
+    store(to + plane + k, x[1] + x[2]);
+    store(to + 2 * plane + k, x[2] - x[1]);
+    store(to + 3 * plane + k, x[1] - x[3]);
+  }
+}
+
+// Fills R for one channel. image: [H, W] with strides; rows: scratch of [2 * band + 2][row_size],
+// zeros outside the image's columns already.
+template <typename S>
+FUSEDCNN_NOINLINE void transform_rows(const Geometry& g, const S* image, Strides strides,
+                                      int64_t first_out, int64_t band, int64_t plane,
+                                      int64_t row_size, float* rows, float* r,
+                                      RangeCheck<float>& range) {
+  RangeCheck<float> check = range;  // in a register
+  const int64_t y0 = 2 * first_out - g.h.padding;
+  const int64_t begin = smaller(2 * band + 2, larger(-y0, int64_t{0}));
+  const int64_t end = larger(begin, smaller(2 * band + 2, g.h.in - y0));
+  const int64_t width = smaller(g.w.in, 2 * g.w.out + 2 - g.w.padding);
+  // First every row in order, then every row transformed: a vector load soon after the narrower
+  // stores that it spans would wait for them.
+  for (int64_t y = begin; y < end; ++y) {
+    copy_row<S, float>(image + (y0 + y) * strides.h, strides.w, width,
+                       rows + y * row_size + g.w.padding, check);
+  }
+  for (int64_t y = 0; y < 2 * band + 2; ++y) {
+    float* to = r + y % 2 * 4 * plane + y / 2 * g.w.out;
+    if (y >= begin && y < end) {
+      transform_row(rows + y * row_size, g.w.out, to, plane);
+      continue;
     }
+    for (int j = 0; j < 4; ++j) memset(to + j * plane, 0, g.w.out * sizeof(float));
+  }
+  range = check;
+}
+
+// V of one channel of one strip. r: the channel's R at the strip's first window; v: at the channel.
+FUSEDCNN_INLINE void transform_strip(const float* r, int64_t plane, int64_t width, int64_t count,
+                                     float* v, int64_t i_stride) {
+  constexpr int kN = kLanes<float>;
+  for (int64_t k = 0; k < count; k += kN) {
     FUSEDCNN_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      float* to = v + i * i_stride + k;
-      store(to, b[i][0] - b[i][2]);
-      store(to + kTileStride, b[i][1] + b[i][2]);
-      store(to + 2 * kTileStride, b[i][2] - b[i][1]);
-      store(to + 3 * kTileStride, b[i][1] - b[i][3]);
+    for (int j = 0; j < 4; ++j) {
+      const float* even = r + j * plane + k;
+      const float* odd = even + 4 * plane;
+      const Vector<float> d[4] = {load(even), load(odd), load(even + width), load(odd + width)};
+      float* to = v + j * kTileStride + k;
+      store(to, d[0] - d[2]);
+      store(to + i_stride, d[1] + d[2]);
+      store(to + 2 * i_stride, d[2] - d[1]);
+      store(to + 3 * i_stride, d[1] - d[3]);
     }
   }
 }
@@ -202,18 +242,18 @@ void winograd2_band(const ForwardArgs& args, const Winograd2Shared& shared, int6
   const int64_t rows = smaller(plan.band, g.h.out - first_out);
   const int64_t channels = g.in_channels;
 
-  const int64_t rows_size = plan.plane_rows * packed_row(plan, kN);
-  const int64_t planes_size = channels * plan.channel_size;
-  float* in_order =
-      static_cast<float*>(scratch(Slot::kPlanes, (rows_size + planes_size + kN) * sizeof(float)));
-  float* planes = in_order + rows_size;
+  const int64_t row_size = 2 * g.w.out + 2 + 2 * kN;
+  const int64_t rows_size = (2 * plan.band + 2) * row_size;
+  const int64_t plane = round_up((plan.band + 1) * g.w.out, kN) + kN;
+  float* in_order = static_cast<float*>(
+      scratch(Slot::kPlanes, (rows_size + channels * 8 * plane + kN) * sizeof(float)));
+  float* r = in_order + rows_size;
   memset(in_order, 0, rows_size * sizeof(float));
-  memset(planes + planes_size, 0, kN * sizeof(float));
   const S* image = static_cast<const S*>(args.input) + n * args.input_strides.n;
   RangeCheck<float> range(kModerate);
   for (int64_t c = 0; c < channels; ++c) {
-    pack_band<S, float>(plan, g, image + c * args.input_strides.c, args.input_strides, first_out,
-                        planes + c * plan.channel_size, in_order, range);
+    transform_rows<S>(g, image + c * args.input_strides.c, args.input_strides, first_out, plan.band,
+                      plane, row_size, in_order, r + c * 8 * plane, range);
   }
   if (!range.passed()) {
     shared.immoderate[task] = 1;
@@ -228,32 +268,22 @@ void winograd2_band(const ForwardArgs& args, const Winograd2Shared& shared, int6
   float* values = y + kYSize;
   uint32_t* codes = reinterpret_cast<uint32_t*>(values + kTileStride * shared.padded);
 
-  const int64_t width = smaller(g.w.out, kStripTiles);  // of a strip
-  const int64_t strip_rows = larger<int64_t>(1, smaller(rows, kStripTiles / g.w.out));
-  for (int64_t top = 0; top < rows; top += strip_rows) {
-    for (int64_t first = 0; first < g.w.out; first += width) {
-      const int64_t across = smaller(width, g.w.out - first);
-      const int64_t down = smaller(strip_rows, rows - top);
-      const int64_t count = down * across;
-      for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t r = 0; r < down; ++r) {
-          transform_patches(planes + c * plan.channel_size + (top + r) * plan.pitch + first,
-                            plan.plane_size, plan.pitch, across,
-                            v + c * 4 * kTileStride + r * across, channels * 4 * kTileStride);
-        }
-      }
-      int64_t oc = 0;
-      for (; oc + kWinogradWide * kN <= shared.padded; oc += kWinogradWide * kN) {
-        strip_block<kWinogradWide>(shared, channels, oc, count, v, y, values, codes);
-      }
-      if (oc < shared.padded) strip_block<1>(shared, channels, oc, count, v, y, values, codes);
-      const int64_t at = n * args.output_strides.n + (first_out + top) * args.output_strides.h +
-                         first * args.output_strides.w;
-      write_pixels<S>(values, codes, shared.padded, count, g.out_channels, across,
-                      static_cast<S*>(args.output) + at,
-                      args.code ? static_cast<uint8_t*>(args.code) + at : nullptr,
-                      args.output_strides);
+  for (int64_t first = 0; first < rows * g.w.out; first += kStripTiles) {
+    const int64_t count = smaller(kStripTiles, rows * g.w.out - first);
+    for (int64_t c = 0; c < channels; ++c) {
+      transform_strip(r + c * 8 * plane + first, plane, g.w.out, count, v + c * 4 * kTileStride,
+                      channels * 4 * kTileStride);
     }
+    int64_t oc = 0;
+    for (; oc + kWinogradWide * kN <= shared.padded; oc += kWinogradWide * kN) {
+      strip_block<kWinogradWide>(shared, channels, oc, count, v, y, values, codes);
+    }
+    if (oc < shared.padded) strip_block<1>(shared, channels, oc, count, v, y, values, codes);
+    const int64_t at = n * args.output_strides.n + first_out * args.output_strides.h +
+                       first * args.output_strides.w;
+    write_pixels<S>(
+        values, codes, shared.padded, count, g.out_channels, static_cast<S*>(args.output) + at,
+        args.code ? static_cast<uint8_t*>(args.code) + at : nullptr, args.output_strides);
   }
 }
 

@@ -31,30 +31,21 @@ FUSEDCNN_INLINE void transpose_groups(Vector<T> (&rows)[Rows]) {
   }
 }
 
-// Writes `count` pooled pixels of a run of rows, `width` of each. values, codes: [count][padded
-// channels]; output, code (may be null): at the run's first pixel of channel 0. Strides in
-// elements.
+// Writes `count` pooled pixels, numbered row by row. values, codes: [count][padded channels];
+// output, code (may be null): at the first pixel of channel 0. The output's rows follow each other
+// without a gap, so pixels are strides.w elements apart.
 template <typename S>
 void write_pixels(const float* values, const uint32_t* codes, int64_t padded, int64_t count,
-                  int64_t channels, int64_t width, S* output, uint8_t* code, Strides strides) {
+                  int64_t channels, S* output, uint8_t* code, Strides strides) {
   constexpr int kN = kLanes<float>;
-  const bool side_by_side = strides.h == width || count == width;  // or a part of one row
-  if (strides.w != 1 || !side_by_side || sizeof(S) != sizeof(float)) {
+  if (strides.w != 1 || sizeof(S) != sizeof(float)) {
     // channels_last, or a type to round to: pixel by pixel, channels innermost.
-    for (int64_t p = 0; p < count; ++p) {
-      const int64_t at = p / width * strides.h + p % width * strides.w;
-      if (strides.c == 1) {
-        for (int64_t c = 0; c < channels; ++c) output[at + c] = narrow<S>(values[p * padded + c]);
-        if (!code) continue;
-        for (int64_t c = 0; c < channels; ++c) {
-          code[at + c] = static_cast<uint8_t>(codes[p * padded + c]);
-        }
-      } else {
-        for (int64_t c = 0; c < channels; ++c) {
-          output[at + c * strides.c] = narrow<S>(values[p * padded + c]);
-          if (code) code[at + c * strides.c] = static_cast<uint8_t>(codes[p * padded + c]);
-        }
-      }
+    for (int64_t p = 0; p < count; ++p, values += padded, codes += padded) {
+      S* to = output + p * strides.w;
+      for (int64_t c = 0; c < channels; ++c) to[c * strides.c] = narrow<S>(values[c]);
+      if (!code) continue;
+      uint8_t* bytes = code + p * strides.w;
+      for (int64_t c = 0; c < channels; ++c) bytes[c * strides.c] = static_cast<uint8_t>(codes[c]);
     }
     return;
   }
