@@ -13,6 +13,12 @@ else()
   set(FUSEDCNN_FLAGS_baseline "")
 endif()
 
+if(FUSEDCNN_SANITIZE)
+  set(FUSEDCNN_KERNEL_OPTIMISATION "") # as everything else in such a build
+else()
+  set(FUSEDCNN_KERNEL_OPTIMISATION -O3)
+endif()
+
 add_library(fusedcnn_cpu STATIC csrc/cpu/select.cpp csrc/cpu/plan.cpp csrc/cpu/scratch.cpp)
 target_link_libraries(fusedcnn_cpu PRIVATE $<BUILD_INTERFACE:fusedcnn_options>)
 target_include_directories(fusedcnn_cpu PUBLIC csrc)
@@ -22,7 +28,7 @@ foreach(isa IN LISTS FUSEDCNN_ISAS)
   # -ffp-contract=fast: a multiply and an add may become one FMA, as in the stock layers' kernels.
   # -fno-math-errno and -fno-trapping-math change no result; NaN and signed zeros stay exact.
   target_compile_options(fusedcnn_cpu_${isa} PRIVATE
-    ${FUSEDCNN_FLAGS_${isa}} $<$<NOT:$<BOOL:${FUSEDCNN_SANITIZE}>>:-O3>
+    ${FUSEDCNN_FLAGS_${isa}} ${FUSEDCNN_KERNEL_OPTIMISATION}
     -ffp-contract=fast -fno-math-errno -fno-trapping-math)
   target_link_libraries(fusedcnn_cpu_${isa} PRIVATE fusedcnn_options)
   if(isa STREQUAL avx512 AND CMAKE_CXX_COMPILER_ID STREQUAL GNU)

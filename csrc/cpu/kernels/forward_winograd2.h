@@ -355,6 +355,7 @@ void winograd2_typed(const ForwardArgs& args, const ThreadPool& pool) {
 const char* why_not_winograd2(const Problem& problem) {
   const Geometry& g = problem.geometry;
   if (problem.type == DataType::kFloat64) return "computes in float32";
+  if (problem.wide_code) return "writes codes of one byte";
   if (g.groups != 1) return "groups";
   for (const Axis* axis : {&g.h, &g.w}) {
     if (axis->kernel != 3 || axis->stride != 1 || axis->dilation != 1) {

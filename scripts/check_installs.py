@@ -1,0 +1,286 @@
+"""Installs the package in every way that it promises, each in a virtual environment of its own.
+
+    python scripts/check_installs.py [SCENARIO ...]
+
+Scenarios (all of them by default; each takes one to three minutes and about a gigabyte):
+
+    fresh          an empty environment: the isolated build asks for torch, because there is none
+    installed      torch is there: the isolated build does not ask for a second one; done twice, as
+                   the second build finds the first one's folder
+    no_isolation   --no-build-isolation, with the build tools installed beside torch
+    editable       -e, imported from elsewhere
+    sdist          an sdist, a wheel made from it, installed where neither sources nor build exist
+
+``--torch VERSION`` is the torch to install (default 2.13.0). Packages come from wherever pip is
+configured to look.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD_TOOLS = ["scikit-build-core>=0.11", "pybind11>=2.13", "ninja>=1.11", "cmake>=3.21"]
+
+# Run in the new environment, from a folder that holds nothing.
+QUICK_OP = """
+import torch, fusedcnn
+import torch.nn.functional as F
+x = torch.randn(2, 3, 12, 10, requires_grad=True)
+conv = torch.nn.Conv2d(3, 16, 3, padding=1)
+want = F.max_pool2d(F.relu(conv(x)), 2)
+got = fusedcnn.conv_relu_max_pool2d(x, conv.weight, conv.bias, padding=1)
+torch.testing.assert_close(got, want)
+parameters = (x, conv.weight, conv.bias)
+for one, other in zip(torch.autograd.grad(got.sum(), parameters),
+                      torch.autograd.grad(want.sum(), parameters)):
+    torch.testing.assert_close(one, other)
+print("operator agrees with the stock layers, torch", torch.__version__)
+print("imported from", fusedcnn.__file__)
+"""
+
+IN_SDIST = (
+    "CMakeLists.txt",
+    "LICENSE",
+    "README.md",
+    "pyproject.toml",
+    "build_backend/fusedcnn_build.py",
+    "build_backend/torch_location.py",
+    "cmake/cpu_kernels.cmake",
+    "csrc/core/geometry.h",
+    "csrc/cpu/kernels.cpp",
+    "csrc/ops/conv_relu_max_pool2d.cpp",
+    "csrc/python/module.cpp",
+    "python/fusedcnn/__init__.py",
+    "python/fusedcnn/py.typed",
+)
+# What a wheel may hold, beside its .dist-info folder.
+IN_WHEEL = re.compile(r"fusedcnn/(?:[\w/]+\.py|py\.typed|libfusedcnn\.so|_C\.[\w.-]+\.so)$")
+
+
+class CheckError(Exception):
+    """An install that does not keep a promise."""
+
+
+def expect(condition: object, message: str) -> None:
+    """Raise CheckError with the message unless the condition holds."""
+    if not condition:
+        raise CheckError(message)
+
+
+class Workplace:
+    """A temporary folder with a copy of the sources and as many environments as asked for."""
+
+    def __init__(self, folder: Path, torch: str) -> None:
+        self.folder = folder
+        self.torch = torch
+        constraint = folder / "constraint.txt"
+        constraint.write_text(f"torch=={torch}\n")
+        self.environ = {
+            **os.environ,
+            "PIP_CONSTRAINT": str(constraint),
+            "PIP_BUILD_CONSTRAINT": str(constraint),  # isolated builds, in newer versions of pip
+        }
+        for name in ("PYTHONPATH", "VIRTUAL_ENV", "FUSEDCNN_TORCH_DIR"):
+            self.environ.pop(name, None)
+        (folder / "empty").mkdir()
+
+    def sources(self, name: str = "source") -> Path:
+        """A new copy of the files that git knows or would add."""
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        copy = self.folder / name
+        for file in filter(None, listed.split("\0")):
+            if not (ROOT / file).is_file():
+                continue
+            (copy / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / file, copy / file)
+        return copy
+
+    def environment(self, name: str, *packages: str) -> Path:
+        """Python of a new virtual environment with these packages."""
+        subprocess.run([sys.executable, "-m", "venv", self.folder / name], check=True)
+        python = self.folder / name / "bin" / "python"
+        if packages:
+            self.run(python, "-m", "pip", "install", "-q", *packages)
+        return python
+
+    def run(self, *command: object, cwd: Path | None = None) -> str:
+        """Output of a command, run in an empty folder unless told otherwise."""
+        process = subprocess.run(
+            [str(part) for part in command],
+            cwd=cwd or self.folder / "empty",
+            env=self.environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if process.returncode:
+            tail = "\n".join(process.stdout.splitlines()[-40:])
+            raise CheckError(f"{' '.join(map(str, command))}\n{tail}")
+        return process.stdout
+
+    def check_operator(self, python: Path) -> None:
+        """Run the operator and the information command in an environment."""
+        print(self.run(python, "-c", QUICK_OP).rstrip())
+        info = self.run(python, "-m", "fusedcnn", "info")
+        expect("selected" in info, f"python -m fusedcnn info selected no ISA:\n{info}")
+
+
+def build_asked_for_torch(log: str) -> bool:
+    """Whether pip, in a verbose log, installed torch into the isolated build environment."""
+    before_metadata = log.split("Preparing metadata", 1)[0]
+    return bool(re.search(r"Collecting torch\b", before_metadata))
+
+
+def fresh(place: Workplace) -> None:
+    """An empty environment."""
+    python = place.environment("env")
+    log = place.run(python, "-m", "pip", "install", "-v", place.sources())
+    expect(build_asked_for_torch(log), "the isolated build did not ask for torch")
+    print("the isolated build asked for torch, as the environment had none")
+    place.check_operator(python)
+
+
+def installed(place: Workplace) -> None:
+    """An environment that has torch."""
+    python = place.environment("env", f"torch=={place.torch}")
+    sources = place.sources()
+    for turn in ("first", "second"):
+        log = place.run(python, "-m", "pip", "install", "-v", "--force-reinstall", "--no-deps",
+                        sources)  # fmt: skip
+        expect(not build_asked_for_torch(log), f"{turn} build: downloaded a second torch")
+        expect("Collecting torch" not in log, f"{turn} install: downloaded a second torch")
+        print(f"{turn} build: no second torch")
+        place.check_operator(python)
+    log = place.run(python, "-m", "pip", "install", "-v", sources)
+    expect("Collecting torch" not in log, "with dependencies: downloaded a second torch")
+    place.check_operator(python)
+
+
+def no_isolation(place: Workplace) -> None:
+    """Build tools and torch in the environment itself."""
+    python = place.environment("env", f"torch=={place.torch}", *BUILD_TOOLS)
+    place.run(python, "-m", "pip", "install", "--no-build-isolation", place.sources())
+    place.check_operator(python)
+
+
+def editable(place: Workplace) -> None:
+    """An editable install, whose Python files are the sources'."""
+    python = place.environment("env", f"torch=={place.torch}")
+    sources = place.sources()
+    log = place.run(python, "-m", "pip", "install", "-v", "-e", sources)
+    expect(not build_asked_for_torch(log), "downloaded a second torch")
+    place.check_operator(python)
+    where = place.run(python, "-c", "import fusedcnn; print(fusedcnn.__file__)").strip()
+    expect(Path(where).is_relative_to(sources), f"expected the sources' files, got {where}")
+    module = sources / "python" / "fusedcnn" / "__init__.py"
+    module.write_text(module.read_text() + "\nEDITED = True\n")
+    place.run(python, "-c", "import fusedcnn; assert fusedcnn.EDITED")
+    print("an edit of a Python file is seen without installing again")
+
+
+def sdist(place: Workplace) -> None:
+    """An sdist, a wheel from it, and the wheel alone in another environment."""
+    sources = place.sources()
+    builder = place.environment("builder", f"torch=={place.torch}", "build")
+    place.run(builder, "-m", "build", "--sdist", "--outdir", place.folder / "dist", sources)
+    (archive,) = (place.folder / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    missing = [name for name in IN_SDIST if name not in names]
+    expect(not missing, f"the sdist lacks {', '.join(missing)}")
+    stray = [name for name in names if re.search(r"(^|/)(build|\.git|\.ci|__pycache__)/", name)]
+    expect(not stray, f"the sdist holds {', '.join(sorted(stray)[:5])}")
+    print(f"{archive.name}: {len(names)} files, {archive.stat().st_size // 1024} KiB")
+
+    shutil.rmtree(sources)
+    place.run(builder, "-m", "pip", "wheel", "--no-deps", "-w", place.folder / "dist", archive)
+    (wheel,) = (place.folder / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as unzipped:
+        names = [name for name in unzipped.namelist() if not name.endswith("/")]
+        unzipped.extractall(place.folder / "wheel")
+    stray = [n for n in names if not IN_WHEEL.match(n) and ".dist-info/" not in n]
+    expect(not stray, f"the wheel holds {', '.join(stray)}")
+    expect(any(n.endswith("licenses/LICENSE") for n in names), "the wheel lacks its licence")
+    print(f"{wheel.name}: {len(names)} files, {wheel.stat().st_size // 1024} KiB")
+
+    for library in sorted((place.folder / "wheel").rglob("*.so")):
+        check_library(place, library)
+    target = place.environment("env", f"torch=={place.torch}")
+    place.run(target, "-m", "pip", "install", "--no-deps", wheel)
+    shutil.rmtree(place.folder / "builder")
+    shutil.rmtree(place.folder / "wheel")
+    place.check_operator(target)
+
+
+def check_library(place: Workplace, library: Path) -> None:
+    """A shared library names no folder of the machine that built it."""
+    dynamic = place.run("readelf", "-dW", library)
+    for line in dynamic.splitlines():
+        if "(RPATH)" in line or "(RUNPATH)" in line:
+            expect("[$ORIGIN]" in line, f"{library.name}: run path {line.strip()}")
+        if "(NEEDED)" in line:
+            expect("/" not in line.split("[", 1)[1], f"{library.name}: {line.strip()}")
+    content = library.read_bytes()
+    # pip builds in folders of its own, all of them under the temporary folder.
+    for folder in (place.folder, Path(tempfile.gettempdir()), ROOT, Path.home()):
+        if folder == Path("/"):
+            continue
+        found = re.search(re.escape(os.fsencode(folder)) + rb"/[\x20-\x7e]*", content)
+        expect(not found, f"{library.name}: holds the path {found and found[0].decode()}")
+    print(f"{library.name}: {library.stat().st_size // 1024} KiB, no build path in it")
+
+
+SCENARIOS: dict[str, Callable[[Workplace], None]] = {
+    scenario.__name__: scenario for scenario in (fresh, installed, no_isolation, editable, sdist)
+}
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=", ".join(SCENARIOS))
+    parser.add_argument("--torch", default="2.13.0", help="version to install (default 2.13.0)")
+    options = parser.parse_args()
+    if unknown := set(options.scenarios) - set(SCENARIOS):
+        parser.error(f"expected scenarios out of {', '.join(SCENARIOS)}, got {', '.join(unknown)}")
+    failed = []
+    for name in options.scenarios or SCENARIOS:
+        print(f"---- {name}: {SCENARIOS[name].__doc__}", flush=True)
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="fusedcnn-install-") as folder:
+            try:
+                SCENARIOS[name](Workplace(Path(folder).resolve(), options.torch))
+            except CheckError as error:
+                print(f"FAILED: {error}")
+                failed.append(name)
+        print(f"---- {name}: {'FAILED' if name in failed else 'ok'} "
+              f"({time.monotonic() - start:.0f} s)", flush=True)  # fmt: skip
+    print(f"failed: {', '.join(failed)}" if failed else "all installs work")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())

@@ -1,0 +1,134 @@
+#include "calls.h"
+
+#include <atomic>
+#include <thread>
+
+#include "check.h"
+
+namespace selftest {
+namespace {
+
+using fusedcnn::Geometry;
+using fusedcnn::Strides;
+using fusedcnn::cpu::BackwardArgs;
+using fusedcnn::cpu::ForwardArgs;
+using fusedcnn::cpu::Pass;
+
+using TaskBody = void (*)(int64_t begin, int64_t end, void* context);
+
+void run_in_order(int64_t tasks, TaskBody body, void* context) { body(0, tasks, context); }
+
+void run_in_reverse(int64_t tasks, TaskBody body, void* context) {
+  for (int64_t task = tasks - 1; task >= 0; --task) body(task, task + 1, context);
+}
+
+void run_on_three_threads(int64_t tasks, TaskBody body, void* context) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t task = next++; task < tasks; task = next++) body(task, task + 1, context);
+  };
+  std::thread first(work), second(work), third(work);
+  first.join();
+  second.join();
+  third.join();
+}
+
+// In a thread of its own, whose scratch blocks are therefore new and no larger than asked for.
+template <typename Body>
+void on_new_thread(const Body& body) {
+  std::thread(body).join();
+}
+
+Shape input_shape(const Geometry& g) { return {g.batch, g.in_channels, g.h.in, g.w.in}; }
+Shape weight_shape(const Geometry& g) {
+  return {g.out_channels, g.in_channels_per_group(), g.h.kernel, g.w.kernel};
+}
+Shape output_shape(const Geometry& g) { return {g.batch, g.out_channels, g.h.out, g.w.out}; }
+
+}  // namespace
+
+const Pool kPools[3] = {{"one thread", {run_in_order}},
+                        {"reverse order", {run_in_reverse}},
+                        {"three threads", {run_on_three_threads}}};
+
+bool run_forward(const Call& call, const Operands& operands, Forward* result,
+                 const std::string& what, bool want_code) {
+  const auto& [g, type, wide] = call.problem;
+  const auto place = [&](Shape shape) { return strides_for(call.layout, shape); };
+  const Tensor input = tensor_of(type, input_shape(g), place(input_shape(g)), operands.input);
+  const Tensor weight = tensor_of(type, weight_shape(g), place(weight_shape(g)), operands.weight);
+  const bool has_bias = !operands.bias.empty();
+  const int64_t bias_stride = call.layout == Layout::kContiguous ? 1 : 3;
+  const Tensor bias = tensor_of(type, {1, 1, 1, has_bias ? g.out_channels : 0},
+                                {0, 0, 0, bias_stride}, operands.bias);
+  const Strides output_strides = place(output_shape(g));
+  Tensor output(output_shape(g), output_strides, element_size(type));
+  Tensor code(output_shape(g), output_strides, wide ? 4 : 1, 0xee);
+
+  ForwardArgs args{};
+  args.geometry = g;
+  args.type = type;
+  args.wide_code = wide;
+  args.input = input.data();
+  args.input_strides = input.strides();
+  args.weight = weight.data();
+  args.weight_strides = weight.strides();
+  args.bias = has_bias ? bias.data() : nullptr;
+  args.bias_stride = has_bias ? bias_stride : 0;
+  args.output = output.data();
+  args.code = want_code ? code.data() : nullptr;
+  args.output_strides = output_strides;
+  on_new_thread([&] { call.kernel->forward(args, call.pool.pool); });
+
+  result->output = values_of(type, output);
+  if (want_code) result->code = code_values_of(wide, code);
+  return check(output.gaps_intact() && code.gaps_intact(), what + ": wrote between the elements");
+}
+
+bool run_backward(const Call& call, const Operands& operands, const std::vector<int32_t>& codes,
+                  Gradients* result, const std::string& what, bool want_weight, bool want_bias) {
+  const auto& [g, type, wide] = call.problem;
+  const bool weight_pass = call.kernel->pass == Pass::kGradWeight;
+  const auto place = [&](Shape shape) { return strides_for(call.layout, shape); };
+  const Tensor grad_output =
+      tensor_of(type, output_shape(g), place(output_shape(g)), operands.grad_output);
+  const Tensor code = codes_of(wide, output_shape(g), place(output_shape(g)), codes);
+  const Tensor input = tensor_of(type, input_shape(g), place(input_shape(g)), operands.input);
+  const Tensor weight = tensor_of(type, weight_shape(g), place(weight_shape(g)), operands.weight);
+  Tensor grad_input(input_shape(g), place(input_shape(g)), element_size(type));
+  Tensor grad_weight(weight_shape(g), place(weight_shape(g)), element_size(type));
+  Tensor grad_bias({1, 1, 1, g.out_channels}, {0, 0, 0, 1}, element_size(type));
+
+  BackwardArgs args{};
+  args.geometry = g;
+  args.type = type;
+  args.wide_code = wide;
+  args.grad_output = grad_output.data();
+  args.grad_output_strides = grad_output.strides();
+  args.code = code.data();
+  args.code_strides = code.strides();
+  if (weight_pass) {
+    if (want_weight) {
+      args.input = input.data();
+      args.input_strides = input.strides();
+      args.grad_weight = grad_weight.data();
+      args.grad_weight_strides = grad_weight.strides();
+    }
+    if (want_bias) args.grad_bias = grad_bias.data();
+  } else {
+    args.weight = weight.data();
+    args.weight_strides = weight.strides();
+    args.grad_input = grad_input.data();
+    args.grad_input_strides = grad_input.strides();
+  }
+  on_new_thread([&] { call.kernel->backward(args, call.pool.pool); });
+
+  *result = {};
+  if (!weight_pass) result->input = values_of(type, grad_input);
+  if (weight_pass && want_weight) result->weight = values_of(type, grad_weight);
+  if (weight_pass && want_bias) result->bias = values_of(type, grad_bias);
+  return check(grad_input.gaps_intact() && grad_weight.gaps_intact(),
+               what + ": wrote between the elements");
+}
+
+}  // namespace selftest

@@ -1,0 +1,190 @@
+#include "cases.h"
+
+#include <cstdio>
+#include <cstdlib>
+
+namespace selftest {
+namespace {
+
+using fusedcnn::Axis;
+using fusedcnn::Geometry;
+
+// One axis as a user would write it; the defaults are the block of SimpleCNN.
+struct AxisSpec {
+  int64_t in;
+  int64_t kernel = 3;
+  int64_t stride = 1;
+  int64_t padding = 1;
+  int64_t padding_after = -1;  // -1: as before
+  int64_t dilation = 1;
+  int64_t pool = 2;
+  int64_t pool_stride = 0;  // 0: the pool's size
+  int64_t pool_padding = 0;
+  int64_t pool_dilation = 1;
+};
+
+struct Channels {
+  int64_t batch, in, out, groups = 1;
+};
+
+Axis axis(const AxisSpec& s, bool ceil_mode) {
+  Axis a{s.in,
+         s.kernel,
+         s.stride,
+         s.padding,
+         s.padding_after < 0 ? s.padding : s.padding_after,
+         s.dilation,
+         s.pool,
+         s.pool_stride ? s.pool_stride : s.pool,
+         s.pool_padding,
+         s.pool_dilation,
+         0,
+         0};
+  a.conv = (a.in + a.padding + a.padding_after - a.dilation * (a.kernel - 1) - 1) / a.stride + 1;
+  const int64_t room = a.conv + 2 * a.pool_padding - a.pool_dilation * (a.pool_kernel - 1) - 1;
+  a.out = (room + (ceil_mode ? a.pool_stride - 1 : 0)) / a.pool_stride + 1;
+  if (ceil_mode && (a.out - 1) * a.pool_stride >= a.conv + a.pool_padding) --a.out;
+  return a;
+}
+
+Case make(const std::string& name, Channels c, const AxisSpec& h, const AxisSpec& w,
+          bool ceil_mode = false) {
+  Case made{name,
+            {c.batch, c.in, c.out, c.groups, axis(h, ceil_mode), axis(w, ceil_mode), ceil_mode}};
+  if (made.geometry.h.out < 1 || made.geometry.w.out < 1) {
+    std::printf("case %s has no output\n", name.c_str());
+    std::abort();
+  }
+  return made;
+}
+
+std::vector<Case> all_cases() {
+  std::vector<Case> list = {
+      make("block1", {2, 3, 16}, {32}, {32}),
+      make("block2", {2, 16, 32}, {16}, {16}),
+      make("no_images", {0, 3, 5}, {6}, {6}),
+      make("one_pixel", {1, 1, 1}, {.in = 1, .pool = 1}, {.in = 1, .pool = 1}),
+      make("one_pooled", {3, 2, 3}, {2}, {2}),
+      make("odd_map", {1, 3, 16}, {7}, {9}),
+      make("wide_map", {1, 3, 16}, {3}, {67}),
+      make("tall_map", {1, 3, 16}, {67}, {2}),
+      make("no_padding", {2, 4, 17}, {.in = 9, .padding = 0}, {.in = 8, .padding = 0}),
+      make("padding2", {1, 3, 16}, {.in = 5, .padding = 2}, {.in = 6, .padding = 2}),
+      make("ceil", {2, 3, 16}, {9}, {11}, true),
+      make("one_channel", {2, 1, 33}, {6}, {10}),
+      make("many_channels", {1, 33, 31}, {6}, {7}),
+      make("channels64", {1, 64, 48}, {8}, {8}),
+      make("one_output", {2, 5, 1}, {8}, {10}),
+      make("bands", {1, 48, 3}, {40}, {38}),
+      make("many_images", {67, 2, 3}, {4}, {4}),
+      // convolution
+      make("kernel1", {2, 5, 6}, {.in = 7, .kernel = 1, .padding = 0},
+           {.in = 8, .kernel = 1, .padding = 0}),
+      make("kernel2x5", {1, 3, 4}, {.in = 8, .kernel = 2}, {.in = 11, .kernel = 5, .padding = 2}),
+      make("kernel7_stride2", {1, 3, 5},
+           {.in = 19,
+            .kernel = 7,
+            .stride = 2,
+            .padding = 3,
+            .pool = 3,
+            .pool_stride = 2,
+            .pool_padding = 1},
+           {.in = 18,
+            .kernel = 7,
+            .stride = 2,
+            .padding = 3,
+            .pool = 3,
+            .pool_stride = 2,
+            .pool_padding = 1}),
+      make("kernel11_stride4", {1, 3, 6},
+           {.in = 35, .kernel = 11, .stride = 4, .padding = 2, .pool = 3, .pool_stride = 2},
+           {.in = 39, .kernel = 11, .stride = 4, .padding = 2, .pool = 3, .pool_stride = 2}),
+      make("stride3x2", {2, 3, 5}, {.in = 16, .stride = 3}, {.in = 13, .stride = 2}),
+      make("stride_over_kernel", {1, 2, 3}, {.in = 17, .kernel = 2, .stride = 4, .padding = 0},
+           {.in = 18, .kernel = 2, .stride = 5, .padding = 1}),
+      make("same_even", {1, 3, 5}, {.in = 7, .kernel = 4, .padding = 1, .padding_after = 2},
+           {.in = 8, .kernel = 2, .padding = 0, .padding_after = 1}),
+      make("padding_over_kernel", {1, 2, 3}, {.in = 3, .kernel = 2, .padding = 4},
+           {.in = 4, .kernel = 1, .padding = 3}),
+      make("dilation2x3", {1, 3, 5}, {.in = 11, .padding = 2, .dilation = 2},
+           {.in = 12, .padding = 3, .dilation = 3}),
+      make("dilation_stride", {2, 18, 5}, {.in = 13, .stride = 2, .padding = 2, .dilation = 2},
+           {.in = 9, .stride = 1, .padding = 0, .dilation = 2}),
+      make("groups2", {2, 6, 10, 2}, {6}, {8}),
+      make("groups3_uneven", {1, 51, 21, 3}, {5}, {6}),
+      make("depthwise", {2, 17, 17, 17}, {9}, {7}),
+      make("depthwise_times2", {1, 5, 10, 5}, {.in = 9, .kernel = 5, .padding = 2}, {10}),
+      make("unread_rows", {1, 2, 3}, {.in = 12, .kernel = 2, .stride = 5, .padding = 0},
+           {.in = 11, .kernel = 2, .stride = 4, .padding = 0}),
+      // pool
+      make("pool1", {2, 3, 5}, {.in = 6, .pool = 1}, {.in = 9, .pool = 1}),
+      make("pool1_gapped", {1, 3, 16}, {.in = 9, .pool = 1, .pool_stride = 2},
+           {.in = 10, .pool = 1, .pool_stride = 3}),
+      make("pool3", {1, 3, 16}, {.in = 9, .pool = 3}, {.in = 10, .pool = 3}),
+      make("pool3_stride1", {1, 3, 5}, {.in = 6, .pool = 3, .pool_stride = 1},
+           {.in = 19, .pool = 3, .pool_stride = 1}),
+      make("pool2_stride1", {1, 3, 16}, {.in = 6, .pool_stride = 1}, {.in = 8, .pool_stride = 1}),
+      make("pool2_stride3", {1, 3, 16}, {.in = 8, .pool_stride = 3}, {.in = 9, .pool_stride = 3}),
+      make("pool2_padding1", {2, 3, 16}, {.in = 6, .pool_padding = 1},
+           {.in = 8, .pool_padding = 1}),
+      make("pool3x1", {1, 2, 5}, {.in = 9, .pool = 3}, {.in = 7, .pool = 1}),
+      make("pool4x2_padding2x1", {1, 2, 5},
+           {.in = 9, .pool = 4, .pool_stride = 1, .pool_padding = 2},
+           {.in = 7, .pool = 2, .pool_padding = 1}),
+      make("pool_dilation2", {1, 3, 5}, {.in = 9, .pool_dilation = 2},
+           {.in = 11, .pool = 3, .pool_stride = 1, .pool_padding = 2, .pool_dilation = 2}),
+      make("ceil_pool3_stride2", {1, 3, 5}, {.in = 8, .pool = 3, .pool_stride = 2},
+           {.in = 10, .pool = 3, .pool_stride = 2, .pool_padding = 1}, true),
+      make("ceil_drops_window", {1, 2, 5},
+           {.in = 6, .kernel = 1, .padding = 0, .pool_stride = 3, .pool_padding = 1},
+           {.in = 8, .kernel = 1, .padding = 0, .pool_stride = 3, .pool_padding = 1}, true),
+      make("window255", {1, 2, 3}, {.in = 15, .pool = 15}, {.in = 17, .pool = 17}),
+      make("window256", {1, 2, 3}, {.in = 17, .pool = 16, .pool_stride = 1},
+           {.in = 18, .pool = 16, .pool_stride = 1}),
+      make("window380", {1, 1, 3}, {.in = 16, .pool = 19, .pool_stride = 2, .pool_padding = 9},
+           {.in = 20, .pool = 20}),
+      make("empty_windows", {1, 2, 5},
+           {.in = 3,
+            .kernel = 1,
+            .padding = 0,
+            .pool_stride = 1,
+            .pool_padding = 2,
+            .pool_dilation = 4},
+           {.in = 9, .pool_stride = 1}),
+      make("only_empty_windows", {2, 2, 3},
+           {.in = 2,
+            .kernel = 1,
+            .padding = 0,
+            .pool_stride = 1,
+            .pool_padding = 2,
+            .pool_dilation = 4},
+           {.in = 1,
+            .kernel = 1,
+            .padding = 0,
+            .pool_stride = 1,
+            .pool_padding = 2,
+            .pool_dilation = 4}),
+  };
+  // Every remainder of a vector's lanes in the pooled width.
+  for (const int64_t pooled : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 18}) {
+    list.push_back(make("pooled_width" + std::to_string(pooled), {1, 2, 5}, {4}, {2 * pooled}));
+  }
+  return list;
+}
+
+}  // namespace
+
+const std::vector<Case>& cases() {
+  static const std::vector<Case> list = all_cases();
+  return list;
+}
+
+const Case& case_named(const std::string& name) {
+  for (const Case& one : cases()) {
+    if (one.name == name) return one;
+  }
+  std::printf("no case named %s\n", name.c_str());
+  std::abort();
+}
+
+}  // namespace selftest

@@ -1,0 +1,64 @@
+// Self-test of the CPU kernels, free of torch and of Python: for sanitizers, emulators and cross
+// builds. Exits with 1 when a check failed and with 2 on bad arguments.
+#include <cstdio>
+#include <cstring>
+#include <string>
+
+#include "check.h"
+#include "cpu/select.h"
+#include "test_kernels.h"
+#include "test_select.h"
+
+namespace {
+
+constexpr char kUsage[] =
+    "usage: fusedcnn_selftest [--quick] [--isa NAME] [--expect NAME]\n"
+    "  --quick        a third of the calls: every kernel, case, type and layout, but not each\n"
+    "                 layout with each way of running the tasks\n"
+    "  --isa NAME     only this ISA; fails when the machine lacks it\n"
+    "  --expect NAME  fails unless this ISA is the one selected on this machine\n";
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  bool quick = false;
+  std::string only, expected;
+  for (int i = 1; i < count; ++i) {
+    const std::string argument = arguments[i];
+    if (argument == "--quick") {
+      quick = true;
+    } else if (argument == "--isa" && i + 1 < count) {
+      only = arguments[++i];
+    } else if (argument == "--expect" && i + 1 < count) {
+      expected = arguments[++i];
+    } else {
+      std::fputs(kUsage, stderr);
+      return 2;
+    }
+  }
+
+  const std::string selected = fusedcnn::cpu::selected_isa().name;
+  std::printf("selected ISA: %s\n", selected.c_str());
+  if (!expected.empty()) {
+    selftest::check(selected == expected, "expected ISA " + expected + ", selected " + selected);
+  }
+  selftest::test_select();
+  bool found = only.empty();
+  for (const fusedcnn::cpu::Isa& isa : fusedcnn::cpu::isas()) {
+    if (!only.empty() && only != isa.name) continue;
+    found = true;
+    if (!isa.supported) {
+      std::printf("  %-8s NOT RUN: this machine lacks it\n", isa.name);
+      selftest::check(only.empty(), "this machine lacks " + only);
+      continue;
+    }
+    selftest::test_conversions(isa);
+    selftest::test_exact(isa, quick);
+    selftest::test_special_values(isa);
+    selftest::test_optional_arguments(isa);
+    selftest::test_determinism(isa);
+  }
+  selftest::check(found, "no ISA named " + only + " was compiled in");
+  std::printf("%d passed, %d failed\n", selftest::passed(), selftest::failed());
+  return selftest::failed() ? 1 : 0;
+}

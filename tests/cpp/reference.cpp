@@ -1,0 +1,103 @@
+#include "reference.h"
+
+#include <cmath>
+#include <limits>
+
+namespace selftest {
+namespace {
+
+using fusedcnn::Axis;
+using fusedcnn::Geometry;
+
+bool inside(int64_t i, int64_t size) { return i >= 0 && i < size; }
+
+int64_t conv_place(const Axis& a, int64_t o, int64_t p) {
+  return o * a.pool_stride - a.pool_padding + p * a.pool_dilation;
+}
+
+int64_t input_place(const Axis& a, int64_t c, int64_t k) {
+  return c * a.stride - a.padding + k * a.dilation;
+}
+
+// Calls body(input index, weight index) for every tap of one convolution output that lies inside
+// the input.
+template <typename Body>
+void for_taps(const Geometry& g, int64_t n, int64_t oc, int64_t ch, int64_t cw, const Body& body) {
+  const int64_t channels = g.in_channels_per_group();
+  const int64_t group = oc / g.out_channels_per_group();
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t kh = 0; kh < g.h.kernel; ++kh) {
+      for (int64_t kw = 0; kw < g.w.kernel; ++kw) {
+        const int64_t h = input_place(g.h, ch, kh), w = input_place(g.w, cw, kw);
+        if (!inside(h, g.h.in) || !inside(w, g.w.in)) continue;
+        body(((n * g.in_channels + group * channels + c) * g.h.in + h) * g.w.in + w,
+             ((oc * channels + c) * g.h.kernel + kh) * g.w.kernel + kw);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+double convolution(const Geometry& g, const Operands& operands, int64_t n, int64_t oc, int64_t ch,
+                   int64_t cw) {
+  double sum = operands.bias.empty() ? 0 : operands.bias[oc];
+  for_taps(g, n, oc, ch, cw, [&](int64_t input, int64_t weight) {
+    sum += operands.input[input] * operands.weight[weight];
+  });
+  return sum;
+}
+
+Forward forward(const Geometry& g, const Operands& operands) {
+  Forward result;
+  std::vector<double> map(g.h.conv * g.w.conv);
+  for (int64_t i = 0; i < g.batch * g.out_channels; ++i) {
+    const int64_t n = i / g.out_channels, oc = i % g.out_channels;
+    for (int64_t c = 0; c < g.h.conv * g.w.conv; ++c) {
+      map[c] = convolution(g, operands, n, oc, c / g.w.conv, c % g.w.conv);
+    }
+    for (int64_t o = 0; o < g.outputs(); ++o) {
+      double best = -std::numeric_limits<double>::infinity();
+      int32_t code = -1;
+      bool empty = true;
+      for (int64_t e = 0; e < g.window(); ++e) {
+        const int64_t ch = conv_place(g.h, o / g.w.out, e / g.w.pool_kernel);
+        const int64_t cw = conv_place(g.w, o % g.w.out, e % g.w.pool_kernel);
+        if (!inside(ch, g.h.conv) || !inside(cw, g.w.conv)) continue;
+        empty = false;
+        const double value = map[ch * g.w.conv + cw];
+        // The first maximum wins; a NaN beats everything, the last of several.
+        if (value > best || std::isnan(value)) {
+          best = value;
+          code = static_cast<int32_t>(e);
+        }
+      }
+      const bool off = best <= 0;
+      // ReLU comes before the pool, so only a window without elements keeps its -infinity.
+      result.output.push_back(off && !empty ? 0 : best);
+      result.code.push_back(off ? -1 : code);
+    }
+  }
+  return result;
+}
+
+Gradients backward(const Geometry& g, const Operands& operands, const std::vector<int32_t>& code) {
+  Gradients grads{std::vector<double>(operands.input.size()),
+                  std::vector<double>(operands.weight.size()), std::vector<double>(g.out_channels)};
+  for (int64_t i = 0; i < static_cast<int64_t>(code.size()); ++i) {
+    if (code[i] < 0) continue;
+    const int64_t n = i / (g.outputs() * g.out_channels), oc = i / g.outputs() % g.out_channels;
+    const int64_t o = i % g.outputs();
+    const int64_t ch = conv_place(g.h, o / g.w.out, code[i] / g.w.pool_kernel);
+    const int64_t cw = conv_place(g.w, o % g.w.out, code[i] % g.w.pool_kernel);
+    const double gradient = operands.grad_output[i];
+    grads.bias[oc] += gradient;
+    for_taps(g, n, oc, ch, cw, [&](int64_t input, int64_t weight) {
+      grads.input[input] += gradient * operands.weight[weight];
+      grads.weight[weight] += gradient * operands.input[input];
+    });
+  }
+  return grads;
+}
+
+}  // namespace selftest

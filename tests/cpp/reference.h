@@ -1,0 +1,41 @@
+// The answer, in double, straight from the definition in csrc/core/geometry.h: no tiles, no
+// scratch, no shortcuts.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/geometry.h"
+
+namespace selftest {
+
+// All contiguous, in the sizes of the geometry.
+struct Operands {
+  std::vector<double> input;        // [N, C, H, W]
+  std::vector<double> weight;       // [OC, C / groups, KH, KW]
+  std::vector<double> bias;         // [OC], or empty for none
+  std::vector<double> grad_output;  // [N, OC, OH, OW]
+};
+
+struct Forward {
+  std::vector<double> output;  // [N, OC, OH, OW]
+  std::vector<int32_t> code;   // [N, OC, OH, OW]; -1: off
+};
+
+struct Gradients {
+  std::vector<double> input;
+  std::vector<double> weight;
+  std::vector<double> bias;
+};
+
+// One convolution output of image n, the bias included.
+double convolution(const fusedcnn::Geometry& g, const Operands& operands, int64_t n, int64_t oc,
+                   int64_t ch, int64_t cw);
+
+Forward forward(const fusedcnn::Geometry& g, const Operands& operands);
+
+// The gradients that flow to the winners that `code` names.
+Gradients backward(const fusedcnn::Geometry& g, const Operands& operands,
+                   const std::vector<int32_t>& code);
+
+}  // namespace selftest

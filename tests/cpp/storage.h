@@ -1,0 +1,35 @@
+// The four element types as doubles, stated independently of the kernels' own conversions.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "core/geometry.h"
+
+namespace selftest {
+
+// A binary floating-point format: `precision` bits of significand, the implied one included, and
+// the exponents of its smallest and largest normal numbers.
+struct Format {
+  int precision;
+  int min_exponent;
+  int max_exponent;
+};
+inline constexpr Format kFloat16Format{11, -14, 15};
+inline constexpr Format kBFloat16Format{8, -126, 127};
+
+// The value of a 16-bit pattern, from the definition of the format.
+double decode(Format format, uint16_t bits);
+
+// The 16-bit pattern nearest to `value`, ties to even, infinity past the largest; any NaN gives one
+// quiet NaN.
+uint16_t encode(Format format, double value);
+
+double read(fusedcnn::DataType type, const void* data, int64_t index);
+// Rounds to nearest, ties to even.
+void write(fusedcnn::DataType type, void* data, int64_t index, double value);
+
+// `value` as `type` would hold it.
+double rounded(fusedcnn::DataType type, double value);
+
+}  // namespace selftest

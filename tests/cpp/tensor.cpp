@@ -1,0 +1,117 @@
+#include "tensor.h"
+
+#include <cstring>
+
+#include "storage.h"
+
+namespace selftest {
+
+using fusedcnn::DataType;
+using fusedcnn::Strides;
+
+const char* name(Layout layout) {
+  switch (layout) {
+    case Layout::kContiguous:
+      return "contiguous";
+    case Layout::kChannelsLast:
+      return "channels_last";
+    case Layout::kPadded:
+      return "padded";
+    default:
+      return "permuted";
+  }
+}
+
+Strides strides_for(Layout layout, Shape s) {
+  switch (layout) {
+    case Layout::kContiguous:
+      return {s.c * s.h * s.w, s.h * s.w, s.w, 1};
+    case Layout::kChannelsLast:
+      return {s.c * s.h * s.w, 1, s.w * s.c, s.c};
+    case Layout::kPadded: {
+      const int64_t row = s.w + 3, plane = s.h * row + 1;
+      return {s.c * plane + 5, plane, row, 1};
+    }
+    default: {
+      const int64_t c = 2 * s.h + 1, w = s.c * c + 1;
+      return {s.w * w + 3, c, 2, w};
+    }
+  }
+}
+
+Tensor::Tensor(Shape s, Strides strides, int64_t element_bytes, unsigned char fill)
+    : strides_(strides), element_bytes_(element_bytes), fill_(fill) {
+  int64_t elements = 0;
+  places_.reserve(s.elements());
+  for (int64_t n = 0; n < s.n; ++n) {
+    for (int64_t c = 0; c < s.c; ++c) {
+      for (int64_t h = 0; h < s.h; ++h) {
+        for (int64_t w = 0; w < s.w; ++w) {
+          places_.push_back(n * strides.n + c * strides.c + h * strides.h + w * strides.w);
+          if (places_.back() >= elements) elements = places_.back() + 1;
+        }
+      }
+    }
+  }
+  size_ = elements * element_bytes;
+  bytes_.reset(new unsigned char[size_]);
+  std::memset(bytes_.get(), fill, size_);
+}
+
+bool Tensor::gaps_intact() const {
+  std::vector<bool> owned(size_);
+  for (const int64_t place : places_) {
+    for (int64_t b = 0; b < element_bytes_; ++b) owned[place * element_bytes_ + b] = true;
+  }
+  for (int64_t b = 0; b < size_; ++b) {
+    if (!owned[b] && bytes_[b] != fill_) return false;
+  }
+  return true;
+}
+
+Tensor tensor_of(DataType type, Shape shape, Strides strides, const std::vector<double>& values) {
+  Tensor tensor(shape, strides, element_size(type));
+  for (size_t i = 0; i < values.size(); ++i) {
+    write(type, tensor.data(), tensor.places()[i], values[i]);
+  }
+  return tensor;
+}
+
+Tensor codes_of(bool wide, Shape shape, Strides strides, const std::vector<int32_t>& codes) {
+  Tensor tensor(shape, strides, wide ? 4 : 1);
+  for (size_t i = 0; i < codes.size(); ++i) {
+    char* at = static_cast<char*>(tensor.data()) + tensor.places()[i] * (wide ? 4 : 1);
+    if (wide) {
+      std::memcpy(at, &codes[i], 4);
+    } else {
+      *at = static_cast<char>(codes[i]);
+    }
+  }
+  return tensor;
+}
+
+std::vector<double> values_of(DataType type, const Tensor& tensor) {
+  std::vector<double> values;
+  values.reserve(tensor.places().size());
+  for (const int64_t place : tensor.places()) values.push_back(read(type, tensor.data(), place));
+  return values;
+}
+
+std::vector<int32_t> code_values_of(bool wide, const Tensor& tensor) {
+  std::vector<int32_t> codes;
+  codes.reserve(tensor.places().size());
+  for (const int64_t place : tensor.places()) {
+    const char* at = static_cast<const char*>(tensor.data()) + place * (wide ? 4 : 1);
+    int32_t code;
+    if (wide) {
+      std::memcpy(&code, at, 4);
+    } else {
+      code = static_cast<unsigned char>(*at);
+      if (code == 0xff) code = -1;
+    }
+    codes.push_back(code);
+  }
+  return codes;
+}
+
+}  // namespace selftest

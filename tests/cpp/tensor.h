@@ -1,0 +1,66 @@
+// Strided tensors in heap buffers of exactly the size that their elements span, so that a sanitizer
+// sees the first byte past either end, and with guarded gaps between the elements.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/geometry.h"
+
+namespace selftest {
+
+enum class Layout : int {
+  kContiguous,
+  kChannelsLast,
+  kPadded,    // rows, planes and images apart from each other, as in a slice of a larger tensor
+  kPermuted,  // no stride is 1, and W is the slowest dimension but the batch
+  kCount
+};
+const char* name(Layout layout);
+
+struct Shape {
+  int64_t n, c, h, w;
+
+  int64_t elements() const { return n * c * h * w; }
+};
+
+fusedcnn::Strides strides_for(Layout layout, Shape shape);
+
+// One [N, C, H, W] tensor of `element_bytes` wide elements.
+class Tensor {
+ public:
+  // Every byte starts as `fill`. The default makes a NaN in all four element types.
+  Tensor(Shape shape, fusedcnn::Strides strides, int64_t element_bytes, unsigned char fill = 0xff);
+
+  void* data() { return bytes_.get(); }
+  const void* data() const { return bytes_.get(); }
+  fusedcnn::Strides strides() const { return strides_; }
+
+  // Element indices in the buffer, in the order of a contiguous tensor.
+  const std::vector<int64_t>& places() const { return places_; }
+
+  // Whether every byte that belongs to no element is still as it began.
+  bool gaps_intact() const;
+
+ private:
+  fusedcnn::Strides strides_;
+  int64_t element_bytes_;
+  unsigned char fill_;
+  int64_t size_;  // bytes
+  std::unique_ptr<unsigned char[]> bytes_;
+  std::vector<int64_t> places_;
+};
+
+// A tensor holding `values`, rounded to `type`.
+Tensor tensor_of(fusedcnn::DataType type, Shape shape, fusedcnn::Strides strides,
+                 const std::vector<double>& values);
+// A tensor of codes, bytes or int32.
+Tensor codes_of(bool wide, Shape shape, fusedcnn::Strides strides,
+                const std::vector<int32_t>& codes);
+
+std::vector<double> values_of(fusedcnn::DataType type, const Tensor& tensor);
+std::vector<int32_t> code_values_of(bool wide, const Tensor& tensor);
+
+}  // namespace selftest

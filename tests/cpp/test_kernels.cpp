@@ -1,0 +1,287 @@
+#include "test_kernels.h"
+
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <limits>
+#include <string>
+
+#include "calls.h"
+#include "cases.h"
+#include "check.h"
+#include "reference.h"
+#include "storage.h"
+
+namespace selftest {
+namespace {
+
+using fusedcnn::DataType;
+using fusedcnn::Geometry;
+using fusedcnn::cpu::Isa;
+using fusedcnn::cpu::Kernel;
+using fusedcnn::cpu::Pass;
+using fusedcnn::cpu::Problem;
+
+constexpr DataType kTypes[] = {DataType::kFloat32, DataType::kFloat64, DataType::kBFloat16,
+                               DataType::kFloat16};
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+// The same numbers in every run (splitmix64).
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+
+  // Uniform over low..high.
+  int64_t integer(int64_t low, int64_t high) {
+    return low + static_cast<int64_t>(next() % static_cast<uint64_t>(high - low + 1));
+  }
+  // Uniform over (-1, 1), of many bits.
+  double real() { return static_cast<double>(next() >> 11) * 0x1p-52 - 1; }
+
+ private:
+  uint64_t next() {
+    state_ += 0x9e3779b97f4a7c15;
+    uint64_t z = state_;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    return z ^ (z >> 31);
+  }
+  uint64_t state_;
+};
+
+std::vector<double> draw(int64_t count, const std::function<double()>& one) {
+  std::vector<double> values(count);
+  for (double& value : values) value = one();
+  return values;
+}
+
+Operands draw_operands(const Geometry& g, const std::function<double()>& input,
+                       const std::function<double()>& weight) {
+  return {draw(g.batch * g.in_channels * g.h.in * g.w.in, input),
+          draw(g.out_channels * g.in_channels_per_group() * g.taps(), weight),
+          draw(g.out_channels, weight), draw(g.batch * g.out_channels * g.outputs(), input)};
+}
+
+// Small integers: every product and every partial sum is exact in float, whatever the order, so a
+// result is the exact one, rounded once to the element type. They also tie all the time.
+Operands integer_operands(const Geometry& g) {
+  Random random(g.out_channels * 1000 + g.w.in);
+  return draw_operands(
+      g, [&] { return random.integer(-2, 2); }, [&] { return random.integer(-2, 2); });
+}
+
+bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
+// Checks `got` against `want`, rounded to the element type; the failure names the first difference.
+bool check_values(DataType type, const std::vector<double>& got, const std::vector<double>& want,
+                  const std::string& what) {
+  std::string difference;
+  if (got.size() != want.size()) difference = ": wrong size";
+  for (size_t i = 0; difference.empty() && i < want.size(); ++i) {
+    const double expected = rounded(type, want[i]);
+    if (same(got[i], expected)) continue;
+    difference = " at " + std::to_string(i) + ": expected " + std::to_string(expected) + ", got " +
+                 std::to_string(got[i]);
+  }
+  return check(difference.empty(), what + difference);
+}
+
+bool check_codes(const std::vector<int32_t>& got, const std::vector<int32_t>& want,
+                 const std::string& what) {
+  std::string difference;
+  if (got.size() != want.size()) difference = ": wrong size";
+  for (size_t i = 0; difference.empty() && i < want.size(); ++i) {
+    if (got[i] == want[i]) continue;
+    difference = " at " + std::to_string(i) + ": expected " + std::to_string(want[i]) + ", got " +
+                 std::to_string(got[i]);
+  }
+  return check(difference.empty(), what + difference);
+}
+
+std::string describe(const Isa& isa, const Call& call, const std::string& data) {
+  return std::string(isa.name) + " " + name(call.kernel->pass) + " " + call.kernel->name + " " +
+         name(call.problem.type) + (call.problem.wide_code ? " int32 code " : " byte code ") +
+         name(call.layout) + ", " + call.pool.name + ", " + data;
+}
+
+// Runs one kernel and checks all that it returns.
+void check_call(const Call& call, const Operands& operands, const Forward& want,
+                const Gradients& grads, const std::string& what) {
+  const DataType type = call.problem.type;
+  if (call.kernel->pass == Pass::kForward) {
+    Forward got;
+    run_forward(call, operands, &got, what);
+    check_values(type, got.output, want.output, what + ": output");
+    check_codes(got.code, want.code, what + ": code");
+    return;
+  }
+  Gradients got;
+  run_backward(call, operands, want.code, &got, what);
+  if (call.kernel->pass == Pass::kGradWeight) {
+    check_values(type, got.weight, grads.weight, what + ": grad_weight");
+    check_values(type, got.bias, grads.bias, what + ": grad_bias");
+  } else {
+    check_values(type, got.input, grads.input, what + ": grad_input");
+  }
+}
+
+// Calls body(problem, kernel index) for every problem on `g` that a kernel of the ISA covers.
+template <typename Body>
+void for_covering_kernels(const Isa& isa, const Geometry& g, const Body& body) {
+  for (const DataType type : kTypes) {
+    for (const bool wide : {false, true}) {
+      if (!wide && g.window() > fusedcnn::kLargestByteWindow) continue;
+      const Problem problem{g, type, wide};
+      for (int k = 0; k < isa.list.count; ++k) {
+        if (!isa.list.kernels[k].why_not(problem)) body(problem, k);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void test_exact(const Isa& isa, bool quick) {
+  std::vector<int> calls(isa.list.count);
+  for (const Case& one : cases()) {
+    const Operands operands = integer_operands(one.geometry);
+    const Forward want = forward(one.geometry, operands);
+    const Gradients grads = backward(one.geometry, operands, want.code);
+    int turn = 0;
+    for_covering_kernels(isa, one.geometry, [&](const Problem& problem, int k) {
+      ++calls[k];
+      for (int layout = 0; layout < static_cast<int>(Layout::kCount); ++layout, ++turn) {
+        for (int pool = 0; pool < 3; ++pool) {
+          if (quick && (turn + pool) % 3 != 0) continue;
+          const Call call{&isa.list.kernels[k], problem, static_cast<Layout>(layout), kPools[pool]};
+          check_call(call, operands, want, grads, describe(isa, call, one.name));
+        }
+      }
+    });
+  }
+  for (int k = 0; k < isa.list.count; ++k) {
+    const Kernel& kernel = isa.list.kernels[k];
+    std::printf("  %-8s %-11s %-12s %d problems\n", isa.name, name(kernel.pass), kernel.name,
+                calls[k]);
+    check(calls[k] > 0, std::string(isa.name) + " " + name(kernel.pass) + " " + kernel.name +
+                            ": no case is covered by this kernel; add one to cases.cpp");
+  }
+}
+
+void test_special_values(const Isa& isa) {
+  struct Data {
+    const char* name;
+    double rare;  // in one element of 20
+  };
+  constexpr Data kInputs[] = {
+      {"NaN", kNan}, {"infinity", kInfinity}, {"-infinity", -kInfinity}, {"-0", -0.0}, {"ties", 1}};
+  for (const char* case_name : {"block1", "odd_map", "ceil", "pool2_padding1", "pool3_stride1",
+                                "depthwise", "dilation2x3"}) {
+    const Geometry g = case_named(case_name).geometry;
+    for (const Data& data : kInputs) {
+      Random random(7);
+      // Without zeros in the weight, infinity times weight has one right answer.
+      Operands operands = draw_operands(
+          g, [&] { return random.integer(0, 19) ? random.integer(-1, 1) : data.rare; },
+          [&] { return random.integer(0, 1) ? 1 : -1; });
+      operands.grad_output =
+          draw(operands.grad_output.size(), [&] { return random.integer(-2, 2); });
+      operands.bias[0] = -0.0;
+      const Forward want = forward(g, operands);
+      // No gradient flows where ReLU is off, not even a NaN.
+      for (size_t i = 0; i < want.code.size(); ++i) {
+        if (want.code[i] < 0) operands.grad_output[i] = i % 2 ? kNan : kInfinity;
+      }
+      const Gradients grads = backward(g, operands, want.code);
+      for_covering_kernels(isa, g, [&](const Problem& problem, int k) {
+        for (const Layout layout : {Layout::kContiguous, Layout::kPermuted}) {
+          const Call call{&isa.list.kernels[k], problem, layout, kPools[0]};
+          check_call(call, operands, want, grads,
+                     describe(isa, call, std::string(case_name) + " with " + data.name));
+        }
+      });
+    }
+    // NaN and infinite gradients reach grad_bias and grad_input at exactly the right elements.
+    Random random(8);
+    Operands operands = draw_operands(
+        g, [&] { return random.integer(-1, 1); }, [&] { return random.integer(0, 1) ? 1 : -1; });
+    const Forward want = forward(g, operands);
+    for (size_t i = 0; i < operands.grad_output.size(); i += 31) {
+      operands.grad_output[i] = i % 2 ? kNan : kInfinity;
+    }
+    const Gradients grads = backward(g, operands, want.code);
+    for_covering_kernels(isa, g, [&](const Problem& problem, int k) {
+      const Call call{&isa.list.kernels[k], problem, Layout::kContiguous, kPools[0]};
+      const std::string what =
+          describe(isa, call, std::string(case_name) + " with NaN and infinite gradients");
+      if (call.kernel->pass == Pass::kForward) return;
+      Gradients got;
+      run_backward(call, operands, want.code, &got, what);
+      if (call.kernel->pass == Pass::kGradInput) {
+        check_values(problem.type, got.input, grads.input, what + ": grad_input");
+      } else {
+        check_values(problem.type, got.bias, grads.bias, what + ": grad_bias");
+      }
+    });
+  }
+}
+
+void test_optional_arguments(const Isa& isa) {
+  for (const char* case_name : {"no_images", "odd_map", "pool3", "groups2", "window256"}) {
+    const Geometry g = case_named(case_name).geometry;
+    Operands operands = integer_operands(g);
+    operands.bias.clear();
+    const Forward want = forward(g, operands);
+    const Gradients grads = backward(g, operands, want.code);
+    for_covering_kernels(isa, g, [&](const Problem& problem, int k) {
+      const Call call{&isa.list.kernels[k], problem, Layout::kContiguous, kPools[2]};
+      const DataType type = problem.type;
+      if (call.kernel->pass == Pass::kForward) {
+        const std::string what = describe(isa, call, std::string(case_name) + " without bias");
+        Forward got;
+        run_forward(call, operands, &got, what);
+        check_values(type, got.output, want.output, what + ": output");
+        run_forward(call, operands, &got, what, /*want_code=*/false);
+        check_values(type, got.output, want.output, what + " and code: output");
+      } else if (call.kernel->pass == Pass::kGradWeight) {
+        const std::string what = describe(isa, call, case_name);
+        Gradients got;
+        run_backward(call, operands, want.code, &got, what, true, false);
+        check_values(type, got.weight, grads.weight, what + ": grad_weight without grad_bias");
+        run_backward(call, operands, want.code, &got, what, false, true);
+        check_values(type, got.bias, grads.bias, what + ": grad_bias without grad_weight");
+      }
+    });
+  }
+}
+
+void test_determinism(const Isa& isa) {
+  for (const char* case_name : {"block1", "block2", "many_images", "pool3", "groups3_uneven"}) {
+    const Geometry g = case_named(case_name).geometry;
+    Random random(9);
+    const Operands operands =
+        draw_operands(g, [&] { return random.real(); }, [&] { return random.real(); });
+    const std::vector<int32_t> code = forward(g, operands).code;
+    for_covering_kernels(isa, g, [&](const Problem& problem, int k) {
+      Forward forwards[3];
+      Gradients gradients[3];
+      for (int p = 0; p < 3; ++p) {
+        const Call call{&isa.list.kernels[k], problem, Layout::kContiguous, kPools[p]};
+        const std::string what = describe(isa, call, std::string(case_name) + " in floats");
+        if (call.kernel->pass == Pass::kForward) {
+          run_forward(call, operands, &forwards[p], what);
+        } else {
+          run_backward(call, operands, code, &gradients[p], what);
+        }
+        check(forwards[p].output == forwards[0].output && forwards[p].code == forwards[0].code &&
+                  gradients[p].input == gradients[0].input &&
+                  gradients[p].weight == gradients[0].weight &&
+                  gradients[p].bias == gradients[0].bias,
+              what + ": differs from one thread");
+      }
+    });
+  }
+}
+
+}  // namespace selftest
