@@ -146,7 +146,7 @@ void grad_weight_typed(const BackwardArgs& args, const ThreadPool& pool) {
     T* rows = sums + (partial * g.out_channels + group * out_channels) * row;
     memset(rows + first * row, 0, (last - first) * row * sizeof(T));
     T* image = args.grad_weight ? patch_image<T>(plan) : nullptr;
-    LiveList<T> list(g.outputs());
+    LiveList<T> list(args);
     const int64_t end = smaller((partial + 1) * images, g.batch);
     for (int64_t n = partial * images; n < end; ++n) {
       if (args.grad_weight) pack_patches<S, T>(plan, args, n, group, image);
@@ -223,7 +223,7 @@ void grad_input_typed(const BackwardArgs& args, const ThreadPool& pool) {
     const int64_t n = task / g.groups, group = task % g.groups;
     T* image = patch_image<T>(plan);
     memset(image, 0, plan.size * sizeof(T));
-    LiveList<T> list(g.outputs());
+    LiveList<T> list(args);
     for (int64_t r = 0; r < out_channels; ++r) {
       const int64_t oc = group * out_channels + r;
       list.template build<S, C>(plan, args, n, oc);

@@ -1,0 +1,163 @@
+// Transposing copies between channel-major and pixel-major memory.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/kernels/simd.h"
+
+namespace fusedcnn::cpu::FUSEDCNN_ISA {
+namespace {
+
+// ---- conversions between storage and accumulation types ------------------------------------------
+
+template <typename To, typename From>
+FUSEDCNN_INLINE To convert(From value) {
+  if constexpr (std::is_same_v<To, From>) {
+    return value;
+  } else if constexpr (std::is_same_v<To, Accumulator<From>>) {
+    return widen(value);
+  } else {
+    return narrow<To>(value);
+  }
+}
+
+// The type that a conversion's registers hold: the wider of the two.
+template <typename From, typename To>
+using Wider = std::conditional_t<(sizeof(To) > sizeof(From)), To, From>;
+
+template <typename From, typename To>
+FUSEDCNN_INLINE void convert_run(const From* from, To* to, int64_t count) {
+  if constexpr (std::is_same_v<To, From>) {
+    memcpy(to, from, count * sizeof(To));
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = convert<To>(from[i]);
+  }
+}
+
+// ---- square blocks in registers ------------------------------------------------------------------
+
+// A block is as wide as a vector; bytes use the 16 lanes that every ISA has.
+template <typename E>
+constexpr int kBlock = sizeof(E) == 1 ? 16 : kLanes<E>;
+
+template <typename E>
+struct BlockOf {
+  typedef E Type __attribute__((vector_size(kBlock<E> * sizeof(E))));
+};
+template <typename E>
+using BlockRow = typename BlockOf<E>::Type;
+
+// The first `count` of kBlock elements, the rest zero; reads no further.
+template <typename E, typename From>
+FUSEDCNN_INLINE BlockRow<E> load_row(const From* from, int64_t count) {
+  constexpr int kN = kBlock<E>;
+  BlockRow<E> row = {};
+  if (count >= kN) {
+    convert_run(from, reinterpret_cast<E*>(&row), kN);
+    return row;
+  }
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<From, E> && sizeof(E) == 4) {
+    const __m512 part = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+    return (BlockRow<E>)part;
+  }
+#endif
+  convert_run(from, reinterpret_cast<E*>(&row), count);
+  return row;
+}
+
+template <typename E, typename To>
+FUSEDCNN_INLINE void store_row(To* to, BlockRow<E> row, int64_t count) {
+  constexpr int kN = kBlock<E>;
+  if (count >= kN) return convert_run(reinterpret_cast<const E*>(&row), to, kN);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<To, E> && sizeof(E) == 4) {
+    return _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1),
+                                 (__m512)row);
+  }
+#endif
+  convert_run(reinterpret_cast<const E*>(&row), to, count);
+}
+
+// to[c][r] = from[r][c]: log2(N) rounds of interleaving row i with row i + N/2. Each round rotates
+// the joint index (row bits, column bits) by one bit, so that after all of them the two halves
+// have changed places.
+template <typename E>
+FUSEDCNN_INLINE void transpose_block(BlockRow<E> (&rows)[kBlock<E>]) {
+  constexpr int kN = kBlock<E>;
+  typedef std::conditional_t<sizeof(E) == 1, int8_t,
+                             std::conditional_t<sizeof(E) == 4, int32_t, int64_t>> Index;
+  typedef Index Indices __attribute__((vector_size(kN * sizeof(Index))));
+  Indices low, high;
+  for (int i = 0; i < kN; ++i) {
+    low[i] = static_cast<Index>(i / 2 + i % 2 * kN);
+    high[i] = static_cast<Index>(low[i] + kN / 2);
+  }
+#pragma GCC unroll 4
+  for (int round = 1; round < kN; round *= 2) {
+    BlockRow<E> next[kN];
+#pragma GCC unroll 16
+    for (int i = 0; i < kN / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kN / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kN / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kN; ++i) rows[i] = next[i];
+  }
+}
+
+template <typename From, typename To, bool Whole>
+FUSEDCNN_NOINLINE void transpose_tile(const From* from, int64_t from_stride, To* to,
+                                      int64_t to_stride, int64_t rows, int64_t cols) {
+  typedef Wider<From, To> E;
+  constexpr int kN = kBlock<E>;
+  BlockRow<E> block[kN];
+#pragma GCC unroll 16
+  for (int r = 0; r < kN; ++r) {
+    block[r] = Whole || r < rows ? load_row<E>(from + r * from_stride, Whole ? kN : cols)
+                                 : BlockRow<E>{};
+  }
+  transpose_block<E>(block);
+#pragma GCC unroll 16
+  for (int c = 0; c < kN; ++c) {
+    if (Whole || c < cols) store_row<E>(to + c * to_stride, block[c], Whole ? kN : rows);
+  }
+}
+
+// Narrower matrices than this are copied element by element: most of a block would be empty.
+constexpr int64_t kNarrow = 4;
+
+// to[c * to_stride + r] = from[r * from_stride + c], converted, for r < rows and c < cols.
+template <typename From, typename To>
+void transpose_matrix(const From* from, int64_t from_stride, To* to, int64_t to_stride,
+                      int64_t rows, int64_t cols) {
+  constexpr int kN = kBlock<Wider<From, To>>;
+  if (rows <= kNarrow) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < cols; ++c) to[c * to_stride + r] = convert<To>(from[r * from_stride + c]);
+    }
+    return;
+  }
+  if (cols <= kNarrow) {
+    for (int64_t c = 0; c < cols; ++c) {
+      for (int64_t r = 0; r < rows; ++r) to[c * to_stride + r] = convert<To>(from[r * from_stride + c]);
+    }
+    return;
+  }
+  for (int64_t r = 0; r < rows; r += kN) {
+    for (int64_t c = 0; c < cols; c += kN) {
+      const From* source = from + r * from_stride + c;
+      To* target = to + c * to_stride + r;
+      if (r + kN <= rows && c + kN <= cols) {
+        transpose_tile<From, To, true>(source, from_stride, target, to_stride, kN, kN);
+      } else {
+        transpose_tile<From, To, false>(source, from_stride, target, to_stride,
+                                        smaller<int64_t>(kN, rows - r),
+                                        smaller<int64_t>(kN, cols - c));
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fusedcnn::cpu::FUSEDCNN_ISA
