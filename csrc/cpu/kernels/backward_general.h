@@ -32,31 +32,37 @@ template <typename T, int S, int V>
 FUSEDCNN_NOINLINE void gather_patches(const T* image, int64_t run_stride, const uint32_t* place,
                                       const T* gradient, int64_t entries, T* acc, int64_t run) {
   constexpr int kAtOnce = S * V >= 8 ? 1 : S * V >= 4 ? 2 : S * V >= 2 ? 4 : 8;
-  Vector<T> sum[kAtOnce][S][V] = {};
+  // Unrolled by hand: GCC otherwise keeps the array in memory and clears it with `rep stos`.
+  Vector<T> sum[kAtOnce][S][V];
+#pragma GCC unroll 16
+  for (int j = 0; j < kAtOnce * S * V; ++j) sum[j / (S * V)][j / V % S][j % V] = Vector<T>{};
   int64_t i = 0;
   for (; i + kAtOnce <= entries; i += kAtOnce) {
+#pragma GCC unroll 16
     for (int u = 0; u < kAtOnce; ++u) {
       const T* from = image + place[i + u];
       const Vector<T> g = broadcast(gradient[i + u]);
-      for (int s = 0; s < S; ++s) {
-        for (int v = 0; v < V; ++v) sum[u][s][v] += g * load(from + s * run_stride + v * kLanes<T>);
+#pragma GCC unroll 16
+      for (int j = 0; j < S * V; ++j) {
+        sum[u][j / V][j % V] += g * load(from + j / V * run_stride + j % V * kLanes<T>);
       }
     }
   }
-  for (; i < entries; ++i) {
+  for (; kAtOnce > 1 && i < entries; ++i) {
     const T* from = image + place[i];
     const Vector<T> g = broadcast(gradient[i]);
-    for (int s = 0; s < S; ++s) {
-      for (int v = 0; v < V; ++v) sum[0][s][v] += g * load(from + s * run_stride + v * kLanes<T>);
+#pragma GCC unroll 16
+    for (int j = 0; j < S * V; ++j) {
+      sum[0][j / V][j % V] += g * load(from + j / V * run_stride + j % V * kLanes<T>);
     }
   }
-  for (int s = 0; s < S; ++s) {
-    for (int v = 0; v < V; ++v) {
-      Vector<T> total = sum[0][s][v];
-      for (int u = 1; u < kAtOnce; ++u) total += sum[u][s][v];
-      T* to = acc + s * run + v * kLanes<T>;
-      store(to, load(to) + total);
-    }
+#pragma GCC unroll 16
+  for (int j = 0; j < S * V; ++j) {
+    Vector<T> total = sum[0][j / V][j % V];
+#pragma GCC unroll 16
+    for (int u = 1; u < kAtOnce; ++u) total += sum[u][j / V][j % V];
+    T* to = acc + j / V * run + j % V * kLanes<T>;
+    store(to, load(to) + total);
   }
 }
 
@@ -125,7 +131,7 @@ void grad_weight_typed(const BackwardArgs& args, const ThreadPool& pool) {
   const BackwardPlan plan(g, 1);
   const int64_t run = plan.run(kN), patch = plan.patch(kN);
   const int64_t out_channels = g.out_channels_per_group();
-  // The bias's sum stands behind the weights', one vector wide.
+  // The bias's sum stands behind the weights', spread over the lanes of one vector.
   const int64_t row = (args.grad_weight ? patch : 0) + kN;
 
   int64_t partials = smaller(kMaxPartials, larger<int64_t>(g.batch, 1));
@@ -153,7 +159,8 @@ void grad_weight_typed(const BackwardArgs& args, const ThreadPool& pool) {
       for (int64_t oc = first; oc < last; ++oc) {
         T* sum = rows + oc * row;
         list.template build<S, C>(plan, args, n, group * out_channels + oc);
-        sum[row - kN] += list.total();
+        T* bias = sum + row - kN;
+        store(bias, load(bias) + list.total());
         if (!args.grad_weight) continue;
         for (int64_t o = 0; o < plan.outer; ++o) {
           for_tiles(plan.segments, run / kN, [&]<int R, int V>(int64_t s, int64_t v) {
@@ -173,7 +180,9 @@ void grad_weight_typed(const BackwardArgs& args, const ThreadPool& pool) {
       const T* other = sums + (p * g.out_channels + oc) * row;
       for (int64_t i = 0; i < row; ++i) sum[i] += other[i];
     }
-    if (args.grad_bias) static_cast<S*>(args.grad_bias)[oc] = narrow<S>(sum[row - kN]);
+    double bias = 0;  // the lanes may cancel
+    for (int lane = 0; lane < kN; ++lane) bias += sum[row - kN + lane];
+    if (args.grad_bias) static_cast<S*>(args.grad_bias)[oc] = narrow<S>(static_cast<T>(bias));
     if (!args.grad_weight) return;
     const Strides to = args.grad_weight_strides;
     for (int64_t kh = 0; kh < g.h.kernel; ++kh) {

@@ -21,7 +21,7 @@ struct LiveList {
 
   // Working memory is this thread's scratch: one list at a time per thread.
   explicit LiveList(const BackwardArgs& args) : outputs_(args.geometry.outputs()) {
-    // Vectors are stored whole, so the lists run over by up to one.
+    // Vectors are stored whole and zeros follow the list, so it runs over by up to two vectors.
     const int64_t room = round_up(outputs_, 64) + 64;
     const int64_t channels = smaller(kChannelsAtOnce, args.geometry.out_channels);
     gradient = static_cast<T*>(
@@ -44,21 +44,15 @@ struct LiveList {
     compress(plan, codes, grads, args.geometry.window());
   }
 
-  // Sum of the listed gradients: the bias's share.
-  T total() const {
+  // Sum of the listed gradients, the bias's share, spread over the lanes.
+  Vector<T> total() const {
     constexpr int kN = kLanes<T>;
     Vector<T> sums[2] = {};
-    int64_t i = 0;
-    for (; i + 2 * kN <= entries; i += 2 * kN) {
+    for (int64_t i = 0; i < entries; i += 2 * kN) {
       sums[0] += load(gradient + i);
       sums[1] += load(gradient + i + kN);
     }
-    // In double, since the lanes may cancel.
-    double total = 0;
-    for (; i < entries; ++i) total += gradient[i];
-    const Vector<T> both = sums[0] + sums[1];
-    for (int lane = 0; lane < kN; ++lane) total += both[lane];
-    return static_cast<T>(total);
+    return sums[0] + sums[1];
   }
 
  private:
@@ -131,6 +125,8 @@ struct LiveList {
       count += live;
     }
     entries = count;
+    store(gradient + count, Vector<T>{});
+    store(gradient + count + kLanes<T>, Vector<T>{});
   }
 };
 
