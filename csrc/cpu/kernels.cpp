@@ -3,6 +3,9 @@
 
 #include "cpu/kernels/backward_general.h"
 #include "cpu/kernels/forward_general.h"
+#if defined(__AVX512BW__)
+#include "cpu/kernels/backward_windows.h"
+#endif
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 
@@ -14,6 +17,9 @@ KernelList kernels() {
   static constexpr Kernel list[] = {
       {"general", Pass::kForward, covers_everything, forward_general, nullptr},
       {"general", Pass::kGradWeight, why_not_backward_general, nullptr, grad_weight_general},
+#if defined(__AVX512BW__)
+      {"windows", Pass::kGradInput, why_not_windows, nullptr, grad_input_windows},
+#endif
       {"general", Pass::kGradInput, why_not_backward_general, nullptr, grad_input_general},
   };
   return {list, sizeof list / sizeof *list};
