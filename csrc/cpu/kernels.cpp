@@ -4,7 +4,8 @@
 #include "cpu/kernels/backward_general.h"
 #include "cpu/kernels/forward_general.h"
 #if defined(__AVX512BW__)
-#include "cpu/kernels/backward_windows.h"
+#include "cpu/kernels/backward_input_windows.h"
+#include "cpu/kernels/backward_weight_windows.h"
 #endif
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
@@ -16,6 +17,9 @@ KernelList kernels();
 KernelList kernels() {
   static constexpr Kernel list[] = {
       {"general", Pass::kForward, covers_everything, forward_general, nullptr},
+#if defined(__AVX512BW__)
+      {"windows", Pass::kGradWeight, why_not_weight_windows, nullptr, grad_weight_windows},
+#endif
       {"general", Pass::kGradWeight, why_not_backward_general, nullptr, grad_weight_general},
 #if defined(__AVX512BW__)
       {"windows", Pass::kGradInput, why_not_windows, nullptr, grad_input_windows},

@@ -9,6 +9,7 @@
 
 #include "cpu/kernel.h"
 #include "cpu/kernels/live_list.h"
+#include "cpu/kernels/partials.h"
 #include "cpu/kernels/patches.h"
 #include "cpu/kernels/simd.h"
 #include "cpu/plan.h"
@@ -116,10 +117,6 @@ FUSEDCNN_INLINE void for_tiles(int64_t runs, int64_t vectors, const Body& body) 
 
 // ---- grad_weight and grad_bias -------------------------------------------------------------------
 
-// Partial sums of the batch, each over a fixed run of images whatever the number of threads, then
-// added in order. At most kMaxPartials, and at most kPartialBytes of them.
-constexpr int64_t kMaxPartials = 32;
-constexpr int64_t kPartialBytes = int64_t{8} << 20;
 // Tasks to aim at: enough for a small server's threads to share.
 constexpr int64_t kTasks = 32;
 
@@ -134,17 +131,14 @@ void grad_weight_typed(const BackwardArgs& args, const ThreadPool& pool) {
   // The bias's sum stands behind the weights', spread over the lanes of one vector.
   const int64_t row = (args.grad_weight ? patch : 0) + kN;
 
-  int64_t partials = smaller(kMaxPartials, larger<int64_t>(g.batch, 1));
-  const int64_t most = kPartialBytes / (g.out_channels * row * int64_t{sizeof(T)});
-  partials = larger<int64_t>(1, smaller(partials, most));
-  const int64_t images = (g.batch + partials - 1) / partials;  // of one partial sum
+  const Partials partials(g.batch, g.out_channels * row * sizeof(T));
   // Output channels are independent, so splitting them as well changes no result.
-  const int64_t splits = smaller(out_channels, larger<int64_t>(1, kTasks / (partials * g.groups)));
+  const int64_t splits = smaller(out_channels, larger<int64_t>(1, kTasks / (partials.count * g.groups)));
   const int64_t split = (out_channels + splits - 1) / splits;
 
   T* sums = static_cast<T*>(
-      scratch(Slot::kPartials, partials * g.out_channels * row * sizeof(T)));
-  parallel_tasks(pool, partials * g.groups * splits, [&](int64_t task) {
+      scratch(Slot::kPartials, partials.count * g.out_channels * row * sizeof(T)));
+  parallel_tasks(pool, partials.count * g.groups * splits, [&](int64_t task) {
     const int64_t partial = task / (g.groups * splits);
     const int64_t group = task / splits % g.groups;
     const int64_t first = task % splits * split, last = smaller(first + split, out_channels);
@@ -153,8 +147,7 @@ void grad_weight_typed(const BackwardArgs& args, const ThreadPool& pool) {
     memset(rows + first * row, 0, (last - first) * row * sizeof(T));
     T* image = args.grad_weight ? patch_image<T>(plan) : nullptr;
     LiveList<T> list(args);
-    const int64_t end = smaller((partial + 1) * images, g.batch);
-    for (int64_t n = partial * images; n < end; ++n) {
+    for (int64_t n = partials.begin(partial); n < partials.begin(partial + 1); ++n) {
       if (args.grad_weight) pack_patches<S, T>(plan, args, n, group, image);
       for (int64_t oc = first; oc < last; ++oc) {
         T* sum = rows + oc * row;
@@ -174,12 +167,9 @@ void grad_weight_typed(const BackwardArgs& args, const ThreadPool& pool) {
     }
   });
 
+  partials.add_up(pool, sums, g.out_channels * row);
   parallel_tasks(pool, g.out_channels, [&](int64_t oc) {
-    T* sum = sums + oc * row;
-    for (int64_t p = 1; p < partials; ++p) {
-      const T* other = sums + (p * g.out_channels + oc) * row;
-      for (int64_t i = 0; i < row; ++i) sum[i] += other[i];
-    }
+    const T* sum = sums + oc * row;
     double bias = 0;  // the lanes may cancel
     for (int lane = 0; lane < kN; ++lane) bias += sum[row - kN + lane];
     if (args.grad_bias) static_cast<S*>(args.grad_bias)[oc] = narrow<S>(static_cast<T>(bias));
