@@ -132,9 +132,11 @@ void grad_weight_typed(const BackwardArgs& args, const ThreadPool& pool) {
   const int64_t row = (args.grad_weight ? patch : 0) + kN;
 
   const Partials partials(g.batch, g.out_channels * row * sizeof(T));
-  // Output channels are independent, so splitting them as well changes no result.
-  const int64_t splits = smaller(out_channels, larger<int64_t>(1, kTasks / (partials.count * g.groups)));
-  const int64_t split = (out_channels + splits - 1) / splits;
+  // Output channels are independent, so splitting them as well changes no result; but every task
+  // packs its images, so each takes several.
+  const int64_t wanted = larger<int64_t>(1, kTasks / (partials.count * g.groups));
+  const int64_t split = round_up((out_channels + wanted - 1) / wanted, kChannelsAtOnce);
+  const int64_t splits = (out_channels + split - 1) / split;
 
   T* sums = static_cast<T*>(
       scratch(Slot::kPartials, partials.count * g.out_channels * row * sizeof(T)));
@@ -142,7 +144,6 @@ void grad_weight_typed(const BackwardArgs& args, const ThreadPool& pool) {
     const int64_t partial = task / (g.groups * splits);
     const int64_t group = task / splits % g.groups;
     const int64_t first = task % splits * split, last = smaller(first + split, out_channels);
-    if (first >= last) return;
     T* rows = sums + (partial * g.out_channels + group * out_channels) * row;
     memset(rows + first * row, 0, (last - first) * row * sizeof(T));
     T* image = args.grad_weight ? patch_image<T>(plan) : nullptr;
