@@ -18,7 +18,8 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-// ---- micro-kernels: S runs x V vectors of a patch ------------------------------------------------
+// ---- micro-kernels: S runs x V vectors of a patch
+// ------------------------------------------------
 //
 // Up to 12 vectors stay in registers. grad_weight needs 8 independent chains of FMAs to hide their
 // latency (2 ports x 4 cycles), so narrow tiles take several entries at a time, each into
@@ -96,10 +97,17 @@ template <int S, typename Body>
 FUSEDCNN_INLINE void for_vectors(int64_t first_run, int64_t vectors, const Body& body) {
   for (int64_t v = 0; v < vectors; v += kMaxVectors) {
     switch (smaller<int64_t>(kMaxVectors, vectors - v)) {
-      case 1: body.template operator()<S, 1>(first_run, v); break;
-      case 2: body.template operator()<S, 2>(first_run, v); break;
-      case 3: body.template operator()<S, 3>(first_run, v); break;
-      default: body.template operator()<S, 4>(first_run, v);
+      case 1:
+        body.template operator()<S, 1>(first_run, v);
+        break;
+      case 2:
+        body.template operator()<S, 2>(first_run, v);
+        break;
+      case 3:
+        body.template operator()<S, 3>(first_run, v);
+        break;
+      default:
+        body.template operator()<S, 4>(first_run, v);
     }
   }
 }
@@ -108,14 +116,20 @@ template <typename Body>
 FUSEDCNN_INLINE void for_tiles(int64_t runs, int64_t vectors, const Body& body) {
   for (int64_t s = 0; s < runs; s += kMaxRuns) {
     switch (smaller<int64_t>(kMaxRuns, runs - s)) {
-      case 1: for_vectors<1>(s, vectors, body); break;
-      case 2: for_vectors<2>(s, vectors, body); break;
-      default: for_vectors<3>(s, vectors, body);
+      case 1:
+        for_vectors<1>(s, vectors, body);
+        break;
+      case 2:
+        for_vectors<2>(s, vectors, body);
+        break;
+      default:
+        for_vectors<3>(s, vectors, body);
     }
   }
 }
 
-// ---- grad_weight and grad_bias -------------------------------------------------------------------
+// ---- grad_weight and grad_bias
+// -------------------------------------------------------------------
 
 // Tasks to aim at: enough for a small server's threads to share.
 constexpr int64_t kTasks = 32;
@@ -138,8 +152,8 @@ void grad_weight_typed(const BackwardArgs& args, const ThreadPool& pool) {
   const int64_t split = round_up((out_channels + wanted - 1) / wanted, kChannelsAtOnce);
   const int64_t splits = (out_channels + split - 1) / split;
 
-  T* sums = static_cast<T*>(
-      scratch(Slot::kPartials, partials.count * g.out_channels * row * sizeof(T)));
+  T* sums =
+      static_cast<T*>(scratch(Slot::kPartials, partials.count * g.out_channels * row * sizeof(T)));
   parallel_tasks(pool, partials.count * g.groups * splits, [&](int64_t task) {
     const int64_t partial = task / (g.groups * splits);
     const int64_t group = task / splits % g.groups;
@@ -188,7 +202,8 @@ void grad_weight_typed(const BackwardArgs& args, const ThreadPool& pool) {
   });
 }
 
-// ---- grad_input ----------------------------------------------------------------------------------
+// ---- grad_input
+// ----------------------------------------------------------------------------------
 
 template <typename S, typename C>
 void grad_input_typed(const BackwardArgs& args, const ThreadPool& pool) {
@@ -230,11 +245,10 @@ void grad_input_typed(const BackwardArgs& args, const ThreadPool& pool) {
       for (int64_t o = 0; o < plan.outer; ++o) {
         for_tiles(plan.segments, run / kN, [&]<int R, int V>(int64_t s, int64_t v) {
           const Vector<Int<T>> all = Vector<Int<T>>{} - 1;
-          scatter_patches<T, R, V>(
-              image + o * plan.outer_stride + s * plan.segment_stride + v * kN,
-              plan.segment_stride, list.place, list.gradient, list.entries,
-              packed + oc * patch + (o * plan.segments + s) * run + v * kN, run,
-              (v + V) * kN == run ? tail : all);
+          scatter_patches<T, R, V>(image + o * plan.outer_stride + s * plan.segment_stride + v * kN,
+                                   plan.segment_stride, list.place, list.gradient, list.entries,
+                                   packed + oc * patch + (o * plan.segments + s) * run + v * kN,
+                                   run, (v + V) * kN == run ? tail : all);
         });
       }
     }
@@ -247,15 +261,19 @@ const char* why_not_backward_general(const Problem& problem) {
 }
 
 // Calls kernel<S, C>() with the storage type and the code type of the call.
-#define FUSEDCNN_DISPATCH(kernel)                                      \
-  const auto run = [&]<typename S>(S) {                                \
+#define FUSEDCNN_DISPATCH(kernel)                                                     \
+  const auto run = [&]<typename S>(S) {                                               \
     args.wide_code ? kernel<S, int32_t>(args, pool) : kernel<S, uint8_t>(args, pool); \
-  };                                                                   \
-  switch (args.type) {                                                 \
-    case DataType::kFloat32: return run(float{});                      \
-    case DataType::kFloat64: return run(double{});                     \
-    case DataType::kBFloat16: return run(BFloat16{});                  \
-    case DataType::kFloat16: return run(Float16{});                    \
+  };                                                                                  \
+  switch (args.type) {                                                                \
+    case DataType::kFloat32:                                                          \
+      return run(float{});                                                            \
+    case DataType::kFloat64:                                                          \
+      return run(double{});                                                           \
+    case DataType::kBFloat16:                                                         \
+      return run(BFloat16{});                                                         \
+    case DataType::kFloat16:                                                          \
+      return run(Float16{});                                                          \
   }
 
 void grad_weight_general(const BackwardArgs& args, const ThreadPool& pool) {

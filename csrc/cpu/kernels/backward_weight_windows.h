@@ -39,7 +39,8 @@ FUSEDCNN_NOINLINE void add_windows(const Windows& rows, int64_t windows, __mmask
   const float* grads = rows.grads;
   for (int64_t q = 0; q < windows; ++q) {
     const __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, codes));
-    const __mmask16 live = _mm512_mask_cmpneq_epi32_mask(some, code, _mm512_set1_epi32(kOff<uint8_t>));
+    const __mmask16 live =
+        _mm512_mask_cmpneq_epi32_mask(some, code, _mm512_set1_epi32(kOff<uint8_t>));
     const __m512 gradient = _mm512_maskz_loadu_ps(live, grads);
     if constexpr (C == 0) {
       sum[0] = _mm512_add_ps(sum[0], gradient);
@@ -158,9 +159,14 @@ void grad_weight_windows_typed(const BackwardArgs& args, const ThreadPool& pool)
             const float* from = patches + c * 16;
             float* weights = sum + c * 9 * kWeightLanes;
             switch (channels - c) {
-              case 1: add_windows<1>(at, count, some, from, patch, weights); break;
-              case 2: add_windows<2>(at, count, some, from, patch, weights); break;
-              default: add_windows<kWeightChannels>(at, count, some, from, patch, weights);
+              case 1:
+                add_windows<1>(at, count, some, from, patch, weights);
+                break;
+              case 2:
+                add_windows<2>(at, count, some, from, patch, weights);
+                break;
+              default:
+                add_windows<kWeightChannels>(at, count, some, from, patch, weights);
             }
           }
         }
@@ -176,8 +182,7 @@ void grad_weight_windows_typed(const BackwardArgs& args, const ThreadPool& pool)
     S* weight = static_cast<S*>(args.grad_weight) + oc * to.n;
     for (int64_t c = 0; c < channels; ++c) {
       for (int t = 0; t < 9; ++t) {
-        weight[c * to.c + t / 3 * to.h + t % 3 * to.w] =
-            narrow<S>(sum[(c * 9 + t) * kWeightLanes]);
+        weight[c * to.c + t / 3 * to.h + t % 3 * to.w] = narrow<S>(sum[(c * 9 + t) * kWeightLanes]);
       }
     }
   }
@@ -192,9 +197,12 @@ const char* why_not_weight_windows(const Problem& problem) {
 
 void grad_weight_windows(const BackwardArgs& args, const ThreadPool& pool) {
   switch (args.type) {
-    case DataType::kBFloat16: return grad_weight_windows_typed<BFloat16>(args, pool);
-    case DataType::kFloat16: return grad_weight_windows_typed<Float16>(args, pool);
-    default: return grad_weight_windows_typed<float>(args, pool);
+    case DataType::kBFloat16:
+      return grad_weight_windows_typed<BFloat16>(args, pool);
+    case DataType::kFloat16:
+      return grad_weight_windows_typed<Float16>(args, pool);
+    default:
+      return grad_weight_windows_typed<float>(args, pool);
   }
 }
 

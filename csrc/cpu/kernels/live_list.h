@@ -103,10 +103,10 @@ struct LiveList {
             _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + q)));
         const __mmask16 live = _mm512_cmpneq_epi32_mask(code, _mm512_set1_epi32(kOff<C>));
         // Gathering costs more than all the rest; common windows fit a register.
-        const __m512i from =
-            window <= 16 ? _mm512_permutexvar_epi32(code, table)
-                         : _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), live, code, offset,
-                                                       sizeof(uint32_t));
+        const __m512i from = window <= 16
+                                 ? _mm512_permutexvar_epi32(code, table)
+                                 : _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), live, code,
+                                                               offset, sizeof(uint32_t));
         const __m512i at = _mm512_add_epi32(_mm512_loadu_si512(base + q), from);
         _mm512_storeu_si512(place + count, _mm512_maskz_compress_epi32(live, at));
         _mm512_storeu_ps(gradient + count,

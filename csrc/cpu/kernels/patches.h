@@ -19,19 +19,43 @@ T* patch_image(const BackwardPlan& plan) {
   return image;
 }
 
+// to[x * to_pitch + c] = from[x * from_pitch + c] for the first `channels` of each pixel.
+template <typename From, typename To>
+void copy_pixels(const From* from, int64_t from_pitch, To* to, int64_t to_pitch, int64_t width,
+                 int64_t channels) {
+  if (from_pitch == channels && to_pitch == channels)
+    return convert_run(from, to, width * channels);
+  // Compile-time sizes spare images a library call per pixel.
+  const auto copy = [&]<int C>() {
+    for (int64_t x = 0; x < width; ++x) {
+      convert_run(from + x * from_pitch, to + x * to_pitch, C ? C : channels);
+    }
+  };
+  switch (channels) {
+    case 1:
+      return copy.template operator()<1>();
+    case 2:
+      return copy.template operator()<2>();
+    case 3:
+      return copy.template operator()<3>();
+    case 4:
+      return copy.template operator()<4>();
+    case 16:
+      return copy.template operator()<16>();
+    default:
+      copy.template operator()<0>();
+  }
+}
+
 // Reads one row of `width` pixels of a tensor into [width][pitch], the first `channels` of each.
 template <typename S, typename T>
 void read_pixels(const S* from, Strides strides, T* to, int64_t pitch, int64_t width,
                  int64_t channels) {
+  if (strides.c == 1) return copy_pixels(from, strides.w, to, pitch, width, channels);
   if (strides.w == 1) return transpose_matrix(from, strides.c, to, pitch, channels, width);
-  if (strides.c == 1 && strides.w == channels && pitch == channels) {
-    return convert_run(from, to, width * channels);
-  }
-  for (int64_t x = 0; x < width; ++x, from += strides.w, to += pitch) {
-    if (strides.c == 1) {
-      convert_run(from, to, channels);
-    } else {
-      for (int64_t c = 0; c < channels; ++c) to[c] = convert<T>(from[c * strides.c]);
+  for (int64_t x = 0; x < width; ++x) {
+    for (int64_t c = 0; c < channels; ++c) {
+      to[x * pitch + c] = convert<T>(from[x * strides.w + c * strides.c]);
     }
   }
 }
@@ -40,15 +64,11 @@ void read_pixels(const S* from, Strides strides, T* to, int64_t pitch, int64_t w
 template <typename S, typename T>
 void write_pixels(const T* from, int64_t pitch, S* to, Strides strides, int64_t width,
                   int64_t channels) {
+  if (strides.c == 1) return copy_pixels(from, pitch, to, strides.w, width, channels);
   if (strides.w == 1) return transpose_matrix(from, pitch, to, strides.c, width, channels);
-  if (strides.c == 1 && strides.w == channels && pitch == channels) {
-    return convert_run(from, to, width * channels);
-  }
-  for (int64_t x = 0; x < width; ++x, from += pitch, to += strides.w) {
-    if (strides.c == 1) {
-      convert_run(from, to, channels);
-    } else {
-      for (int64_t c = 0; c < channels; ++c) to[c * strides.c] = convert<S>(from[c]);
+  for (int64_t x = 0; x < width; ++x) {
+    for (int64_t c = 0; c < channels; ++c) {
+      to[x * strides.w + c * strides.c] = convert<S>(from[x * pitch + c]);
     }
   }
 }

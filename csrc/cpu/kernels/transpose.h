@@ -8,7 +8,8 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-// ---- conversions between storage and accumulation types ------------------------------------------
+// ---- conversions between storage and accumulation types
+// ------------------------------------------
 
 template <typename To, typename From>
 FUSEDCNN_INLINE To convert(From value) {
@@ -34,7 +35,8 @@ FUSEDCNN_INLINE void convert_run(const From* from, To* to, int64_t count) {
   }
 }
 
-// ---- square blocks in registers ------------------------------------------------------------------
+// ---- square blocks in registers
+// ------------------------------------------------------------------
 
 // A block is as wide as a vector; bytes use the 16 lanes that every ISA has.
 template <typename E>
@@ -72,8 +74,7 @@ FUSEDCNN_INLINE void store_row(To* to, BlockRow<E> row, int64_t count) {
   if (count >= kN) return convert_run(reinterpret_cast<const E*>(&row), to, kN);
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<To, E> && sizeof(E) == 4) {
-    return _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1),
-                                 (__m512)row);
+    return _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), (__m512)row);
   }
 #endif
   convert_run(reinterpret_cast<const E*>(&row), to, count);
@@ -86,7 +87,8 @@ template <typename E>
 FUSEDCNN_INLINE void transpose_block(BlockRow<E> (&rows)[kBlock<E>]) {
   constexpr int kN = kBlock<E>;
   typedef std::conditional_t<sizeof(E) == 1, int8_t,
-                             std::conditional_t<sizeof(E) == 4, int32_t, int64_t>> Index;
+                             std::conditional_t<sizeof(E) == 4, int32_t, int64_t>>
+      Index;
   typedef Index Indices __attribute__((vector_size(kN * sizeof(Index))));
   Indices low, high;
   for (int i = 0; i < kN; ++i) {
@@ -114,8 +116,8 @@ FUSEDCNN_NOINLINE void transpose_tile(const From* from, int64_t from_stride, To*
   BlockRow<E> block[kN];
 #pragma GCC unroll 16
   for (int r = 0; r < kN; ++r) {
-    block[r] = Whole || r < rows ? load_row<E>(from + r * from_stride, Whole ? kN : cols)
-                                 : BlockRow<E>{};
+    block[r] =
+        Whole || r < rows ? load_row<E>(from + r * from_stride, Whole ? kN : cols) : BlockRow<E>{};
   }
   transpose_block<E>(block);
 #pragma GCC unroll 16
@@ -134,13 +136,15 @@ void transpose_matrix(const From* from, int64_t from_stride, To* to, int64_t to_
   constexpr int kN = kBlock<Wider<From, To>>;
   if (rows <= kNarrow) {
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < cols; ++c) to[c * to_stride + r] = convert<To>(from[r * from_stride + c]);
+      for (int64_t c = 0; c < cols; ++c)
+        to[c * to_stride + r] = convert<To>(from[r * from_stride + c]);
     }
     return;
   }
   if (cols <= kNarrow) {
     for (int64_t c = 0; c < cols; ++c) {
-      for (int64_t r = 0; r < rows; ++r) to[c * to_stride + r] = convert<To>(from[r * from_stride + c]);
+      for (int64_t r = 0; r < rows; ++r)
+        to[c * to_stride + r] = convert<To>(from[r * from_stride + c]);
     }
     return;
   }

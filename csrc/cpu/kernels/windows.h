@@ -72,9 +72,9 @@ Windows read_windows(const BackwardArgs& args, int64_t n) {
   float* grads = static_cast<float*>(scratch(Slot::kLists, size * (sizeof(float) + 1)));
   uint8_t* codes = reinterpret_cast<uint8_t*>(grads + size);
   Windows windows;
-  windows.grads = channels_together(
-      g, static_cast<const S*>(args.grad_output) + n * args.grad_output_strides.n,
-      args.grad_output_strides, grads, windows.grad_stride);
+  windows.grads =
+      channels_together(g, static_cast<const S*>(args.grad_output) + n * args.grad_output_strides.n,
+                        args.grad_output_strides, grads, windows.grad_stride);
   windows.codes =
       channels_together(g, static_cast<const uint8_t*>(args.code) + n * args.code_strides.n,
                         args.code_strides, codes, windows.code_stride);
