@@ -4,6 +4,10 @@
 #include "cpu/kernels/forward_general.h"
 #include "cpu/kernels/forward_winograd2.h"
 #include "cpu/kernels/multiply_add_rate.h"
+#if defined(__AVX512BW__)
+#include "cpu/kernels/backward_input_windows.h"
+#include "cpu/kernels/backward_weight_windows.h"
+#endif
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 
@@ -15,7 +19,13 @@ KernelList kernels() {
   static constexpr Kernel list[] = {
       {"winograd2", Pass::kForward, why_not_winograd2, forward_winograd2, nullptr},
       {"general", Pass::kForward, covers_everything, forward_general, nullptr},
+#if defined(__AVX512BW__)
+      {"windows", Pass::kGradWeight, why_not_weight_windows, nullptr, grad_weight_windows},
+#endif
       {"general", Pass::kGradWeight, why_not_backward_general, nullptr, grad_weight_general},
+#if defined(__AVX512BW__)
+      {"windows", Pass::kGradInput, why_not_windows, nullptr, grad_input_windows},
+#endif
       {"general", Pass::kGradInput, why_not_backward_general, nullptr, grad_input_general},
   };
   return {list, sizeof list / sizeof *list, multiply_add_rate};

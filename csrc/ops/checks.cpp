@@ -31,32 +31,19 @@ std::string shape_text(const Tensor& tensor) {
 
 const char* type_text(ScalarType type) {
   switch (type) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::Char:
-      return "int8";
-    case ScalarType::Short:
-      return "int16";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Bool:
-      return "bool";
-    case ScalarType::ComplexFloat:
-      return "complex64";
-    case ScalarType::ComplexDouble:
-      return "complex128";
-    default:
-      return "another type";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return "another type";
   }
 }
 
@@ -194,14 +181,10 @@ Geometry check_geometry(const Tensor& input, const Tensor& weight,
 
 DataType check_type(const Tensor& input) {
   switch (input.scalar_type()) {
-    case ScalarType::Float:
-      return DataType::kFloat32;
-    case ScalarType::Double:
-      return DataType::kFloat64;
-    case ScalarType::BFloat16:
-      return DataType::kBFloat16;
-    case ScalarType::Half:
-      return DataType::kFloat16;
+    case ScalarType::Float: return DataType::kFloat32;
+    case ScalarType::Double: return DataType::kFloat64;
+    case ScalarType::BFloat16: return DataType::kBFloat16;
+    case ScalarType::Half: return DataType::kFloat16;
     default:
       fail("input: expected float32, float64, bfloat16 or float16, got ",
            type_text(input.scalar_type()));

@@ -54,14 +54,10 @@ double read(DataType type, const void* data, int64_t index) {
     return value;
   };
   switch (type) {
-    case DataType::kFloat32:
-      return as(float{});
-    case DataType::kFloat64:
-      return as(double{});
-    case DataType::kBFloat16:
-      return decode(kBFloat16Format, as(uint16_t{}));
-    case DataType::kFloat16:
-      return decode(kFloat16Format, as(uint16_t{}));
+    case DataType::kFloat32: return as(float{});
+    case DataType::kFloat64: return as(double{});
+    case DataType::kBFloat16: return decode(kBFloat16Format, as(uint16_t{}));
+    case DataType::kFloat16: return decode(kFloat16Format, as(uint16_t{}));
   }
   return 0;
 }
@@ -70,14 +66,10 @@ void write(DataType type, void* data, int64_t index, double value) {
   char* at = static_cast<char*>(data) + index * element_size(type);
   const auto put = [at](auto stored) { std::memcpy(at, &stored, sizeof stored); };
   switch (type) {
-    case DataType::kFloat32:
-      return put(static_cast<float>(value));
-    case DataType::kFloat64:
-      return put(value);
-    case DataType::kBFloat16:
-      return put(encode(kBFloat16Format, value));
-    case DataType::kFloat16:
-      return put(encode(kFloat16Format, value));
+    case DataType::kFloat32: return put(static_cast<float>(value));
+    case DataType::kFloat64: return put(value);
+    case DataType::kBFloat16: return put(encode(kBFloat16Format, value));
+    case DataType::kFloat16: return put(encode(kFloat16Format, value));
   }
 }
 

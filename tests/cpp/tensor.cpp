@@ -11,23 +11,17 @@ using fusedcnn::Strides;
 
 const char* name(Layout layout) {
   switch (layout) {
-    case Layout::kContiguous:
-      return "contiguous";
-    case Layout::kChannelsLast:
-      return "channels_last";
-    case Layout::kPadded:
-      return "padded";
-    default:
-      return "permuted";
+    case Layout::kContiguous: return "contiguous";
+    case Layout::kChannelsLast: return "channels_last";
+    case Layout::kPadded: return "padded";
+    default: return "permuted";
   }
 }
 
 Strides strides_for(Layout layout, Shape s) {
   switch (layout) {
-    case Layout::kContiguous:
-      return {s.c * s.h * s.w, s.h * s.w, s.w, 1};
-    case Layout::kChannelsLast:
-      return {s.c * s.h * s.w, 1, s.w * s.c, s.c};
+    case Layout::kContiguous: return {s.c * s.h * s.w, s.h * s.w, s.w, 1};
+    case Layout::kChannelsLast: return {s.c * s.h * s.w, 1, s.w * s.c, s.c};
     case Layout::kPadded: {
       const int64_t row = s.w + 3, plane = s.h * row + 1;
       return {s.c * plane + 5, plane, row, 1};

@@ -9,6 +9,7 @@
 
 #include "cpu/kernel.h"
 #include "cpu/kernels/live_list.h"
+#include "cpu/kernels/partials.h"
 #include "cpu/kernels/patches.h"
 #include "cpu/kernels/simd.h"
 #include "cpu/plan.h"
@@ -17,8 +18,7 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-// ---- micro-kernels: S runs x V vectors of a patch
-// ------------------------------------------------
+// ---- micro-kernels: S runs x V vectors of a patch -----------------------------------------------
 //
 // Up to 12 vectors stay in registers. grad_weight needs 8 independent chains of FMAs to hide their
 // latency (2 ports x 4 cycles), so narrow tiles take several entries at a time, each into
@@ -33,31 +33,37 @@ template <typename T, int S, int V>
 FUSEDCNN_NOINLINE void gather_patches(const T* image, int64_t run_stride, const uint32_t* place,
                                       const T* gradient, int64_t entries, T* acc, int64_t run) {
   constexpr int kAtOnce = S * V >= 8 ? 1 : S * V >= 4 ? 2 : S * V >= 2 ? 4 : 8;
-  Vector<T> sum[kAtOnce][S][V] = {};
+  // Unrolled by hand: GCC otherwise keeps the array in memory and clears it with `rep stos`.
+  Vector<T> sum[kAtOnce][S][V];
+  FUSEDCNN_UNROLL
+  for (int j = 0; j < kAtOnce * S * V; ++j) sum[j / (S * V)][j / V % S][j % V] = Vector<T>{};
   int64_t i = 0;
   for (; i + kAtOnce <= entries; i += kAtOnce) {
+    FUSEDCNN_UNROLL
     for (int u = 0; u < kAtOnce; ++u) {
       const T* from = image + place[i + u];
       const Vector<T> g = broadcast(gradient[i + u]);
-      for (int s = 0; s < S; ++s) {
-        for (int v = 0; v < V; ++v) sum[u][s][v] += g * load(from + s * run_stride + v * kLanes<T>);
+      FUSEDCNN_UNROLL
+      for (int j = 0; j < S * V; ++j) {
+        sum[u][j / V][j % V] += g * load(from + j / V * run_stride + j % V * kLanes<T>);
       }
     }
   }
-  for (; i < entries; ++i) {
+  for (; kAtOnce > 1 && i < entries; ++i) {
     const T* from = image + place[i];
     const Vector<T> g = broadcast(gradient[i]);
-    for (int s = 0; s < S; ++s) {
-      for (int v = 0; v < V; ++v) sum[0][s][v] += g * load(from + s * run_stride + v * kLanes<T>);
+    FUSEDCNN_UNROLL
+    for (int j = 0; j < S * V; ++j) {
+      sum[0][j / V][j % V] += g * load(from + j / V * run_stride + j % V * kLanes<T>);
     }
   }
-  for (int s = 0; s < S; ++s) {
-    for (int v = 0; v < V; ++v) {
-      Vector<T> total = sum[0][s][v];
-      for (int u = 1; u < kAtOnce; ++u) total += sum[u][s][v];
-      T* to = acc + s * run + v * kLanes<T>;
-      store(to, load(to) + total);
-    }
+  FUSEDCNN_UNROLL
+  for (int j = 0; j < S * V; ++j) {
+    Vector<T> total = sum[0][j / V][j % V];
+    FUSEDCNN_UNROLL
+    for (int u = 1; u < kAtOnce; ++u) total += sum[u][j / V][j % V];
+    T* to = acc + j / V * run + j % V * kLanes<T>;
+    store(to, load(to) + total);
   }
 }
 
@@ -90,17 +96,10 @@ template <int S, typename Body>
 FUSEDCNN_INLINE void for_vectors(int64_t first_run, int64_t vectors, const Body& body) {
   for (int64_t v = 0; v < vectors; v += kMaxVectors) {
     switch (smaller<int64_t>(kMaxVectors, vectors - v)) {
-      case 1:
-        body.template operator()<S, 1>(first_run, v);
-        break;
-      case 2:
-        body.template operator()<S, 2>(first_run, v);
-        break;
-      case 3:
-        body.template operator()<S, 3>(first_run, v);
-        break;
-      default:
-        body.template operator()<S, 4>(first_run, v);
+      case 1: body.template operator()<S, 1>(first_run, v); break;
+      case 2: body.template operator()<S, 2>(first_run, v); break;
+      case 3: body.template operator()<S, 3>(first_run, v); break;
+      default: body.template operator()<S, 4>(first_run, v);
     }
   }
 }
@@ -109,25 +108,15 @@ template <typename Body>
 FUSEDCNN_INLINE void for_tiles(int64_t runs, int64_t vectors, const Body& body) {
   for (int64_t s = 0; s < runs; s += kMaxRuns) {
     switch (smaller<int64_t>(kMaxRuns, runs - s)) {
-      case 1:
-        for_vectors<1>(s, vectors, body);
-        break;
-      case 2:
-        for_vectors<2>(s, vectors, body);
-        break;
-      default:
-        for_vectors<3>(s, vectors, body);
+      case 1: for_vectors<1>(s, vectors, body); break;
+      case 2: for_vectors<2>(s, vectors, body); break;
+      default: for_vectors<3>(s, vectors, body);
     }
   }
 }
 
-// ---- grad_weight and grad_bias
-// -------------------------------------------------------------------
+// ---- grad_weight and grad_bias ------------------------------------------------------------------
 
-// Partial sums of the batch, each over a fixed run of images whatever the number of threads, then
-// added in order. At most kMaxPartials, and at most kPartialBytes of them.
-constexpr int64_t kMaxPartials = 32;
-constexpr int64_t kPartialBytes = int64_t{8} << 20;
 // Tasks to aim at: enough for a small server's threads to share.
 constexpr int64_t kTasks = 32;
 
@@ -139,34 +128,33 @@ void grad_weight_typed(const BackwardArgs& args, const ThreadPool& pool) {
   const BackwardPlan plan(g, 1);
   const int64_t run = plan.run(kN), patch = plan.patch(kN);
   const int64_t out_channels = g.out_channels_per_group();
-  // The bias's sum stands behind the weights', one vector wide.
+  // The bias's sum stands behind the weights', spread over the lanes of one vector.
   const int64_t row = (args.grad_weight ? patch : 0) + kN;
 
-  int64_t partials = smaller(kMaxPartials, larger<int64_t>(g.batch, 1));
-  const int64_t most = kPartialBytes / (g.out_channels * row * int64_t{sizeof(T)});
-  partials = larger<int64_t>(1, smaller(partials, most));
-  const int64_t images = (g.batch + partials - 1) / partials;  // of one partial sum
-  // Output channels are independent, so splitting them as well changes no result.
-  const int64_t splits = smaller(out_channels, larger<int64_t>(1, kTasks / (partials * g.groups)));
-  const int64_t split = (out_channels + splits - 1) / splits;
+  const Partials partials(g.batch, g.out_channels * row * sizeof(T));
+  // Output channels are independent, so splitting them as well changes no result; but every task
+  // packs its images, so each takes several.
+  const int64_t wanted = larger<int64_t>(1, kTasks / (partials.count * g.groups));
+  const int64_t split = round_up((out_channels + wanted - 1) / wanted, kChannelsAtOnce);
+  const int64_t splits = (out_channels + split - 1) / split;
 
-  T* sums = static_cast<T*>(scratch(Slot::kPartials, partials * g.out_channels * row * sizeof(T)));
-  parallel_tasks(pool, partials * g.groups * splits, [&](int64_t task) {
+  T* sums =
+      static_cast<T*>(scratch(Slot::kPartials, partials.count * g.out_channels * row * sizeof(T)));
+  parallel_tasks(pool, partials.count * g.groups * splits, [&](int64_t task) {
     const int64_t partial = task / (g.groups * splits);
     const int64_t group = task / splits % g.groups;
     const int64_t first = task % splits * split, last = smaller(first + split, out_channels);
-    if (first >= last) return;
     T* rows = sums + (partial * g.out_channels + group * out_channels) * row;
     memset(rows + first * row, 0, (last - first) * row * sizeof(T));
     T* image = args.grad_weight ? patch_image<T>(plan) : nullptr;
-    LiveList<T> list(g.outputs());
-    const int64_t end = smaller((partial + 1) * images, g.batch);
-    for (int64_t n = partial * images; n < end; ++n) {
+    LiveList<T> list(args);
+    for (int64_t n = partials.begin(partial); n < partials.begin(partial + 1); ++n) {
       if (args.grad_weight) pack_patches<S, T>(plan, args, n, group, image);
       for (int64_t oc = first; oc < last; ++oc) {
         T* sum = rows + oc * row;
         list.template build<S, C>(plan, args, n, group * out_channels + oc);
-        sum[row - kN] += list.total();
+        T* bias = sum + row - kN;
+        store(bias, load(bias) + list.total());
         if (!args.grad_weight) continue;
         for (int64_t o = 0; o < plan.outer; ++o) {
           for_tiles(plan.segments, run / kN, [&]<int R, int V>(int64_t s, int64_t v) {
@@ -180,13 +168,12 @@ void grad_weight_typed(const BackwardArgs& args, const ThreadPool& pool) {
     }
   });
 
+  partials.add_up(pool, sums, g.out_channels * row);
   parallel_tasks(pool, g.out_channels, [&](int64_t oc) {
-    T* sum = sums + oc * row;
-    for (int64_t p = 1; p < partials; ++p) {
-      const T* other = sums + (p * g.out_channels + oc) * row;
-      for (int64_t i = 0; i < row; ++i) sum[i] += other[i];
-    }
-    if (args.grad_bias) static_cast<S*>(args.grad_bias)[oc] = narrow<S>(sum[row - kN]);
+    const T* sum = sums + oc * row;
+    double bias = 0;  // the lanes may cancel
+    for (int lane = 0; lane < kN; ++lane) bias += sum[row - kN + lane];
+    if (args.grad_bias) static_cast<S*>(args.grad_bias)[oc] = narrow<S>(static_cast<T>(bias));
     if (!args.grad_weight) return;
     const Strides to = args.grad_weight_strides;
     for (int64_t kh = 0; kh < g.h.kernel; ++kh) {
@@ -201,8 +188,7 @@ void grad_weight_typed(const BackwardArgs& args, const ThreadPool& pool) {
   });
 }
 
-// ---- grad_input
-// ----------------------------------------------------------------------------------
+// ---- grad_input ---------------------------------------------------------------------------------
 
 template <typename S, typename C>
 void grad_input_typed(const BackwardArgs& args, const ThreadPool& pool) {
@@ -237,7 +223,7 @@ void grad_input_typed(const BackwardArgs& args, const ThreadPool& pool) {
     const int64_t n = task / g.groups, group = task % g.groups;
     T* image = patch_image<T>(plan);
     memset(image, 0, plan.size * sizeof(T));
-    LiveList<T> list(g.outputs());
+    LiveList<T> list(args);
     for (int64_t r = 0; r < out_channels; ++r) {
       const int64_t oc = group * out_channels + r;
       list.template build<S, C>(plan, args, n, oc);
@@ -265,14 +251,10 @@ const char* why_not_backward_general(const Problem& problem) {
     args.wide_code ? kernel<S, int32_t>(args, pool) : kernel<S, uint8_t>(args, pool); \
   };                                                                                  \
   switch (args.type) {                                                                \
-    case DataType::kFloat32:                                                          \
-      return run(float{});                                                            \
-    case DataType::kFloat64:                                                          \
-      return run(double{});                                                           \
-    case DataType::kBFloat16:                                                         \
-      return run(BFloat16{});                                                         \
-    case DataType::kFloat16:                                                          \
-      return run(Float16{});                                                          \
+    case DataType::kFloat32: return run(float{});                                     \
+    case DataType::kFloat64: return run(double{});                                    \
+    case DataType::kBFloat16: return run(BFloat16{});                                 \
+    case DataType::kFloat16: return run(Float16{});                                   \
   }
 
 void grad_weight_general(const BackwardArgs& args, const ThreadPool& pool) {

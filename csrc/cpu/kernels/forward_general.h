@@ -74,14 +74,10 @@ ConvTile<T> conv_tile_for(int64_t vectors) {
 template <typename T>
 ConvTile<T> conv_tile_for(int64_t channels, int64_t vectors) {
   switch (channels) {
-    case 1:
-      return conv_tile_for<T, 1>(vectors);
-    case 2:
-      return conv_tile_for<T, 2>(vectors);
-    case 3:
-      return conv_tile_for<T, 3>(vectors);
-    default:
-      return conv_tile_for<T, 4>(vectors);
+    case 1: return conv_tile_for<T, 1>(vectors);
+    case 2: return conv_tile_for<T, 2>(vectors);
+    case 3: return conv_tile_for<T, 3>(vectors);
+    default: return conv_tile_for<T, 4>(vectors);
   }
 }
 
@@ -288,14 +284,10 @@ void forward_general(const ForwardArgs& args, const ThreadPool& pool) {
                    : forward_general_bands<S, uint8_t>(args, pool);
   };
   switch (args.type) {
-    case DataType::kFloat32:
-      return run(float{});
-    case DataType::kFloat64:
-      return run(double{});
-    case DataType::kBFloat16:
-      return run(BFloat16{});
-    case DataType::kFloat16:
-      return run(Float16{});
+    case DataType::kFloat32: return run(float{});
+    case DataType::kFloat64: return run(double{});
+    case DataType::kBFloat16: return run(BFloat16{});
+    case DataType::kFloat16: return run(Float16{});
   }
 }
 

@@ -187,24 +187,28 @@ FUSEDCNN_INLINE void transform_strip(const float* r, int64_t plane, int64_t widt
   }
 }
 
+// A byte for every lane.
+typedef uint8_t LaneBytes __attribute__((vector_size(kLanes<float>)));
+
 // Bias, max, ReLU and code of one tile's Z vectors. y: [Z][4] vectors; values, codes: [Z * lanes].
 template <int Z>
-FUSEDCNN_INLINE void finish_tile(const float* y, const float* bias, float* values,
-                                 uint32_t* codes) {
+FUSEDCNN_INLINE void finish_tile(const float* y, const float* bias, float* values, uint8_t* codes) {
   constexpr int kN = kLanes<float>;
   for (int z = 0; z < Z; ++z) {
     const Vector<float> shift = load(bias + z * kN);
     Vector<float> best = load(y + z * 4 * kN) + shift;
-    Vector<uint32_t> winner = {};
+    Vector<int32_t> winner = {};
     for (int e = 1; e < 4; ++e) {
       const Vector<float> value = load(y + (z * 4 + e) * kN) + shift;
       const auto wins = value > best;  // the first maximum wins
       best = wins ? value : best;
-      winner = wins ? broadcast<uint32_t>(e) : winner;
+      winner = wins ? broadcast<int32_t>(e) : winner;
     }
     const auto off = best <= Vector<float>{};
     store(values + z * kN, off ? Vector<float>{} : best);
-    store(codes + z * kN, off ? broadcast<uint32_t>(kOff<uint8_t>) : winner);
+    winner = off ? broadcast<int32_t>(kOff<uint8_t>) : winner;
+    const LaneBytes bytes = __builtin_convertvector(winner, LaneBytes);
+    memcpy(codes + z * kN, &bytes, kN);
   }
 }
 
@@ -218,7 +222,7 @@ struct Winograd2Shared {
 
 template <int Z>
 void strip_block(const Winograd2Shared& shared, int64_t channels, int64_t first, int64_t count,
-                 const float* v, float* y, float* values, uint32_t* codes) {
+                 const float* v, float* y, float* values, uint8_t* codes) {
   constexpr int kN = kLanes<float>;
   const int64_t v_row = channels * 4 * kTileStride, u_row = channels * 4 * Z * kN;
   const float* u = shared.weights + first * channels * 16;
@@ -229,6 +233,19 @@ void strip_block(const Winograd2Shared& shared, int64_t channels, int64_t first,
   for (int64_t t = 0; t < count; ++t) {
     finish_tile<Z>(y + t * Z * 4 * kN, shared.bias + first, values + t * shared.padded + first,
                    codes + t * shared.padded + first);
+  }
+}
+
+// Writes [count][padded channels] into `count` pooled pixels, numbered row by row, from `to` on.
+template <typename From, typename To>
+void write_strip(const From* from, int64_t padded, int64_t count, int64_t channels, To* to,
+                 Strides strides) {
+  if (strides.w == 1) {
+    transpose_matrix(from, padded, to, strides.c, count, channels);
+  } else {  // channels_last: a row's pixels follow the last row's
+    for (int64_t p = 0; p < count; ++p) {
+      convert_run(from + p * padded, to + p * strides.w, channels);
+    }
   }
 }
 
@@ -266,7 +283,7 @@ void winograd2_band(const ForwardArgs& args, const Winograd2Shared& shared, int6
       scratch(Slot::kConv, (v_size + kYSize + 2 * kTileStride * shared.padded) * sizeof(float)));
   float* y = v + v_size;
   float* values = y + kYSize;
-  uint32_t* codes = reinterpret_cast<uint32_t*>(values + kTileStride * shared.padded);
+  uint8_t* codes = reinterpret_cast<uint8_t*>(values + kTileStride * shared.padded);
 
   for (int64_t first = 0; first < rows * g.w.out; first += kStripTiles) {
     const int64_t count = smaller(kStripTiles, rows * g.w.out - first);
@@ -281,9 +298,12 @@ void winograd2_band(const ForwardArgs& args, const Winograd2Shared& shared, int6
     if (oc < shared.padded) strip_block<1>(shared, channels, oc, count, v, y, values, codes);
     const int64_t at = n * args.output_strides.n + first_out * args.output_strides.h +
                        first * args.output_strides.w;
-    write_pixels<S>(
-        values, codes, shared.padded, count, g.out_channels, static_cast<S*>(args.output) + at,
-        args.code ? static_cast<uint8_t*>(args.code) + at : nullptr, args.output_strides);
+    write_strip(values, shared.padded, count, g.out_channels, static_cast<S*>(args.output) + at,
+                args.output_strides);
+    if (args.code) {
+      write_strip(codes, shared.padded, count, g.out_channels,
+                  static_cast<uint8_t*>(args.code) + at, args.output_strides);
+    }
   }
 }
 
@@ -372,14 +392,10 @@ const char* why_not_winograd2(const Problem& problem) {
 
 void forward_winograd2(const ForwardArgs& args, const ThreadPool& pool) {
   switch (args.type) {
-    case DataType::kFloat32:
-      return winograd2_typed<float>(args, pool);
-    case DataType::kBFloat16:
-      return winograd2_typed<BFloat16>(args, pool);
-    case DataType::kFloat16:
-      return winograd2_typed<Float16>(args, pool);
-    case DataType::kFloat64:
-      return;  // refused by why_not
+    case DataType::kFloat32: return winograd2_typed<float>(args, pool);
+    case DataType::kBFloat16: return winograd2_typed<BFloat16>(args, pool);
+    case DataType::kFloat16: return winograd2_typed<Float16>(args, pool);
+    case DataType::kFloat64: return;  // refused by why_not
   }
 }
 

@@ -3,11 +3,15 @@
 
 #include "cpu/kernel.h"
 #include "cpu/kernels/simd.h"
+#include "cpu/kernels/transpose.h"
 #include "cpu/plan.h"
 #include "cpu/scratch.h"
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
+
+// Output channels that are brought into order at a time, where memory interleaves them.
+constexpr int64_t kChannelsAtOnce = 16;
 
 template <typename T>
 struct LiveList {
@@ -15,68 +19,94 @@ struct LiveList {
   T* gradient;      // its gradient
   int64_t entries = 0;
 
-  // Room for `outputs` entries, in this thread's scratch: one list at a time per thread.
-  explicit LiveList(int64_t outputs) {
-    // Vectors are stored whole, so the lists run over by up to one; so may reads of the copies.
-    const int64_t room = round_up(outputs, 64) + 64;
+  // Working memory is this thread's scratch: one list at a time per thread.
+  explicit LiveList(const BackwardArgs& args) : outputs_(args.geometry.outputs()) {
+    // Vectors are stored whole and zeros follow the list, so it runs over by up to two vectors.
+    const int64_t room = round_up(outputs_, 64) + 64;
+    const int64_t channels = smaller(kChannelsAtOnce, args.geometry.out_channels);
     gradient = static_cast<T*>(
-        scratch(Slot::kLists, room * (2 * sizeof(T) + sizeof(uint32_t) + sizeof(int32_t))));
+        scratch(Slot::kLists, room * (sizeof(T) + sizeof(uint32_t)) +
+                                  channels * outputs_ * (sizeof(T) + sizeof(int32_t))));
     dense_ = gradient + room;
-    place = reinterpret_cast<uint32_t*>(dense_ + room);
+    place = reinterpret_cast<uint32_t*>(dense_ + channels * outputs_);
     codes_ = place + room;
   }
 
   // Lists output channel `oc` of image n. C: the code's type.
   template <typename S, typename C>
   void build(const BackwardPlan& plan, const BackwardArgs& args, int64_t n, int64_t oc) {
-    const Geometry& g = args.geometry;
-    const Strides gs = args.grad_output_strides, cs = args.code_strides;
-    const S* grads = static_cast<const S*>(args.grad_output) + n * gs.n + oc * gs.c;
-    const C* codes = static_cast<const C*>(args.code) + n * cs.n + oc * cs.c;
-    const bool packed = gs.w == 1 && gs.h == g.w.out && cs.w == 1 && cs.h == g.w.out;
-    if constexpr (sizeof(S) == sizeof(T)) {
-      if (packed) return compress(plan, codes, reinterpret_cast<const T*>(grads), g.outputs());
-    }
-    // Other layouts and the half types are copied into order first.
-    C* ordered = reinterpret_cast<C*>(codes_);
-    for (int64_t h = 0; h < g.h.out; ++h) {
-      for (int64_t w = 0; w < g.w.out; ++w) {
-        dense_[h * g.w.out + w] = widen(grads[h * gs.h + w * gs.w]);
-        ordered[h * g.w.out + w] = codes[h * cs.h + w * cs.w];
-      }
-    }
-    compress(plan, ordered, dense_, g.outputs());
+    const bool fresh = n != image_ || oc < first_ || oc >= first_ + kChannelsAtOnce;
+    if (fresh) image_ = n, first_ = oc;
+    const T* grads = in_order(args, static_cast<const S*>(args.grad_output),
+                              args.grad_output_strides, n, oc, dense_, fresh);
+    const C* codes = in_order(args, static_cast<const C*>(args.code), args.code_strides, n, oc,
+                              reinterpret_cast<C*>(codes_), fresh);
+    compress(plan, codes, grads, args.geometry.window());
   }
 
-  // Sum of the listed gradients: the bias's share. In double, since it runs over a whole map.
-  T total() const {
-    double sums[4] = {};
-    int64_t i = 0;
-    for (; i + 4 <= entries; i += 4) {
-      for (int u = 0; u < 4; ++u) sums[u] += gradient[i + u];
+  // Sum of the listed gradients, the bias's share, spread over the lanes.
+  Vector<T> total() const {
+    constexpr int kN = kLanes<T>;
+    Vector<T> sums[2] = {};
+    for (int64_t i = 0; i < entries; i += 2 * kN) {
+      sums[0] += load(gradient + i);
+      sums[1] += load(gradient + i + kN);
     }
-    for (; i < entries; ++i) sums[0] += gradient[i];
-    return static_cast<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    return sums[0] + sums[1];
   }
 
  private:
-  T* dense_;         // this channel's gradients in order, where they are not so already
-  uint32_t* codes_;  // and its codes
+  int64_t outputs_;
+  int64_t image_ = -1, first_ = -1;  // what dense_ and codes_ hold: kChannelsAtOnce from first_ on
+  T* dense_;         // [channels][outputs] gradients in order, where they are not so already
+  uint32_t* codes_;  // and the codes
+
+  // One channel's pooled outputs as one run of `To`: where they are, or copied into `buffer`
+  // ([kChannelsAtOnce][outputs]; `fresh`: it holds other channels).
+  template <typename From, typename To>
+  const To* in_order(const BackwardArgs& args, const From* data, Strides strides, int64_t n,
+                     int64_t oc, To* buffer, bool fresh) {
+    const Geometry& g = args.geometry;
+    const bool rows_follow = strides.h == strides.w * g.w.out;
+    const From* from = data + n * strides.n + oc * strides.c;
+    if (strides.w == 1 && rows_follow) {
+      if constexpr (std::is_same_v<From, To>) return from;
+      convert_run(from, buffer, outputs_);
+      return buffer;
+    }
+    if (strides.c == 1 && rows_follow) {
+      if (fresh) {
+        const int64_t channels = smaller(kChannelsAtOnce, g.out_channels - oc);
+        transpose_matrix(from, strides.w, buffer, outputs_, outputs_, channels);
+      }
+      return buffer + (oc - first_) * outputs_;
+    }
+    for (int64_t h = 0; h < g.h.out; ++h) {
+      for (int64_t w = 0; w < g.w.out; ++w) {
+        buffer[h * g.w.out + w] = convert<To>(from[h * strides.h + w * strides.w]);
+      }
+    }
+    return buffer;
+  }
 
   template <typename C>
-  void compress(const BackwardPlan& plan, const C* codes, const T* grads, int64_t outputs) {
+  void compress(const BackwardPlan& plan, const C* codes, const T* grads, int64_t window) {
     const uint32_t* base = plan.base.get();
     const uint32_t* offset = plan.code_offset.get();
     int64_t count = 0, q = 0;
 #if defined(__AVX512F__)
     // Sixteen outputs at a time, the live ones moved together in a register.
     if constexpr (sizeof(T) == 4 && sizeof(C) == 1) {
-      for (; q + 16 <= outputs; q += 16) {
+      const __m512i table = _mm512_loadu_si512(offset);
+      for (; q + 16 <= outputs_; q += 16) {
         const __m512i code =
             _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + q)));
         const __mmask16 live = _mm512_cmpneq_epi32_mask(code, _mm512_set1_epi32(kOff<C>));
-        const __m512i from = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), live, code, offset,
-                                                         sizeof(uint32_t));
+        // Gathering costs more than all the rest; common windows fit a register.
+        const __m512i from = window <= 16
+                                 ? _mm512_permutexvar_epi32(code, table)
+                                 : _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), live, code,
+                                                               offset, sizeof(uint32_t));
         const __m512i at = _mm512_add_epi32(_mm512_loadu_si512(base + q), from);
         _mm512_storeu_si512(place + count, _mm512_maskz_compress_epi32(live, at));
         _mm512_storeu_ps(gradient + count,
@@ -85,8 +115,9 @@ struct LiveList {
       }
     }
 #endif
+    (void)window;
     // Branch-free: a dead output's entry is overwritten by the next.
-    for (; q < outputs; ++q) {
+    for (; q < outputs_; ++q) {
       const C code = codes[q];
       const bool live = code != kOff<C>;
       place[count] = base[q] + offset[live ? code : 0];
@@ -94,6 +125,8 @@ struct LiveList {
       count += live;
     }
     entries = count;
+    store(gradient + count, Vector<T>{});
+    store(gradient + count + kLanes<T>, Vector<T>{});
   }
 };
 

@@ -3,6 +3,7 @@
 
 #include "cpu/kernel.h"
 #include "cpu/kernels/simd.h"
+#include "cpu/kernels/transpose.h"
 #include "cpu/plan.h"
 #include "cpu/scratch.h"
 
@@ -18,24 +19,59 @@ T* patch_image(const BackwardPlan& plan) {
   return image;
 }
 
-// Transposes an N x N block held in vectors, N lanes each: log2(N) rounds of swapping the two
-// off-diagonal quarters.
-template <typename T, int Distance = 1>
-FUSEDCNN_INLINE void transpose(Vector<T> (&rows)[kLanes<T>]) {
-  constexpr int kN = kLanes<T>;
-  if constexpr (Distance < kN) {
-    Vector<Int<T>> low, high;
-    for (int i = 0; i < kN; ++i) {
-      low[i] = i & Distance ? kN + (i ^ Distance) : i;
-      high[i] = i & Distance ? kN + i : i ^ Distance;
+// to[x * to_pitch + c] = from[x * from_pitch + c] for the first `channels` of each pixel.
+template <typename From, typename To>
+void copy_pixels(const From* from, int64_t from_pitch, To* to, int64_t to_pitch, int64_t width,
+                 int64_t channels) {
+  if (from_pitch == channels && to_pitch == channels)
+    return convert_run(from, to, width * channels);
+  // Compile-time sizes spare images a library call per pixel.
+  const auto copy = [&]<int C>() {
+    for (int64_t x = 0; x < width; ++x) {
+      convert_run(from + x * from_pitch, to + x * to_pitch, C ? C : channels);
     }
-    for (int i = 0; i < kN; ++i) {
-      if (i & Distance) continue;
-      const Vector<T> a = rows[i], b = rows[i + Distance];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + Distance] = __builtin_shuffle(a, b, high);
+  };
+  switch (channels) {
+    case 1: return copy.template operator()<1>();
+    case 2: return copy.template operator()<2>();
+    case 3: return copy.template operator()<3>();
+    case 4: return copy.template operator()<4>();
+    case 16: return copy.template operator()<16>();
+    default: copy.template operator()<0>();
+  }
+}
+
+// Reads one row of `width` pixels of a tensor into [width][pitch], the first `channels` of each.
+template <typename S, typename T>
+void read_pixels(const S* from, Strides strides, T* to, int64_t pitch, int64_t width,
+                 int64_t channels) {
+  if (strides.c == 1) return copy_pixels(from, strides.w, to, pitch, width, channels);
+  if (strides.w == 1) return transpose_matrix(from, strides.c, to, pitch, channels, width);
+  for (int64_t x = 0; x < width; ++x) {
+    for (int64_t c = 0; c < channels; ++c) {
+      to[x * pitch + c] = convert<T>(from[x * strides.w + c * strides.c]);
     }
-    transpose<T, Distance * 2>(rows);
+  }
+}
+
+// The way back: [width][pitch] into one row of a tensor.
+template <typename S, typename T>
+void write_pixels(const T* from, int64_t pitch, S* to, Strides strides, int64_t width,
+                  int64_t channels) {
+  if (strides.c == 1) return copy_pixels(from, pitch, to, strides.w, width, channels);
+  if (strides.w == 1) return transpose_matrix(from, pitch, to, strides.c, width, channels);
+  for (int64_t x = 0; x < width; ++x) {
+    for (int64_t c = 0; c < channels; ++c) {
+      to[x * strides.w + c * strides.c] = convert<S>(from[x * pitch + c]);
+    }
+  }
+}
+
+// Zeros in one row of a tensor.
+template <typename S>
+void clear_pixels(S* to, Strides strides, int64_t width, int64_t channels) {
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t x = 0; x < width; ++x) to[c * strides.c + x * strides.w] = S{};
   }
 }
 
@@ -58,12 +94,7 @@ void pack_patches(const BackwardPlan& plan, const BackwardArgs& args, int64_t n,
     }
     memset(to, 0, left * plan.channels * sizeof(T));
     to += left * plan.channels;
-    const S* from = input + source * strides.h;
-    for (int64_t x = 0; x < width; ++x) {
-      for (int64_t c = 0; c < channels; ++c) {
-        to[x * plan.channels + c] = widen(from[c * strides.c + x * strides.w]);
-      }
-    }
+    read_pixels(input + source * strides.h, strides, to, plan.channels, width, channels);
     memset(to + width * plan.channels, 0, (plan.cols - left - width) * plan.channels * sizeof(T));
   }
 }
@@ -79,14 +110,12 @@ void unpack_patches(const BackwardPlan& plan, const BackwardArgs& args, int64_t 
   S* output = static_cast<S*>(args.grad_input) + n * strides.n + group * channels * strides.c;
   for (int64_t y = 0; y < g.h.in; ++y) {
     const bool reached = y + g.h.padding < plan.rows;
-    const int64_t width = reached ? smaller(g.w.in, plan.cols - g.w.padding) : 0;
+    const int64_t reach = reached ? smaller(g.w.in, plan.cols - g.w.padding) : 0;
+    const int64_t width = larger<int64_t>(reach, 0);
     const T* from = image + ((y + g.h.padding) * plan.cols + g.w.padding) * plan.channels;
-    for (int64_t c = 0; c < channels; ++c) {
-      S* to = output + c * strides.c + y * strides.h;
-      for (int64_t x = 0; x < width; ++x)
-        to[x * strides.w] = narrow<S>(from[x * plan.channels + c]);
-      for (int64_t x = larger<int64_t>(width, 0); x < g.w.in; ++x) to[x * strides.w] = S{};
-    }
+    S* to = output + y * strides.h;
+    if (width > 0) write_pixels(from, plan.channels, to, strides, width, channels);
+    clear_pixels(to + width * strides.w, strides, g.w.in - width, channels);
   }
 }
 

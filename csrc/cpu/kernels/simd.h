@@ -109,8 +109,7 @@ FUSEDCNN_INLINE int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// ---- storage types
-// -------------------------------------------------------------------------------
+// ---- storage types ------------------------------------------------------------------------------
 //
 // Half types are stored in 16 bits and computed in float. Both conversions are written in integer
 // operations that the compiler vectorises on every ISA.

@@ -1,87 +1,161 @@
-// Register transposes, and the way of [pixels][channels] results into the output tensors.
+// Transposing copies between channel-major and pixel-major memory.
 #pragma once
 
-#include "cpu/kernel.h"
+#include <type_traits>
+
 #include "cpu/kernels/simd.h"
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-// Transposes `Rows` x `Rows` blocks held in `Rows` vectors, each vector divided into groups of
-// `Rows` lanes: log2(Rows) rounds of swapping the two off-diagonal quarters. With Rows equal to the
-// lanes this is the full transpose.
-template <typename T, int Rows, int Distance = 1>
-FUSEDCNN_INLINE void transpose_groups(Vector<T> (&rows)[Rows]) {
-  constexpr int kN = kLanes<T>;
-  if constexpr (Distance < Rows) {
-    Vector<Int<T>> low, high;
-    FUSEDCNN_UNROLL
-    for (int i = 0; i < kN; ++i) {
-      low[i] = i & Distance ? kN + (i ^ Distance) : i;
-      high[i] = i & Distance ? kN + i : i ^ Distance;
-    }
-    FUSEDCNN_UNROLL
-    for (int i = 0; i < Rows; ++i) {
-      if (i & Distance) continue;
-      const Vector<T> a = rows[i], b = rows[i + Distance];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + Distance] = __builtin_shuffle(a, b, high);
-    }
-    transpose_groups<T, Rows, Distance * 2>(rows);
+// ---- conversions between storage and accumulation types -----------------------------------------
+
+template <typename To, typename From>
+FUSEDCNN_INLINE To convert(From value) {
+  if constexpr (std::is_same_v<To, From>) {
+    return value;
+  } else if constexpr (std::is_same_v<To, Accumulator<From>>) {
+    return widen(value);
+  } else {
+    return narrow<To>(value);
   }
 }
 
-// Writes `count` pooled pixels, numbered row by row. values, codes: [count][padded channels];
-// output, code (may be null): at the first pixel of channel 0. The output's rows follow each other
-// without a gap, so pixels are strides.w elements apart.
-template <typename S>
-void write_pixels(const float* values, const uint32_t* codes, int64_t padded, int64_t count,
-                  int64_t channels, S* output, uint8_t* code, Strides strides) {
-  constexpr int kN = kLanes<float>;
-  if (strides.w != 1 || sizeof(S) != sizeof(float)) {
-    // channels_last, or a type to round to: pixel by pixel, channels innermost.
-    for (int64_t p = 0; p < count; ++p, values += padded, codes += padded) {
-      S* to = output + p * strides.w;
-      for (int64_t c = 0; c < channels; ++c) to[c * strides.c] = narrow<S>(values[c]);
-      if (!code) continue;
-      uint8_t* bytes = code + p * strides.w;
-      for (int64_t c = 0; c < channels; ++c) bytes[c * strides.c] = static_cast<uint8_t>(codes[c]);
+// The type that a conversion's registers hold: the wider of the two.
+template <typename From, typename To>
+using Wider = std::conditional_t<(sizeof(To) > sizeof(From)), To, From>;
+
+template <typename From, typename To>
+FUSEDCNN_INLINE void convert_run(const From* from, To* to, int64_t count) {
+  if constexpr (std::is_same_v<To, From>) {
+    memcpy(to, from, count * sizeof(To));
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = convert<To>(from[i]);
+  }
+}
+
+// ---- square blocks in registers -----------------------------------------------------------------
+
+// A block is as wide as a vector; bytes use the 16 lanes that every ISA has.
+template <typename E>
+constexpr int kBlock = sizeof(E) == 1 ? 16 : kLanes<E>;
+
+template <typename E>
+struct BlockOf {
+  typedef E Type __attribute__((vector_size(kBlock<E> * sizeof(E))));
+};
+template <typename E>
+using BlockRow = typename BlockOf<E>::Type;
+
+// The first `count` of kBlock elements, the rest zero; reads no further.
+template <typename E, typename From>
+FUSEDCNN_INLINE BlockRow<E> load_row(const From* from, int64_t count) {
+  constexpr int kN = kBlock<E>;
+  BlockRow<E> row = {};
+  if (count >= kN) {
+    convert_run(from, reinterpret_cast<E*>(&row), kN);
+    return row;
+  }
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<From, E> && sizeof(E) == 4) {
+    const __m512 part = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+    return (BlockRow<E>)part;
+  }
+#endif
+  convert_run(from, reinterpret_cast<E*>(&row), count);
+  return row;
+}
+
+template <typename E, typename To>
+FUSEDCNN_INLINE void store_row(To* to, BlockRow<E> row, int64_t count) {
+  constexpr int kN = kBlock<E>;
+  if (count >= kN) return convert_run(reinterpret_cast<const E*>(&row), to, kN);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<To, E> && sizeof(E) == 4) {
+    return _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), (__m512)row);
+  }
+#endif
+  convert_run(reinterpret_cast<const E*>(&row), to, count);
+}
+
+// to[c][r] = from[r][c]: log2(N) rounds of interleaving row i with row i + N/2. Each round rotates
+// the joint index (row bits, column bits) by one bit, so that after all of them the two halves
+// have changed places.
+template <typename E>
+FUSEDCNN_INLINE void transpose_block(BlockRow<E> (&rows)[kBlock<E>]) {
+  constexpr int kN = kBlock<E>;
+  typedef std::conditional_t<sizeof(E) == 1, int8_t,
+                             std::conditional_t<sizeof(E) == 4, int32_t, int64_t>>
+      Index;
+  typedef Index Indices __attribute__((vector_size(kN * sizeof(Index))));
+  Indices low, high;
+  for (int i = 0; i < kN; ++i) {
+    low[i] = static_cast<Index>(i / 2 + i % 2 * kN);
+    high[i] = static_cast<Index>(low[i] + kN / 2);
+  }
+  FUSEDCNN_UNROLL
+  for (int round = 1; round < kN; round *= 2) {
+    BlockRow<E> next[kN];
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < kN / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kN / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kN / 2], high);
+    }
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < kN; ++i) rows[i] = next[i];
+  }
+}
+
+template <typename From, typename To, bool Whole>
+FUSEDCNN_NOINLINE void transpose_tile(const From* from, int64_t from_stride, To* to,
+                                      int64_t to_stride, int64_t rows, int64_t cols) {
+  typedef Wider<From, To> E;
+  constexpr int kN = kBlock<E>;
+  BlockRow<E> block[kN];
+  FUSEDCNN_UNROLL
+  for (int r = 0; r < kN; ++r) {
+    block[r] =
+        Whole || r < rows ? load_row<E>(from + r * from_stride, Whole ? kN : cols) : BlockRow<E>{};
+  }
+  transpose_block<E>(block);
+  FUSEDCNN_UNROLL
+  for (int c = 0; c < kN; ++c) {
+    if (Whole || c < cols) store_row<E>(to + c * to_stride, block[c], Whole ? kN : rows);
+  }
+}
+
+// Narrower matrices than this are copied element by element: most of a block would be empty.
+constexpr int64_t kNarrow = 4;
+
+// to[c * to_stride + r] = from[r * from_stride + c], converted, for r < rows and c < cols.
+template <typename From, typename To>
+void transpose_matrix(const From* from, int64_t from_stride, To* to, int64_t to_stride,
+                      int64_t rows, int64_t cols) {
+  constexpr int kN = kBlock<Wider<From, To>>;
+  if (rows <= kNarrow) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < cols; ++c)
+        to[c * to_stride + r] = convert<To>(from[r * from_stride + c]);
     }
     return;
   }
-  // Contiguous: the run's pixels lie side by side in each channel's plane.
-  for (int64_t c = 0; c < channels; c += kN) {
-    const int64_t lanes = smaller<int64_t>(kN, channels - c);
-    for (int64_t p = 0; p < count; p += kN) {
-      const int64_t pixels = smaller<int64_t>(kN, count - p);
-      Vector<float> block[kN];
-      FUSEDCNN_UNROLL
-      for (int r = 0; r < kN; ++r) block[r] = load(values + (p + r) * padded + c);
-      transpose_groups<float, kN>(block);
-      for (int64_t l = 0; l < lanes; ++l) {
-        float* to = reinterpret_cast<float*>(output) + (c + l) * strides.c + p;
-        if (pixels == kN) {
-          store(to, block[l]);
-        } else {
-          memcpy(to, &block[l], pixels * sizeof(float));
-        }
-      }
-      if (!code) continue;
-      // Four pixels' codes share a lane's four bytes; then groups of four lanes are transposed, so
-      // that every channel's codes lie together.
-      constexpr int kQuads = kN / 4;
-      Vector<uint32_t> quads[kQuads];
-      FUSEDCNN_UNROLL
-      for (int r = 0; r < kQuads; ++r) {
-        const uint32_t* from = codes + (p + 4 * r) * padded + c;
-        quads[r] = load(from) | load(from + padded) << 8 | load(from + 2 * padded) << 16 |
-                   load(from + 3 * padded) << 24;
-      }
-      transpose_groups<uint32_t, kQuads>(quads);
-      const uint8_t* bytes = reinterpret_cast<const uint8_t*>(quads);
-      for (int64_t l = 0; l < lanes; ++l) {
-        const uint8_t* from = bytes + l % kQuads * kVectorBytes + l / kQuads * kN;
-        memcpy(code + (c + l) * strides.c + p, from, pixels);
+  if (cols <= kNarrow) {
+    for (int64_t c = 0; c < cols; ++c) {
+      for (int64_t r = 0; r < rows; ++r)
+        to[c * to_stride + r] = convert<To>(from[r * from_stride + c]);
+    }
+    return;
+  }
+  for (int64_t r = 0; r < rows; r += kN) {
+    for (int64_t c = 0; c < cols; c += kN) {
+      const From* source = from + r * from_stride + c;
+      To* target = to + c * to_stride + r;
+      if (r + kN <= rows && c + kN <= cols) {
+        transpose_tile<From, To, true>(source, from_stride, target, to_stride, kN, kN);
+      } else {
+        transpose_tile<From, To, false>(source, from_stride, target, to_stride,
+                                        smaller<int64_t>(kN, rows - r),
+                                        smaller<int64_t>(kN, cols - c));
       }
     }
   }

@@ -1,0 +1,85 @@
+// One image's codes and gradients with the output channels of a pooled pixel side by side.
+#pragma once
+
+#include "cpu/kernel.h"
+#include "cpu/kernels/simd.h"
+#include "cpu/kernels/transpose.h"
+#include "cpu/scratch.h"
+
+namespace fusedcnn::cpu::FUSEDCNN_ISA {
+namespace {
+
+// A 3x3 convolution of stride 1 under a 2x2 pool of stride 2: each window sees a patch of 4x4
+// input pixels, and neighbouring patches are two pixels apart.
+const char* why_not_windows(const Problem& problem) {
+  const Geometry& g = problem.geometry;
+  for (const Axis* axis : {&g.h, &g.w}) {
+    if (axis->kernel != 3 || axis->stride != 1 || axis->dilation != 1) {
+      return "only for kernel 3, stride 1, dilation 1";
+    }
+    if (axis->pool_kernel != 2 || axis->pool_stride != 2 || axis->pool_padding != 0 ||
+        axis->pool_dilation != 1) {
+      return "only for pool kernel 2, stride 2, padding 0, dilation 1";
+    }
+  }
+  if (g.groups != 1) return "only for groups = 1";
+  if (problem.type == DataType::kFloat64) return "not for float64";
+  return nullptr;
+}
+
+// Element q * stride + oc belongs to pooled pixel q and output channel oc.
+struct Windows {
+  const uint8_t* codes;
+  int64_t code_stride;
+  const float* grads;
+  int64_t grad_stride;
+};
+
+template <typename From, typename To>
+const To* channels_together(const Geometry& g, const From* from, Strides strides, To* buffer,
+                            int64_t& stride) {
+  const bool rows_follow = strides.h == strides.w * g.w.out;
+  if constexpr (std::is_same_v<From, To>) {
+    if (strides.c == 1 && rows_follow) {
+      stride = strides.w;
+      return from;
+    }
+  }
+  stride = g.out_channels;
+  if (strides.w == 1 && rows_follow) {
+    transpose_matrix(from, strides.c, buffer, stride, g.out_channels, g.outputs());
+    return buffer;
+  }
+  To* to = buffer;
+  for (int64_t h = 0; h < g.h.out; ++h) {
+    for (int64_t w = 0; w < g.w.out; ++w, to += stride) {
+      const From* pixel = from + h * strides.h + w * strides.w;
+      if (strides.c == 1) {
+        convert_run(pixel, to, g.out_channels);
+      } else {
+        for (int64_t c = 0; c < g.out_channels; ++c) to[c] = convert<To>(pixel[c * strides.c]);
+      }
+    }
+  }
+  return buffer;
+}
+
+// Image n's windows, where they are or copied into this thread's scratch.
+template <typename S>
+Windows read_windows(const BackwardArgs& args, int64_t n) {
+  const Geometry& g = args.geometry;
+  const int64_t size = g.out_channels * g.outputs();
+  float* grads = static_cast<float*>(scratch(Slot::kLists, size * (sizeof(float) + 1)));
+  uint8_t* codes = reinterpret_cast<uint8_t*>(grads + size);
+  Windows windows;
+  windows.grads =
+      channels_together(g, static_cast<const S*>(args.grad_output) + n * args.grad_output_strides.n,
+                        args.grad_output_strides, grads, windows.grad_stride);
+  windows.codes =
+      channels_together(g, static_cast<const uint8_t*>(args.code) + n * args.code_strides.n,
+                        args.code_strides, codes, windows.code_stride);
+  return windows;
+}
+
+}  // namespace
+}  // namespace fusedcnn::cpu::FUSEDCNN_ISA
