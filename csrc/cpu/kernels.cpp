@@ -3,6 +3,7 @@
 #include "cpu/kernels/backward_general.h"
 #include "cpu/kernels/forward_general.h"
 #include "cpu/kernels/forward_winograd2.h"
+#include "cpu/kernels/forward_winograd4.h"
 #include "cpu/kernels/multiply_add_rate.h"
 #if defined(__AVX512BW__)
 #include "cpu/kernels/backward_input_windows.h"
@@ -17,7 +18,8 @@ KernelList kernels();
 
 KernelList kernels() {
   static constexpr Kernel list[] = {
-      {"winograd2", Pass::kForward, why_not_winograd2, forward_winograd2, nullptr},
+      {"winograd4", Pass::kForward, why_not_winograd4, forward_winograd4, nullptr},
+      {"winograd2", Pass::kForward, why_not_winograd, forward_winograd2, nullptr},
       {"general", Pass::kForward, covers_everything, forward_general, nullptr},
 #if defined(__AVX512BW__)
       {"windows", Pass::kGradWeight, why_not_weight_windows, nullptr, grad_weight_windows},

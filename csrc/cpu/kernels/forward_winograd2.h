@@ -13,24 +13,13 @@
 //   U  [blocks][4 i][channels][4 j][Z * lanes]  weights of Z vectors of output channels
 //   Y  [tiles][Z][2][2] vectors                 the windows' outputs, summed over i
 // then transposes [tiles][out channels] into the output.
-//
-// Sums of patch elements could overflow, and an infinity would reach outputs that it does not
-// touch; a band with values beyond kModerate, infinity or NaN is left to the general kernel.
 #pragma once
 
 #include "cpu/kernel.h"
-#include "cpu/kernels/forward_general.h"
-#include "cpu/kernels/simd.h"
-#include "cpu/kernels/transpose.h"
-#include "cpu/plan.h"
-#include "cpu/scratch.h"
+#include "cpu/kernels/winograd.h"
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
-
-// Inputs and weights up to this size cannot overflow: 4 x 2.25 x 16 x channels x 2^96 < 2^127 for
-// all channel counts below 2^23.
-constexpr float kModerate = 281474976710656.0f;  // 2^48
 
 // Register tile: 4 j x T tiles x Z vectors of accumulators; a channel costs 4 T broadcasts and 4 Z
 // loads for 4 T Z FMAs. 32 registers: 4 x 3 x 2 (20 loads for 24 FMAs) or, for a single vector of
@@ -187,41 +176,8 @@ FUSEDCNN_INLINE void transform_strip(const float* r, int64_t plane, int64_t widt
   }
 }
 
-// A byte for every lane.
-typedef uint8_t LaneBytes __attribute__((vector_size(kLanes<float>)));
-
-// Bias, max, ReLU and code of one tile's Z vectors. y: [Z][4] vectors; values, codes: [Z * lanes].
 template <int Z>
-FUSEDCNN_INLINE void finish_tile(const float* y, const float* bias, float* values, uint8_t* codes) {
-  constexpr int kN = kLanes<float>;
-  for (int z = 0; z < Z; ++z) {
-    const Vector<float> shift = load(bias + z * kN);
-    Vector<float> best = load(y + z * 4 * kN) + shift;
-    Vector<int32_t> winner = {};
-    for (int e = 1; e < 4; ++e) {
-      const Vector<float> value = load(y + (z * 4 + e) * kN) + shift;
-      const auto wins = value > best;  // the first maximum wins
-      best = wins ? value : best;
-      winner = wins ? broadcast<int32_t>(e) : winner;
-    }
-    const auto off = best <= Vector<float>{};
-    store(values + z * kN, off ? Vector<float>{} : best);
-    winner = off ? broadcast<int32_t>(kOff<uint8_t>) : winner;
-    const LaneBytes bytes = __builtin_convertvector(winner, LaneBytes);
-    memcpy(codes + z * kN, &bytes, kN);
-  }
-}
-
-struct Winograd2Shared {
-  const ForwardPlan& plan;
-  const float* weights;  // U
-  const float* bias;     // [padded out channels]
-  int64_t padded;        // out channels, whole vectors
-  uint8_t* immoderate;   // [batch * bands], set where the band was left to the general kernel
-};
-
-template <int Z>
-void strip_block(const Winograd2Shared& shared, int64_t channels, int64_t first, int64_t count,
+void strip_block(const WinogradShared& shared, int64_t channels, int64_t first, int64_t count,
                  const float* v, float* y, float* values, uint8_t* codes) {
   constexpr int kN = kLanes<float>;
   const int64_t v_row = channels * 4 * kTileStride, u_row = channels * 4 * Z * kN;
@@ -231,26 +187,17 @@ void strip_block(const Winograd2Shared& shared, int64_t channels, int64_t first,
   winograd_rows<2, Z>(count, v + 2 * v_row, channels, u + 2 * u_row, y);
   winograd_rows<3, Z>(count, v + 3 * v_row, channels, u + 3 * u_row, y);
   for (int64_t t = 0; t < count; ++t) {
-    finish_tile<Z>(y + t * Z * 4 * kN, shared.bias + first, values + t * shared.padded + first,
-                   codes + t * shared.padded + first);
-  }
-}
-
-// Writes [count][padded channels] into `count` pooled pixels, numbered row by row, from `to` on.
-template <typename From, typename To>
-void write_strip(const From* from, int64_t padded, int64_t count, int64_t channels, To* to,
-                 Strides strides) {
-  if (strides.w == 1) {
-    transpose_matrix(from, padded, to, strides.c, count, channels);
-  } else {  // channels_last: a row's pixels follow the last row's
-    for (int64_t p = 0; p < count; ++p) {
-      convert_run(from + p * padded, to + p * strides.w, channels);
+    for (int z = 0; z < Z; ++z, y += 4 * kN) {
+      const Vector<float> bias = load(shared.bias + first + z * kN);
+      const int64_t at = t * shared.padded + first + z * kN;
+      finish_window(load(y) + bias, load(y + kN) + bias, load(y + 2 * kN) + bias,
+                    load(y + 3 * kN) + bias, values + at, codes + at);
     }
   }
 }
 
 template <typename S>
-void winograd2_band(const ForwardArgs& args, const Winograd2Shared& shared, int64_t task) {
+void winograd2_band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
   constexpr int kN = kLanes<float>;
   const Geometry& g = args.geometry;
   const ForwardPlan& plan = shared.plan;
@@ -307,96 +254,39 @@ void winograd2_band(const ForwardArgs& args, const Winograd2Shared& shared, int6
   }
 }
 
-// U = G g G^T for every pair of channels, a vector of output channels at a time, into the blocks
-// that winograd_row reads.
-template <typename S>
-void transform_weights(const ForwardArgs& args, int64_t padded, float* weights) {
-  constexpr int kN = kLanes<float>;
-  const Geometry& g = args.geometry;
-  const Strides s = args.weight_strides;
-  for (int64_t first = 0; first < padded; first += kN) {
-    // Blocks of kWinogradWide vectors as long as they are full, then single ones.
-    const int64_t wide = kWinogradWide * kN;
-    const bool in_wide = first / wide * wide + wide <= padded;
-    const int64_t z_count = in_wide ? kWinogradWide : 1;
-    const int64_t block = in_wide ? first / wide * wide : first;
-    float* base = weights + block * 16 * g.in_channels + (first - block);
-    for (int64_t c = 0; c < g.in_channels; ++c) {
-      Vector<float> k[3][3] = {};
-      for (int l = 0; l < kN && first + l < g.out_channels; ++l) {
-        const S* from = static_cast<const S*>(args.weight) + (first + l) * s.n + c * s.c;
-        for (int y = 0; y < 3; ++y) {
-          for (int x = 0; x < 3; ++x) k[y][x][l] = widen(from[y * s.h + x * s.w]);
-        }
-      }
-      Vector<float> half[4][3];
-      for (int x = 0; x < 3; ++x) {
-        half[0][x] = k[0][x];
-        half[1][x] = (k[0][x] + k[1][x] + k[2][x]) * 0.5f;
-        half[2][x] = (k[0][x] - k[1][x] + k[2][x]) * 0.5f;
-        half[3][x] = k[2][x];
-      }
-      for (int i = 0; i < 4; ++i) {
-        const Vector<float> u[4] = {half[i][0], (half[i][0] + half[i][1] + half[i][2]) * 0.5f,
-                                    (half[i][0] - half[i][1] + half[i][2]) * 0.5f, half[i][2]};
-        for (int j = 0; j < 4; ++j) {
-          store(base + ((i * g.in_channels + c) * 4 + j) * z_count * kN, u[j]);
-        }
-      }
-    }
-  }
-}
+struct Winograd2Transform {
+  static constexpr int kElements = 16;
+  static constexpr int kWide = kWinogradWide;
 
-template <typename S>
-void winograd2_typed(const ForwardArgs& args, const ThreadPool& pool) {
-  const Geometry& g = args.geometry;
-  const ForwardPlan plan(g, sizeof(float), kLanes<float>);
-  const int64_t padded = round_up(g.out_channels, kLanes<float>);
-  const int64_t u_size = 16 * g.in_channels * padded;
-  const int64_t bands = g.batch * plan.bands(g);
-  float* weights =
-      static_cast<float*>(scratch(Slot::kTransformed, (u_size + padded) * sizeof(float) + bands));
-  float* bias = weights + u_size;
-  uint8_t* immoderate = reinterpret_cast<uint8_t*>(bias + padded);
-  transform_weights<S>(args, padded, weights);
-  for (int64_t oc = 0; oc < padded; ++oc) {
-    const bool real = args.bias && oc < g.out_channels;
-    bias[oc] = real ? widen(static_cast<const S*>(args.bias)[oc * args.bias_stride]) : 0.0f;
+  static FUSEDCNN_INLINE void weights(const Vector<float> (&k)[3][3], Vector<float> (&u)[16]) {
+    Vector<float> half[4][3];
+    for (int x = 0; x < 3; ++x) {
+      half[0][x] = k[0][x];
+      half[1][x] = (k[0][x] + k[1][x] + k[2][x]) * 0.5f;
+      half[2][x] = (k[0][x] - k[1][x] + k[2][x]) * 0.5f;
+      half[3][x] = k[2][x];
+    }
+    for (int i = 0; i < 4; ++i) {
+      u[i * 4] = half[i][0];
+      u[i * 4 + 1] = (half[i][0] + half[i][1] + half[i][2]) * 0.5f;
+      u[i * 4 + 2] = (half[i][0] - half[i][1] + half[i][2]) * 0.5f;
+      u[i * 4 + 3] = half[i][2];
+    }
   }
-  RangeCheck<float> range(kModerate);  // so that no NaN arises here and none is passed on
-  for (int64_t k = 0; k < u_size + padded; k += kLanes<float>) range.see(load(weights + k));
-  if (!range.passed()) return forward_general(args, pool);
-  memset(immoderate, 0, bands);
-  const Winograd2Shared shared{plan, weights, bias, padded, immoderate};
-  parallel_tasks(pool, bands, [&](int64_t task) { winograd2_band<S>(args, shared, task); });
-  if (memchr(immoderate, 1, bands)) forward_general_bands<S, uint8_t>(args, pool, immoderate);
-}
 
-const char* why_not_winograd2(const Problem& problem) {
-  const Geometry& g = problem.geometry;
-  if (problem.type == DataType::kFloat64) return "computes in float32";
-  if (problem.wide_code) return "writes codes of one byte";
-  if (g.groups != 1) return "groups";
-  for (const Axis* axis : {&g.h, &g.w}) {
-    if (axis->kernel != 3 || axis->stride != 1 || axis->dilation != 1) {
-      return "not a 3x3 kernel of stride and dilation 1";
-    }
-    if (axis->pool_kernel != 2 || axis->pool_stride != 2 || axis->pool_dilation != 1 ||
-        axis->pool_padding != 0 || axis->out * 2 > axis->conv) {
-      return "not a 2x2 pool of stride 2 over whole windows";
-    }
+  // Of element e and input channel c, in vectors of one output-channel block.
+  static int64_t place(int e, int64_t c, int64_t channels) {
+    return (e / 4 * channels + c) * 4 + e % 4;
   }
-  if (g.out_channels < kLanes<float> / 2) return "too few output channels to fill a vector";
-  return nullptr;
-}
+
+  template <typename S>
+  static void band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
+    winograd2_band<S>(args, shared, task);
+  }
+};
 
 void forward_winograd2(const ForwardArgs& args, const ThreadPool& pool) {
-  switch (args.type) {
-    case DataType::kFloat32: return winograd2_typed<float>(args, pool);
-    case DataType::kBFloat16: return winograd2_typed<BFloat16>(args, pool);
-    case DataType::kFloat16: return winograd2_typed<Float16>(args, pool);
-    case DataType::kFloat64: return;  // refused by why_not
-  }
+  forward_winograd<Winograd2Transform>(args, pool);
 }
 
 }  // namespace

@@ -1,0 +1,317 @@
+// The forward by Winograd's minimal filtering F(4x4, 3x3), for 3x3 stride 1 under a 2x2 pool.
+//
+// One tile is four pooling windows: its 6x6 input patch d gives 4x4 convolution outputs
+//   Y = A^T [ sum over c of (G g G^T) * (B^T d B) ] A        (Lavin and Gray, 2016)
+// in 36 multiplications per input channel instead of 144. The interpolation points are 0, +-a, +-b
+// and infinity with a = 1/sqrt(2), b = sqrt(2): their powers stay near 1, which keeps the error
+// five times below that of the customary 0, +-1, +-2. It is still rounding, of the size of the
+// direct kernel's: outputs that are equal in exact arithmetic may differ in the last place, so that
+// such a tie is decided by it. That and only that distinguishes `exact` kernels from this one.
+//
+// A task owns a band of pooled rows of one image; tiles are numbered row by row:
+//   X  [4 tile rows + 2][4 tile cols + 2][C']   the padded image, C' whole vectors of channels
+//   V  [36][kTiles][C']                         B^T d B of one strip of tiles
+//   U  [blocks][36][C][Z * lanes]               weights of Z vectors of output channels
+//   M  [36][kTiles][Z] vectors                  products, summed over channels
+//   P  [windows][out channels]                  pooled values and codes of the band
+#pragma once
+
+#include "cpu/kernel.h"
+#include "cpu/kernels/patches.h"
+#include "cpu/kernels/winograd.h"
+
+namespace fusedcnn::cpu::FUSEDCNN_ISA {
+namespace {
+
+constexpr float kA = 0.70710678118654752f;  // a; a * a = 1/2
+constexpr float kB = 1.41421356237309505f;  // b; b * b = 2
+
+// Register tile: T tiles x Z vectors of output channels of one of the 36 elements; a channel costs
+// T broadcasts and Z loads for T Z FMAs. 32 registers: 8 x 2 (10 loads for 16 FMAs, and 16 chains
+// where 8 hide the latency). 16 registers: 4 x 2. A strip's V and M stay in L1 together.
+constexpr int64_t kTiles = kRegisters >= 32 ? 8 : 4;
+
+// One call owns T tiles x Z vectors of output channels of one element:
+//   m[t][z] = sum over c of v[t][c] * u[c][z]
+// v: [T][padded]; u: [channels][Z * lanes]; m: [T][Z] vectors.
+template <int T, int Z>
+FUSEDCNN_NOINLINE void multiply_element(const float* v, int64_t padded, int64_t channels,
+                                        const float* u, float* m) {
+  constexpr int kN = kLanes<float>;
+  Vector<float> sum[T][Z];
+  FUSEDCNN_UNROLL
+  for (int i = 0; i < T * Z; ++i) sum[i / Z][i % Z] = Vector<float>{};
+  for (int64_t c = 0; c < channels; ++c, u += Z * kN) {
+    Vector<float> weight[Z];
+    FUSEDCNN_UNROLL
+    for (int z = 0; z < Z; ++z) keep(weight[z] = load(u + z * kN));
+    FUSEDCNN_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const Vector<float> value = broadcast(v[t * padded + c]);
+      FUSEDCNN_UNROLL
+      for (int z = 0; z < Z; ++z) sum[t][z] += value * weight[z];
+    }
+  }
+  FUSEDCNN_UNROLL
+  for (int i = 0; i < T * Z; ++i) store(m + i * kN, sum[i / Z][i % Z]);
+}
+
+template <int Z>
+void multiply_tiles(int64_t count, const float* v, int64_t padded, int64_t channels, const float* u,
+                    float* m) {
+  constexpr int64_t kTile = Z * kLanes<float>;
+  int64_t t = 0;
+  for (; t + kTiles <= count; t += kTiles) {
+    multiply_element<kTiles, Z>(v + t * padded, padded, channels, u, m + t * kTile);
+  }
+  for (; t + 2 <= count; t += 2) {
+    multiply_element<2, Z>(v + t * padded, padded, channels, u, m + t * kTile);
+  }
+  if (t < count) multiply_element<1, Z>(v + t * padded, padded, channels, u, m + t * kTile);
+}
+
+// B^T along one dimension.
+FUSEDCNN_INLINE void transform_six(const Vector<float> (&d)[6], Vector<float> (&out)[6]) {
+  const Vector<float> even_a = d[4] - 2.0f * d[2], odd_a = kA * (d[3] - 2.0f * d[1]);
+  const Vector<float> even_b = d[4] - 0.5f * d[2], odd_b = kB * (d[3] - 0.5f * d[1]);
+  out[0] = (d[0] + d[4]) - 2.5f * d[2];
+  out[1] = even_a + odd_a;
+  out[2] = even_a - odd_a;
+  out[3] = even_b + odd_b;
+  out[4] = even_b - odd_b;
+  out[5] = (d[1] + d[5]) - 2.5f * d[3];
+}
+
+// A^T along one dimension.
+FUSEDCNN_INLINE void gather_four(const Vector<float> (&m)[6], Vector<float> (&out)[4]) {
+  const Vector<float> sum_a = m[1] + m[2], difference_a = m[1] - m[2];
+  const Vector<float> sum_b = m[3] + m[4], difference_b = m[3] - m[4];
+  out[0] = m[0] + (sum_a + sum_b);
+  out[1] = kA * difference_a + kB * difference_b;
+  out[2] = 0.5f * sum_a + 2.0f * sum_b;
+  out[3] = m[5] + (0.5f * kA * difference_a + 2.0f * kB * difference_b);
+}
+
+// V of one tile, a vector of channels at a time. x: the tile's first pixel, [..][pitch][padded];
+// v: [36][kTiles][padded] at the tile.
+FUSEDCNN_NOINLINE void transform_tile(const float* x, int64_t row, int64_t padded, float* v) {
+  constexpr int kN = kLanes<float>;
+  for (int64_t c = 0; c < padded; c += kN) {
+    Vector<float> columns[6][6];  // [transformed row][column]
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < 6; ++i) {
+      Vector<float> d[6], out[6];
+      FUSEDCNN_UNROLL
+      for (int y = 0; y < 6; ++y) d[y] = load(x + y * row + i * padded + c);
+      transform_six(d, out);
+      FUSEDCNN_UNROLL
+      for (int y = 0; y < 6; ++y) columns[y][i] = out[y];
+    }
+    FUSEDCNN_UNROLL
+    for (int y = 0; y < 6; ++y) {
+      Vector<float> out[6];
+      transform_six(columns[y], out);
+      FUSEDCNN_UNROLL
+      for (int i = 0; i < 6; ++i) store(v + (y * 6 + i) * kTiles * padded + c, out[i]);
+    }
+  }
+}
+
+// Where one tile's four windows go. values, codes: [window][padded out channels] of the band.
+struct TileOutput {
+  float* values;
+  uint8_t* codes;
+  int64_t right;  // elements to the next window of the row
+  int64_t below;  // and to the row below
+  bool has_right, has_below;
+};
+
+// The inverse transform, bias, max, ReLU and code of one tile and one vector of output channels.
+// m: the tile's element 0, [36] `stride` apart.
+FUSEDCNN_NOINLINE void finish_four_windows(const float* m, int64_t stride, Vector<float> bias,
+                                           const TileOutput& to) {
+  Vector<float> rows[4][6];
+  FUSEDCNN_UNROLL
+  for (int i = 0; i < 6; ++i) {
+    Vector<float> in[6], out[4];
+    FUSEDCNN_UNROLL
+    for (int y = 0; y < 6; ++y) in[y] = load(m + (y * 6 + i) * stride);
+    gather_four(in, out);
+    FUSEDCNN_UNROLL
+    for (int y = 0; y < 4; ++y) rows[y][i] = out[y];
+  }
+  FUSEDCNN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    if (half && !to.has_below) break;
+    Vector<float> top[4], bottom[4];
+    gather_four(rows[2 * half], top);
+    gather_four(rows[2 * half + 1], bottom);
+    FUSEDCNN_UNROLL
+    for (int side = 0; side < 2; ++side) {
+      if (side && !to.has_right) break;
+      const int64_t at = half * to.below + side * to.right;
+      finish_window(top[2 * side] + bias, top[2 * side + 1] + bias, bottom[2 * side] + bias,
+                    bottom[2 * side + 1] + bias, to.values + at, to.codes + at);
+    }
+  }
+}
+
+template <int Z>
+void strip_tiles(const WinogradShared& shared, int64_t channels, int64_t padded_in, int64_t first,
+                 int64_t count, const float* v, float* m, const TileOutput* outputs) {
+  constexpr int kN = kLanes<float>;
+  const float* u = shared.weights + first * channels * 36;
+  for (int64_t e = 0; e < 36; ++e) {
+    multiply_tiles<Z>(count, v + e * kTiles * padded_in, padded_in, channels,
+                      u + e * channels * Z * kN, m + e * kTiles * Z * kN);
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    for (int z = 0; z < Z; ++z) {
+      TileOutput to = outputs[t];
+      to.values += first + z * kN;
+      to.codes += first + z * kN;
+      finish_four_windows(m + (t * Z + z) * kN, kTiles * Z * kN, load(shared.bias + first + z * kN),
+                          to);
+    }
+  }
+}
+
+// Copies the band's part of one image into X. False: a value is beyond kModerate.
+template <typename S>
+bool pack_pixels(const ForwardArgs& args, int64_t n, int64_t first_out, int64_t rows, int64_t cols,
+                 int64_t padded, float* x) {
+  constexpr int kN = kLanes<float>;
+  const Geometry& g = args.geometry;
+  const Strides s = args.input_strides;
+  const S* image = static_cast<const S*>(args.input) + n * s.n;
+  const int64_t left = smaller(g.w.padding, cols);
+  const int64_t width = larger<int64_t>(0, smaller(g.w.in, cols - left));
+  RangeCheck<float> range(kModerate);
+  for (int64_t y = 0; y < rows; ++y) {
+    const int64_t h = 2 * first_out - g.h.padding + y;
+    float* to = x + y * cols * padded;
+    if (h < 0 || h >= g.h.in) {
+      memset(to, 0, cols * padded * sizeof(float));
+      continue;
+    }
+    // Channels past the last are multiplied by no weight, but must not be NaN by chance.
+    if (padded != g.in_channels) memset(to, 0, cols * padded * sizeof(float));
+    memset(to, 0, left * padded * sizeof(float));
+    float* inside = to + left * padded;
+    read_pixels(image + h * s.h, s, inside, padded, width, g.in_channels);
+    memset(inside + width * padded, 0, (cols - left - width) * padded * sizeof(float));
+    for (int64_t k = 0; k < width * padded; k += kN) range.see(load(inside + k));
+  }
+  return range.passed();
+}
+
+template <typename S>
+void winograd4_band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
+  constexpr int kN = kLanes<float>;
+  const Geometry& g = args.geometry;
+  const ForwardPlan& plan = shared.plan;
+  const int64_t bands = plan.bands(g);
+  const int64_t n = task / bands, first_out = task % bands * plan.band;
+  const int64_t rows = smaller(plan.band, g.h.out - first_out);
+  const int64_t tile_rows = (rows + 1) / 2, tile_cols = (g.w.out + 1) / 2;
+  const int64_t channels = g.in_channels, padded = round_up(channels, kN);
+  const int64_t x_rows = 4 * tile_rows + 2, x_cols = 4 * tile_cols + 2;
+
+  float* x = static_cast<float*>(
+      scratch(Slot::kPlanes, x_rows * x_cols * padded * int64_t{sizeof(float)}));
+  if (!pack_pixels<S>(args, n, first_out, x_rows, x_cols, padded, x)) {
+    shared.immoderate[task] = 1;
+    return;
+  }
+
+  const int64_t v_size = 36 * kTiles * padded;
+  constexpr int64_t kMSize = 36 * kTiles * 2 * kN;
+  const int64_t windows = rows * g.w.out;
+  float* v =
+      static_cast<float*>(scratch(Slot::kConv, (v_size + kMSize) * sizeof(float) +
+                                                   windows * shared.padded * (sizeof(float) + 1)));
+  float* m = v + v_size;
+  float* values = m + kMSize;
+  uint8_t* codes = reinterpret_cast<uint8_t*>(values + windows * shared.padded);
+
+  for (int64_t first = 0; first < tile_rows * tile_cols; first += kTiles) {
+    const int64_t count = smaller(kTiles, tile_rows * tile_cols - first);
+    TileOutput outputs[kTiles];
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t row = (first + t) / tile_cols, col = (first + t) % tile_cols;
+      transform_tile(x + (4 * row * x_cols + 4 * col) * padded, x_cols * padded, padded,
+                     v + t * padded);
+      const int64_t at = (2 * row * g.w.out + 2 * col) * shared.padded;
+      outputs[t] = {values + at,           codes + at,
+                    shared.padded,         g.w.out * shared.padded,
+                    2 * col + 1 < g.w.out, 2 * row + 1 < rows};
+    }
+    int64_t oc = 0;
+    for (; oc + 2 * kN <= shared.padded; oc += 2 * kN) {
+      strip_tiles<2>(shared, channels, padded, oc, count, v, m, outputs);
+    }
+    if (oc < shared.padded) strip_tiles<1>(shared, channels, padded, oc, count, v, m, outputs);
+  }
+  const int64_t at = n * args.output_strides.n + first_out * args.output_strides.h;
+  write_strip(values, shared.padded, windows, g.out_channels, static_cast<S*>(args.output) + at,
+              args.output_strides);
+  if (args.code) {
+    write_strip(codes, shared.padded, windows, g.out_channels,
+                static_cast<uint8_t*>(args.code) + at, args.output_strides);
+  }
+}
+
+// G along one dimension.
+FUSEDCNN_INLINE void spread_three(Vector<float> g0, Vector<float> g1, Vector<float> g2,
+                                  Vector<float> (&out)[6]) {
+  const Vector<float> even_a = (g0 + 0.5f * g2) * (-2.0f / 3), odd_a = g1 * (kA * (-2.0f / 3));
+  const Vector<float> even_b = (g0 + 2.0f * g2) * (1.0f / 6), odd_b = g1 * (kB * (1.0f / 6));
+  out[0] = g0;
+  out[1] = even_a + odd_a;
+  out[2] = even_a - odd_a;
+  out[3] = even_b + odd_b;
+  out[4] = even_b - odd_b;
+  out[5] = g2;
+}
+
+struct Winograd4Transform {
+  static constexpr int kElements = 36;
+  static constexpr int kWide = 2;
+
+  static FUSEDCNN_INLINE void weights(const Vector<float> (&k)[3][3], Vector<float> (&u)[36]) {
+    Vector<float> half[3][6];
+    FUSEDCNN_UNROLL
+    for (int x = 0; x < 3; ++x) spread_three(k[0][x], k[1][x], k[2][x], half[x]);
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < 6; ++i) {
+      Vector<float> out[6];
+      spread_three(half[0][i], half[1][i], half[2][i], out);
+      FUSEDCNN_UNROLL
+      for (int j = 0; j < 6; ++j) u[i * 6 + j] = out[j];
+    }
+  }
+
+  // Of element e and input channel c, in vectors of one output-channel block.
+  static int64_t place(int e, int64_t c, int64_t channels) { return e * channels + c; }
+
+  template <typename S>
+  static void band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
+    winograd4_band<S>(args, shared, task);
+  }
+};
+
+const char* why_not_winograd4(const Problem& problem) {
+  const Geometry& g = problem.geometry;
+  // Fewer channels do not pay for the larger transforms.
+  if (g.in_channels < 16) return "fewer than 16 input channels";
+  if (g.out_channels < kLanes<float>) return "too few output channels to fill a vector";
+  if (g.h.out < 2 || g.w.out < 2) return "no tile of four windows";
+  return why_not_winograd(problem);
+}
+
+void forward_winograd4(const ForwardArgs& args, const ThreadPool& pool) {
+  forward_winograd<Winograd4Transform>(args, pool);
+}
+
+}  // namespace
+}  // namespace fusedcnn::cpu::FUSEDCNN_ISA

@@ -1,0 +1,145 @@
+// What the Winograd kernels share: the call, the weights' transform, one window's epilogue.
+//
+// Sums of patch elements could overflow, and an infinity would reach outputs that it does not
+// touch; a band with values beyond kModerate, infinity or NaN is left to the general kernel, and so
+// is the whole call where the weights or the bias hold such a value.
+#pragma once
+
+#include "cpu/kernel.h"
+#include "cpu/kernels/forward_general.h"
+#include "cpu/kernels/phase_planes.h"
+#include "cpu/kernels/simd.h"
+#include "cpu/kernels/transpose.h"
+#include "cpu/kernels/windows.h"
+#include "cpu/plan.h"
+#include "cpu/scratch.h"
+
+namespace fusedcnn::cpu::FUSEDCNN_ISA {
+namespace {
+
+// Inputs and transformed weights up to this size cannot overflow: the transforms grow a value by
+// less than 2^5 each, so sums stay below channels x 2^(48 + 48 + 10), and channels below 2^20 are
+// fine.
+constexpr float kModerate = 281474976710656.0f;  // 2^48
+
+struct WinogradShared {
+  const ForwardPlan& plan;  // its bands are the tasks
+  const float* weights;     // U
+  const float* bias;        // [padded]
+  int64_t padded;           // output channels, whole vectors
+  uint8_t* immoderate;      // [batch * bands], set where a band is left to the general kernel
+};
+
+// A byte for every lane.
+typedef uint8_t LaneBytes __attribute__((vector_size(kLanes<float>)));
+
+// Max, ReLU and code of one window for one vector of output channels, bias included already.
+// values, codes: [lanes].
+FUSEDCNN_INLINE void finish_window(Vector<float> e0, Vector<float> e1, Vector<float> e2,
+                                   Vector<float> e3, float* values, uint8_t* codes) {
+  const Vector<float> others[3] = {e1, e2, e3};
+  Vector<float> best = e0;
+  Vector<int32_t> winner = {};
+  FUSEDCNN_UNROLL
+  for (int e = 0; e < 3; ++e) {
+    const auto wins = others[e] > best;  // the first maximum wins
+    best = wins ? others[e] : best;
+    winner = wins ? broadcast<int32_t>(e + 1) : winner;
+  }
+  const auto off = best <= Vector<float>{};
+  store(values, off ? Vector<float>{} : best);
+  winner = off ? broadcast<int32_t>(kOff<uint8_t>) : winner;
+  const LaneBytes bytes = __builtin_convertvector(winner, LaneBytes);
+  memcpy(codes, &bytes, sizeof bytes);
+}
+
+// Writes [count][padded channels] into `count` pooled pixels, numbered row by row, from `to` on.
+template <typename From, typename To>
+void write_strip(const From* from, int64_t padded, int64_t count, int64_t channels, To* to,
+                 Strides strides) {
+  if (strides.w == 1) {
+    transpose_matrix(from, padded, to, strides.c, count, channels);
+  } else {  // channels_last: a row's pixels follow the last row's
+    for (int64_t p = 0; p < count; ++p) {
+      convert_run(from + p * padded, to + p * strides.w, channels);
+    }
+  }
+}
+
+// U = G g G^T for every pair of channels, a vector of output channels at a time, in blocks of
+// Transform::kWide vectors as long as they are full, then of one.
+template <typename Transform, typename S>
+void transform_weights(const ForwardArgs& args, int64_t padded, float* weights) {
+  constexpr int kN = kLanes<float>;
+  constexpr int kElements = Transform::kElements;
+  const Geometry& g = args.geometry;
+  const Strides s = args.weight_strides;
+  for (int64_t first = 0; first < padded; first += kN) {
+    const int64_t wide = Transform::kWide * kN;
+    const bool in_wide = first / wide * wide + wide <= padded;
+    const int64_t vectors = in_wide ? Transform::kWide : 1;
+    const int64_t block = in_wide ? first / wide * wide : first;
+    float* to = weights + block * kElements * g.in_channels + (first - block);
+    for (int64_t c = 0; c < g.in_channels; ++c) {
+      Vector<float> k[3][3] = {};
+      for (int l = 0; l < kN && first + l < g.out_channels; ++l) {
+        const S* from = static_cast<const S*>(args.weight) + (first + l) * s.n + c * s.c;
+        for (int y = 0; y < 3; ++y) {
+          for (int x = 0; x < 3; ++x) k[y][x][l] = widen(from[y * s.h + x * s.w]);
+        }
+      }
+      Vector<float> u[kElements];
+      Transform::weights(k, u);
+      for (int e = 0; e < kElements; ++e) {
+        store(to + Transform::place(e, c, g.in_channels) * vectors * kN, u[e]);
+      }
+    }
+  }
+}
+
+template <typename Transform, typename S>
+void forward_winograd_typed(const ForwardArgs& args, const ThreadPool& pool) {
+  const Geometry& g = args.geometry;
+  const ForwardPlan plan(g, sizeof(float), kLanes<float>);
+  const int64_t padded = round_up(g.out_channels, kLanes<float>);
+  const int64_t u_size = Transform::kElements * g.in_channels * padded;
+  const int64_t bands = g.batch * plan.bands(g);
+  float* weights =
+      static_cast<float*>(scratch(Slot::kTransformed, (u_size + padded) * sizeof(float) + bands));
+  float* bias = weights + u_size;
+  uint8_t* immoderate = reinterpret_cast<uint8_t*>(bias + padded);
+  transform_weights<Transform, S>(args, padded, weights);
+  for (int64_t oc = 0; oc < padded; ++oc) {
+    const bool real = args.bias && oc < g.out_channels;
+    bias[oc] = real ? widen(static_cast<const S*>(args.bias)[oc * args.bias_stride]) : 0.0f;
+  }
+  RangeCheck<float> range(kModerate);  // so that no NaN arises here and none is passed on
+  for (int64_t k = 0; k < u_size + padded; k += kLanes<float>) range.see(load(weights + k));
+  if (!range.passed()) return forward_general(args, pool);
+  memset(immoderate, 0, bands);
+  const WinogradShared shared{plan, weights, bias, padded, immoderate};
+  parallel_tasks(pool, bands,
+                 [&](int64_t task) { Transform::template band<S>(args, shared, task); });
+  if (memchr(immoderate, 1, bands)) forward_general_bands<S, uint8_t>(args, pool, immoderate);
+}
+
+template <typename Transform>
+void forward_winograd(const ForwardArgs& args, const ThreadPool& pool) {
+  switch (args.type) {
+    case DataType::kFloat32: return forward_winograd_typed<Transform, float>(args, pool);
+    case DataType::kBFloat16: return forward_winograd_typed<Transform, BFloat16>(args, pool);
+    case DataType::kFloat16: return forward_winograd_typed<Transform, Float16>(args, pool);
+    case DataType::kFloat64: return;  // refused by why_not
+  }
+}
+
+const char* why_not_winograd(const Problem& problem) {
+  const Geometry& g = problem.geometry;
+  if (problem.wide_code) return "writes codes of one byte";
+  if (g.h.out * 2 > g.h.conv || g.w.out * 2 > g.w.conv) return "a window reaches over the edge";
+  if (g.out_channels < kLanes<float> / 2) return "too few output channels to fill a vector";
+  return why_not_windows(problem);
+}
+
+}  // namespace
+}  // namespace fusedcnn::cpu::FUSEDCNN_ISA
