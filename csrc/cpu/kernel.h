@@ -84,6 +84,11 @@ constexpr const char* name(Pass pass) {
 struct Kernel {
   const char* name;  // "general", "direct3x3", ...: the same in every ISA
   Pass pass;
+  // Whether small integers give exact results, and equal outputs in a window tie. Winograd's larger
+  // transforms only round to about the same size; `allow_winograd` can rule every Winograd kernel
+  // out.
+  bool exact;
+  bool winograd;
   const char* (*why_not)(const Problem& problem);
   void (*forward)(const ForwardArgs& args, const ThreadPool& pool);
   void (*backward)(const BackwardArgs& args, const ThreadPool& pool);

@@ -17,18 +17,22 @@ namespace fusedcnn::cpu::FUSEDCNN_ISA {
 KernelList kernels();
 
 KernelList kernels() {
+  // name, pass, exact, winograd, why_not, forward, backward
   static constexpr Kernel list[] = {
-      {"winograd4", Pass::kForward, why_not_winograd4, forward_winograd4, nullptr},
-      {"winograd2", Pass::kForward, why_not_winograd, forward_winograd2, nullptr},
-      {"general", Pass::kForward, covers_everything, forward_general, nullptr},
+      {"winograd4", Pass::kForward, false, true, why_not_winograd4, forward_winograd4, nullptr},
+      {"winograd2", Pass::kForward, true, true, why_not_winograd2, forward_winograd2, nullptr},
+      {"general", Pass::kForward, true, false, covers_everything, forward_general, nullptr},
 #if defined(__AVX512BW__)
-      {"windows", Pass::kGradWeight, why_not_weight_windows, nullptr, grad_weight_windows},
+      {"windows", Pass::kGradWeight, true, false, why_not_weight_windows, nullptr,
+       grad_weight_windows},
 #endif
-      {"general", Pass::kGradWeight, why_not_backward_general, nullptr, grad_weight_general},
+      {"general", Pass::kGradWeight, true, false, why_not_backward_general, nullptr,
+       grad_weight_general},
 #if defined(__AVX512BW__)
-      {"windows", Pass::kGradInput, why_not_windows, nullptr, grad_input_windows},
+      {"windows", Pass::kGradInput, true, false, why_not_windows, nullptr, grad_input_windows},
 #endif
-      {"general", Pass::kGradInput, why_not_backward_general, nullptr, grad_input_general},
+      {"general", Pass::kGradInput, true, false, why_not_backward_general, nullptr,
+       grad_input_general},
   };
   return {list, sizeof list / sizeof *list, multiply_add_rate};
 }

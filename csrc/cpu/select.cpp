@@ -34,6 +34,7 @@ bool supported(const std::string& isa) {
 // Forced choices; null means "choose". They point into static names, so readers need no lock.
 std::atomic<const Isa*> forced_isa_entry{nullptr};
 std::atomic<const char*> forced_kernel_name{nullptr};
+std::atomic<bool> winograd_switch{true};
 
 }  // namespace
 
@@ -95,6 +96,10 @@ std::string forced_kernel() {
   return forced ? forced : "";
 }
 
+void allow_winograd(bool allowed) { winograd_switch.store(allowed, std::memory_order_relaxed); }
+
+bool winograd_allowed() { return winograd_switch.load(std::memory_order_relaxed); }
+
 const Kernel* select(Pass pass, const Problem& problem, std::string* reason) {
   const KernelList list = selected_isa().list;
   const char* forced = forced_kernel_name.load(std::memory_order_acquire);
@@ -102,7 +107,8 @@ const Kernel* select(Pass pass, const Problem& problem, std::string* reason) {
   for (int i = 0; i < list.count; ++i) {
     const Kernel& kernel = list.kernels[i];
     if (kernel.pass != pass || (forced && std::string(forced) != kernel.name)) continue;
-    const char* why_not = kernel.why_not(problem);
+    const bool ruled_out = kernel.winograd && !forced && !winograd_allowed();
+    const char* why_not = ruled_out ? "Winograd is switched off" : kernel.why_not(problem);
     if (!why_not) return &kernel;
     if (reason) *reason += std::string(reason->empty() ? "" : "; ") + kernel.name + ": " + why_not;
   }

@@ -31,6 +31,10 @@ FUSEDCNN_EXPORT void force(const std::string& isa, const std::string& kernel);
 FUSEDCNN_EXPORT std::string forced_isa();
 FUSEDCNN_EXPORT std::string forced_kernel();
 
+// Whether selection may choose Winograd kernels (default: yes); a forced kernel runs regardless.
+FUSEDCNN_EXPORT void allow_winograd(bool allowed);
+FUSEDCNN_EXPORT bool winograd_allowed();
+
 // The first kernel of the pass that covers the problem, or null with `reason` saying why not.
 FUSEDCNN_EXPORT const Kernel* select(Pass pass, const Problem& problem, std::string* reason);
 

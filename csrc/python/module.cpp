@@ -21,6 +21,7 @@ py::list kernels() {
       row["supported"] = isa.supported;
       row["pass"] = name(kernel.pass);
       row["name"] = kernel.name;
+      row["exact"] = kernel.exact;
       rows.append(row);
     }
   }
@@ -59,5 +60,7 @@ PYBIND11_MODULE(_C, m) {
       [](double seconds) { return cpu::selected_isa().list.multiply_add_rate(seconds); },
       py::arg("seconds"), py::call_guard<py::gil_scoped_release>());
   m.def("force", &cpu::force, py::arg("isa"), py::arg("kernel"));
+  m.def("allow_winograd", &cpu::allow_winograd, py::arg("allowed"));
+  m.def("winograd_allowed", &cpu::winograd_allowed);
   m.def("forced", [] { return py::make_tuple(cpu::forced_isa(), cpu::forced_kernel()); });
 }

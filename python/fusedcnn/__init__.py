@@ -1,5 +1,6 @@
 """Conv2d + bias + ReLU + MaxPool2d in one pass, forward and backward, for PyTorch."""
 
+from fusedcnn import backends
 from fusedcnn._ops import build_info
 from fusedcnn.autograd import ConvReLUMaxPool2dFunction
 from fusedcnn.functional import conv_relu_max_pool2d
@@ -14,6 +15,7 @@ __all__ = [
     "ConvReLUMaxPool2dFunction",
     "FusedSimpleCNN",
     "SimpleCNN",
+    "backends",
     "build_info",
     "conv_relu_max_pool2d",
     "train_step",

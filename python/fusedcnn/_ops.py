@@ -277,7 +277,8 @@ def build_info() -> dict[str, Any]:
         A dict of plain values: ``version``; ``compiler``; ``library`` (path of the operator
         library, for ``torch.ops.load_library`` or a C++ program); ``torch`` (the running version);
         ``isas`` (each with ``name``, ``supported`` by this machine, ``selected`` and ``reason``);
-        ``kernels`` (each with ``isa``, ``pass``, ``name``, ``supported``, in order of preference);
+        ``kernels`` (each with ``isa``, ``pass``, ``name``, ``supported`` and ``exact``, in order of
+        preference); ``winograd`` (whether Winograd kernels may be chosen);
         ``devices`` (what computes the block on each device type); ``stock_calls`` (calls of this
         process that the stock layers computed, by reason).
     """
@@ -288,6 +289,7 @@ def build_info() -> dict[str, Any]:
         "torch": torch.__version__,
         "isas": _C.isas(),
         "kernels": _C.kernels(),
+        "winograd": _C.winograd_allowed(),
         "devices": {
             "cpu": "fused kernels",
             "others": "stock layers: fusedcnn has no kernels for them in this version",

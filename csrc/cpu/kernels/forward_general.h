@@ -19,11 +19,15 @@ namespace {
 // FMAs, well under the two loads a cycle that two FMA ports would outrun. 16 registers: 4 x 3.
 constexpr int kTileChannels = 4;
 constexpr int kTileVectors = kRegisters >= 32 ? 6 : 3;
+// Products summed in one chain. Longer sums are taken in runs of this length and added up, since
+// one long chain of additions would round several times more than the stock layers do.
+constexpr int64_t kChain = 128;
 
 // One call owns R output channels x V vectors of places in one pool phase:
-//   out[r][v] = bias[r] + sum over c, t of weight[c][t][r] * planes[c * channel_size + offset[t]]
-// planes: [channels][channel_size], at the first place. weight: [channels][taps][kTileChannels].
-// out: [R][out_stride].
+//   out[r][v] = start + sum over c, t of weight[c][t][r] * planes[c * channel_size + offset[t]]
+// where start is bias[r] or, without a bias pointer, what out holds: then the sum is taken apart
+// and added to it. planes: [channels][channel_size], at the first place. weight:
+// [channels][taps][kTileChannels]. out: [R][out_stride].
 template <typename T, int R, int V>
 FUSEDCNN_NOINLINE void conv_tile(const T* planes, int64_t channel_size, int64_t channels,
                                  const int64_t* offset, int64_t taps, const T* weight,
@@ -32,7 +36,7 @@ FUSEDCNN_NOINLINE void conv_tile(const T* planes, int64_t channel_size, int64_t 
   FUSEDCNN_UNROLL
   for (int r = 0; r < R; ++r) {
     FUSEDCNN_UNROLL
-    for (int v = 0; v < V; ++v) acc[r][v] = broadcast(bias[r]);
+    for (int v = 0; v < V; ++v) acc[r][v] = broadcast(bias ? bias[r] : T(0));
   }
   for (int64_t c = 0; c < channels; ++c, planes += channel_size) {
     for (int64_t t = 0; t < taps; ++t, weight += kTileChannels) {
@@ -51,7 +55,10 @@ FUSEDCNN_NOINLINE void conv_tile(const T* planes, int64_t channel_size, int64_t 
   FUSEDCNN_UNROLL
   for (int r = 0; r < R; ++r) {
     FUSEDCNN_UNROLL
-    for (int v = 0; v < V; ++v) store(out + r * out_stride + v * kLanes<T>, acc[r][v]);
+    for (int v = 0; v < V; ++v) {
+      T* to = out + r * out_stride + v * kLanes<T>;
+      store(to, bias ? acc[r][v] : load(to) + acc[r][v]);
+    }
   }
 }
 
@@ -186,6 +193,7 @@ void forward_band(const ForwardArgs& args, const ForwardShared<Accumulator<S>>& 
   memset(in_order, 0, rows_size * sizeof(T));
   memset(planes + channels * plan.channel_size, 0, slack * sizeof(T));
   const bool masked = plan.h.masked || plan.w.masked;
+  const int64_t run = larger<int64_t>(1, kChain / g.taps());  // input channels of one chain
   RangeCheck<T> unused(0);
 
   for (int64_t group = 0; group < g.groups; ++group) {
@@ -207,10 +215,13 @@ void forward_band(const ForwardArgs& args, const ForwardShared<Accumulator<S>>& 
             plan.w.conv_extra[phase % plan.w.conv_phases];
         const int64_t vectors = (places + kN - 1) / kN;
         for (int64_t v = 0; v < vectors; v += kTileVectors) {
-          conv_tile_for<T>(in_block, smaller<int64_t>(kTileVectors, vectors - v))(
-              planes + v * kN, plan.channel_size, channels,
-              plan.tap_offset.get() + phase * g.taps(), g.taps(), weight, bias,
-              conv + phase * plan.conv_size + v * kN, conv_channel);
+          const auto tile = conv_tile_for<T>(in_block, smaller<int64_t>(kTileVectors, vectors - v));
+          for (int64_t c = 0; c < channels; c += run) {
+            tile(planes + c * plan.channel_size + v * kN, plan.channel_size,
+                 smaller(run, channels - c), plan.tap_offset.get() + phase * g.taps(), g.taps(),
+                 weight + c * g.taps() * kTileChannels, c ? nullptr : bias,
+                 conv + phase * plan.conv_size + v * kN, conv_channel);
+          }
         }
       }
       for (int64_t r = 0; r < in_block; ++r) {
