@@ -33,7 +33,7 @@ constexpr int kRegisters = 16;
 #define FUSEDCNN_NOINLINE __attribute__((noinline))
 // In front of the loops over a register tile: only loops unrolled early let the compiler see that
 // an array of accumulators can live in registers from the start.
-#define FUSEDCNN_UNROLL _Pragma("GCC unroll 24")
+#define FUSEDCNN_UNROLL _Pragma("GCC unroll 36")
 
 template <typename T>
 struct VectorOf {

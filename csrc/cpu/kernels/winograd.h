@@ -66,32 +66,45 @@ void write_strip(const From* from, int64_t padded, int64_t count, int64_t channe
   }
 }
 
-// U = G g G^T for every pair of channels, a vector of output channels at a time, in blocks of
-// Transform::kWide vectors as long as they are full, then of one.
-template <typename Transform, typename S>
-void transform_weights(const ForwardArgs& args, int64_t padded, float* weights) {
-  constexpr int kN = kLanes<float>;
-  constexpr int kElements = Transform::kElements;
+// The weights as [C][9][padded], output channels side by side, zeros past the last.
+template <typename S>
+void weights_by_tap(const ForwardArgs& args, int64_t padded, float* to) {
   const Geometry& g = args.geometry;
   const Strides s = args.weight_strides;
+  const S* weight = static_cast<const S*>(args.weight);
+  if (padded != g.out_channels) memset(to, 0, g.in_channels * 9 * padded * sizeof(float));
+  if (s.w == 1 && s.h == 3 && s.c == 9) {
+    return transpose_matrix(weight, s.n, to, padded, g.out_channels, g.in_channels * 9);
+  }
+  for (int64_t c = 0; c < g.in_channels; ++c) {
+    for (int t = 0; t < 9; ++t, to += padded) {
+      const S* from = weight + c * s.c + t / 3 * s.h + t % 3 * s.w;
+      for (int64_t oc = 0; oc < g.out_channels; ++oc) to[oc] = widen(from[oc * s.n]);
+    }
+  }
+}
+
+// U = G g G^T for every pair of channels, a vector of output channels at a time, in blocks of
+// Transform::kWide vectors as long as they are full, then of one. taps: [C][9][padded].
+template <typename Transform>
+void transform_weights(const float* taps, int64_t channels, int64_t padded, float* weights) {
+  constexpr int kN = kLanes<float>;
+  constexpr int kElements = Transform::kElements;
   for (int64_t first = 0; first < padded; first += kN) {
     const int64_t wide = Transform::kWide * kN;
     const bool in_wide = first / wide * wide + wide <= padded;
     const int64_t vectors = in_wide ? Transform::kWide : 1;
     const int64_t block = in_wide ? first / wide * wide : first;
-    float* to = weights + block * kElements * g.in_channels + (first - block);
-    for (int64_t c = 0; c < g.in_channels; ++c) {
-      Vector<float> k[3][3] = {};
-      for (int l = 0; l < kN && first + l < g.out_channels; ++l) {
-        const S* from = static_cast<const S*>(args.weight) + (first + l) * s.n + c * s.c;
-        for (int y = 0; y < 3; ++y) {
-          for (int x = 0; x < 3; ++x) k[y][x][l] = widen(from[y * s.h + x * s.w]);
-        }
-      }
-      Vector<float> u[kElements];
+    float* to = weights + block * kElements * channels + (first - block);
+    for (int64_t c = 0; c < channels; ++c) {
+      const float* from = taps + c * 9 * padded + first;
+      Vector<float> k[3][3], u[kElements];
+      FUSEDCNN_UNROLL
+      for (int t = 0; t < 9; ++t) k[t / 3][t % 3] = load(from + t * padded);
       Transform::weights(k, u);
+      FUSEDCNN_UNROLL
       for (int e = 0; e < kElements; ++e) {
-        store(to + Transform::place(e, c, g.in_channels) * vectors * kN, u[e]);
+        store(to + Transform::place(e, c, channels) * vectors * kN, u[e]);
       }
     }
   }
@@ -104,11 +117,14 @@ void forward_winograd_typed(const ForwardArgs& args, const ThreadPool& pool) {
   const int64_t padded = round_up(g.out_channels, kLanes<float>);
   const int64_t u_size = Transform::kElements * g.in_channels * padded;
   const int64_t bands = g.batch * plan.bands(g);
-  float* weights =
-      static_cast<float*>(scratch(Slot::kTransformed, (u_size + padded) * sizeof(float) + bands));
+  const int64_t taps_size = g.in_channels * 9 * padded;
+  float* weights = static_cast<float*>(
+      scratch(Slot::kTransformed, (u_size + padded + taps_size) * sizeof(float) + bands));
   float* bias = weights + u_size;
-  uint8_t* immoderate = reinterpret_cast<uint8_t*>(bias + padded);
-  transform_weights<Transform, S>(args, padded, weights);
+  float* taps = bias + padded;
+  uint8_t* immoderate = reinterpret_cast<uint8_t*>(taps + taps_size);
+  weights_by_tap<S>(args, padded, taps);
+  transform_weights<Transform>(taps, g.in_channels, padded, weights);
   for (int64_t oc = 0; oc < padded; ++oc) {
     const bool real = args.bias && oc < g.out_channels;
     bias[oc] = real ? widen(static_cast<const S*>(args.bias)[oc * args.bias_stride]) : 0.0f;
