@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A result may be this many times as far from the float64 reference as the stock layers are.
-ALLOWED_ERROR_RATIO = 2.0
+# A result may be this many times as far from the float64 reference as the stock layers are. Four is
+# for the largest Winograd kernel, which selection may choose; the tests hold every kernel to its own
+# bound, two for the rest.
+ALLOWED_ERROR_RATIO = 4.0
 
-# Where even the stock layers miss the reference by more than this part of its largest element, the
-# two do not compute the same thing, and the rule above would let anything pass.
-SANE_STOCK_ERROR = 0.1
+# Where even the stock layers miss the reference by more than this part of its norm, the two do not
+# compute the same thing, and the rule above would let anything pass. Of the norm, since in half
+# types single elements may be off by all they are: a rounded convolution makes ties that were none,
+# and the pool then sends a gradient elsewhere.
+SANE_STOCK_ERROR = 0.3
 
 
 def compare(
@@ -44,17 +48,20 @@ def compare(
         # dtype, is off by up to half a unit in the last place of its largest element, which is at
         # most eps / 2 times that element. Twice that, as for the stock layers' error; it matters
         # where theirs happens to be (nearly) zero, as in a sum of few terms.
-        largest = reference.abs().max().item()
-        floor = ALLOWED_ERROR_RATIO * eps / 2 * largest
+        floor = ALLOWED_ERROR_RATIO * eps / 2 * reference.abs().max().item()
         limit = ALLOWED_ERROR_RATIO * stock_error + floor
         if results[name].dtype == torch.float64:
             limit += stock_error  # the reference errs as much itself
+        sane = all(
+            (way[name].double() - reference).norm() <= SANE_STOCK_ERROR * reference.norm()
+            for way in stock
+        )
         error = _largest_error(results[name], reference)
         report[name] = {
             "error": error,
             "stock_error": stock_error,
             "limit": limit,
-            "right": stock_error <= SANE_STOCK_ERROR * largest and error <= limit,
+            "right": sane and error <= limit,
         }
     return report
 

@@ -41,8 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)  # torch.compile bakes it in
-    with force(options.isa, options.kernel):
-        report = run(options)
+    report = run(options)
     print_report(report)
     if options.json:
         write_json(report, options.json)
@@ -62,14 +61,15 @@ def run(options: Options) -> dict[str, Any]:
     turns = len(options.batch_sizes) * len(cases) * len(contenders)
     progress = Progress(1 + turns * (1 + options.rounds))
     try:
-        progress.say("limits of the machine")
-        limits = measure_limits(options.threads, options.dtype, options.device)
-        progress.advance()
-        results = [
-            _run_case(case, batch_size, contenders, options, limits, progress)
-            for batch_size in options.batch_sizes
-            for case in cases
-        ]
+        with force(options.isa, options.kernel):
+            progress.say("limits of the machine")
+            limits = measure_limits(options.threads, options.dtype, options.device)
+            progress.advance()
+            results = [
+                _run_case(case, batch_size, contenders, options, limits, progress)
+                for batch_size in options.batch_sizes
+                for case in cases
+            ]
     finally:
         progress.close()
     saved = measure_saved_bytes(options.batch_sizes[0], options.dtype, options.device)
@@ -131,7 +131,8 @@ def _run_case(
                 row |= _fractions(row["median_us"], problem, limits)
         if any(row["name"] == "fused" and row["status"] != "timed" for row in rows):
             status = "incomplete"
-    progress.advance((len(contenders) - len(seconds)) * options.rounds)  # turns nobody took
+    turns = sum(len(times) for times in seconds.values())
+    progress.advance(len(contenders) * options.rounds - turns)  # those that nobody took
     torch._dynamo.reset()  # compiled code of this case is of no use to the next
 
     peers = {name: times for name, times in seconds.items() if name != "fused"}

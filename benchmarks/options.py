@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,29 +88,31 @@ def _parser() -> argparse.ArgumentParser:
     cores = available_cores()
     threads = min(torch.get_num_threads(), cores)
     parser = argparse.ArgumentParser(
-        description="Time the fused block beside its peers; about two minutes on two cores.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Time the fused block beside its peers; about two minutes on two cores."
     )
-    # Each group's arguments follow one another as the table of what one may ask for.
     # fmt: off
     add = parser.add_argument
     add("--list", action="store_true",
         help="print the names of cases, contenders, ISAs and kernels, and end")
-    add("--cases", nargs="+", choices=cases, default=cases, metavar="CASE", help="see --list")
+    add("--cases", nargs="+", choices=cases, default=cases, metavar="CASE",
+        help="see --list (default: all)")
     add("--contenders", nargs="+", choices=contenders, default=contenders, metavar="NAME",
-        help="see --list")
+        help="see --list (default: all)")
     add("--batch-sizes", nargs="+", type=_integer(1, MAX_BATCH), default=[64, 256], metavar="N",
-        help=f"images per call, 1 to {MAX_BATCH}")
+        help=f"images per call, 1 to {MAX_BATCH} (default: 64 256)")
     add("--threads", type=_integer(1, cores), default=threads, metavar="N",
-        help=f"of every contender, 1 to {cores} on this machine")
-    add("--dtype", choices=DTYPES, default="float32", help="of parameters and images")
-    add("--device", default="cpu", metavar="DEVICE", help="cpu, cuda or cuda:N")
+        help=f"of every contender, 1 to {cores} on this machine (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="float32",
+        help="of parameters and images (default: %(default)s)")
+    add("--device", default="cpu", metavar="DEVICE",
+        help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--isa", default="", help="force fusedcnn's instruction set; see --list")
     add("--kernel", default="", help="force fusedcnn's kernel; see --list")
     add("--min-time", type=_seconds, default=0.3, metavar="S",
-        help="seconds for which each contender of a case is timed, over all rounds")
+        help="seconds for which each contender of a case is timed, all rounds together "
+             "(default: %(default)s)")
     add("--rounds", type=_integer(2, 1000), default=10, metavar="N",
-        help="turns of each contender")
+        help="turns of each contender (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write everything as JSON")
     add("--plot", type=Path, metavar="FILE.png", help="draw the times; needs matplotlib")
     # fmt: on
@@ -160,13 +161,16 @@ def _device(text: str) -> torch.device:
 
 
 def _check_writable(argument: str, path: Path) -> None:
-    """Raise before the run what would fail after it."""
-    if path.is_dir():
-        raise ValueError(f"argument {argument}: expected a file, got the folder {str(path)!r}")
-    if not path.parent.is_dir():
-        raise ValueError(f"argument {argument}: there is no folder {str(path.parent)!r}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"argument {argument}: no permission to write {str(path)!r}")
+    """Raise before the run what would fail after it; leaves the file as it is."""
+    existed = path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(
+            f"argument {argument}: cannot write {str(path)!r}: {error.strerror}"
+        ) from None
+    if not existed:
+        path.unlink()
 
 
 def _check_plot(path: Path) -> None:

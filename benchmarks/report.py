@@ -15,7 +15,7 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"{machine['cpu']}, {machine['cores']} cores; {machine['gpu'] or 'no GPU used'}")
     print(
         f"torch {machine['torch']}, fusedcnn {machine['fusedcnn']['version']}, "
-        f"{options['threads']} threads, {options['dtype']} on {options['device']}"
+        f"{options['threads']} thread(s), {options['dtype']} on {options['device']}"
     )
     fma = limits["fma_gflops"]
     print(
@@ -147,7 +147,11 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
     """Draw median times with their quartiles, one panel per case and batch size."""
     from matplotlib.figure import Figure
 
-    timed = [result for result in report["results"] if result["status"] == "timed"]
+    timed = [
+        result
+        for result in report["results"]
+        if any(row["status"] == "timed" for row in result["contenders"])
+    ]
     batches = list(dict.fromkeys(result["batch"] for result in timed))
     cases = list(dict.fromkeys(result["case"] for result in timed))
     figure = Figure(
@@ -155,8 +159,8 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
     )
     machine, options = report["machine"], report["options"]
     figure.suptitle(
-        f"{machine['gpu'] or machine['cpu']}, {options['threads']} threads, {options['dtype']}: "
-        "median time of a call, bars between the quartiles"
+        f"{machine['gpu'] or machine['cpu']}, {options['threads']} thread(s), {options['dtype']}: "
+        "median time of a call, lines between the quartiles"
     )
     if timed:
         panels = figure.subplots(len(batches), len(cases), squeeze=False)
@@ -178,6 +182,7 @@ def _draw_panel(panel: Any, result: dict[str, Any]) -> None:
     panel.barh(names, medians, xerr=spread, color=colors)
     panel.invert_yaxis()
     panel.set_xlabel("microseconds")
+    panel.locator_params(axis="x", nbins=5)
     speedup = result["speedup"]
-    best = f"\n{speedup['ratio']:.2f} times the best other" if speedup else ""
+    best = f"\nfused {speedup['ratio']:.2f} times as fast" if speedup else ""
     panel.set_title(f"{result['case']}, batch {result['batch']}{best}", fontsize=10)

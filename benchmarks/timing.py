@@ -13,6 +13,12 @@ from torch.utils.benchmark import Timer
 # Calls for the first estimate of a contender's speed.
 ESTIMATE_CALLS = 3
 
+# A case may take this many times the time that was asked for (warming up costs some, and so do
+# calls longer than a turn); on a machine that is busy with something else it then ends early, but
+# not before the quartiles of the rounds mean something.
+PATIENCE = 4
+ENOUGH_ROUNDS = 5
+
 
 def time_by_turns(
     steps: dict[str, Callable[[], object]],
@@ -29,7 +35,7 @@ def time_by_turns(
         steps: what to time, by contender.
         rests: seconds to wait after each contender's turn.
         threads: of torch; on a CUDA device, torch's Timer waits for the device.
-        rounds: turns of each contender.
+        rounds: turns of each contender; fewer where they take much longer than min_time says.
         min_time: seconds that each contender runs in all its turns together, at least.
         progress: called after each turn.
 
@@ -48,7 +54,10 @@ def time_by_turns(
     times: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     shuffle = random.Random(0).shuffle  # so that nobody always follows the same neighbour
-    for _ in range(rounds):
+    deadline = time.monotonic() + PATIENCE * min_time * len(steps)
+    for done in range(rounds):
+        if done >= ENOUGH_ROUNDS and time.monotonic() > deadline:
+            break
         shuffle(order)
         for name in order:
             times[name].append(timers[name].timeit(calls[name]).mean)  # warms up by itself

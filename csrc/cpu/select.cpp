@@ -67,9 +67,9 @@ void force(const std::string& isa, const std::string& kernel) {
     if (isa == entry.name) isa_entry = &entry;
     for (int i = 0; i < entry.list.count; ++i) {
       if (kernel == entry.list.kernels[i].name) kernel_name = entry.list.kernels[i].name;
-      if (&entry == &isas().front()) {
-        kernel_names += std::string(kernel_names.empty() ? "" : ", ") + entry.list.kernels[i].name;
-      }
+      // One name serves several passes and ISAs.
+      const std::string listed = std::string(", ") + entry.list.kernels[i].name;
+      if (kernel_names.find(listed) == std::string::npos) kernel_names += listed;
     }
   }
   if (!isa.empty() && !isa_entry) {
@@ -79,8 +79,8 @@ void force(const std::string& isa, const std::string& kernel) {
     throw std::invalid_argument("isa: this machine cannot run '" + isa + "'");
   }
   if (!kernel.empty() && !kernel_name) {
-    throw std::invalid_argument("kernel: expected one of " + kernel_names + ", got '" + kernel +
-                                "'");
+    throw std::invalid_argument("kernel: expected one of " + kernel_names.substr(2) + ", got '" +
+                                kernel + "'");
   }
   forced_isa_entry.store(isa_entry, std::memory_order_release);
   forced_kernel_name.store(kernel_name, std::memory_order_release);
