@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from fusedcnn import _C
+from fusedcnn._ops import _C  # which imports torch first
 
 
 class _Winograd:
