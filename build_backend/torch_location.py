@@ -21,14 +21,14 @@ def torch_dir() -> Path | None:
     """Folder of the torch package to compile against, or None when there is none.
 
     Raises:
-        RuntimeError: ``FUSEDCNN_TORCH_DIR`` names a folder without torch's stable-ABI headers.
+        RuntimeError: ``FUSEDCNN_TORCH_DIR`` names a folder without torch 2.10's stable-ABI headers.
     """
     override = os.environ.get("FUSEDCNN_TORCH_DIR")
     if override:
-        if not (Path(override) / _HEADER).is_file():
+        if not _has_headers(Path(override)):
             raise RuntimeError(
-                f"FUSEDCNN_TORCH_DIR: expected a torch >= 2.10 package folder holding {_HEADER}, "
-                f"got {override!r}"
+                f"FUSEDCNN_TORCH_DIR: expected a torch >= 2.10 package folder, holding {_HEADER} "
+                f"and {_HEADER_2_10}, got {override!r}"
             )
         return Path(override)
     candidates = []
@@ -38,9 +38,13 @@ def torch_dir() -> Path | None:
     for scheme_path in ("purelib", "platlib"):  # the target environment, hidden by isolation
         candidates.append(Path(sysconfig.get_path(scheme_path)) / "torch")
     for candidate in candidates:
-        if (candidate / _HEADER).is_file() and (candidate / _HEADER_2_10).is_file():
+        if _has_headers(candidate):
             return candidate
     return None
+
+
+def _has_headers(folder: Path) -> bool:
+    return (folder / _HEADER).is_file() and (folder / _HEADER_2_10).is_file()
 
 
 if __name__ == "__main__":

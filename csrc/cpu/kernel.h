@@ -40,7 +40,8 @@ struct ForwardArgs {
   int64_t bias_stride;
   void* output;
   void* code;              // null: not wanted
-  Strides output_strides;  // the code's too
+  // The code's too. Contiguous or channels_last, without gaps: what the operator allocates.
+  Strides output_strides;
 };
 
 // Any of the three gradients may be null: not wanted. Each is overwritten, not added to.

@@ -61,7 +61,11 @@ bool run_forward(const Call& call, const Operands& operands, Forward* result,
   const int64_t bias_stride = call.layout == Layout::kContiguous ? 1 : 3;
   const Tensor bias = tensor_of(type, {1, 1, 1, has_bias ? g.out_channels : 0},
                                 {0, 0, 0, bias_stride}, operands.bias);
-  const Strides output_strides = place(output_shape(g));
+  // Outputs are the operator's own: contiguous or channels_last.
+  const bool channels_last =
+      call.layout == Layout::kChannelsLast || call.layout == Layout::kPermuted;
+  const Strides output_strides =
+      strides_for(channels_last ? Layout::kChannelsLast : Layout::kContiguous, output_shape(g));
   Tensor output(output_shape(g), output_strides, element_size(type));
   Tensor code(output_shape(g), output_strides, wide ? 4 : 1, 0xee);
 

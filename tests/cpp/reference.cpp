@@ -48,6 +48,17 @@ double convolution(const Geometry& g, const Operands& operands, int64_t n, int64
   return sum;
 }
 
+double window_element(const Geometry& g, const Operands& operands, int64_t i, int64_t code) {
+  const int64_t n = i / (g.outputs() * g.out_channels), oc = i / g.outputs() % g.out_channels;
+  const int64_t o = i % g.outputs();
+  const int64_t ch = conv_place(g.h, o / g.w.out, code / g.w.pool_kernel);
+  const int64_t cw = conv_place(g.w, o % g.w.out, code % g.w.pool_kernel);
+  if (code < 0 || code >= g.window() || !inside(ch, g.h.conv) || !inside(cw, g.w.conv)) {
+    return std::numeric_limits<double>::quiet_NaN();
+  }
+  return convolution(g, operands, n, oc, ch, cw);
+}
+
 Forward forward(const Geometry& g, const Operands& operands) {
   Forward result;
   std::vector<double> map(g.h.conv * g.w.conv);

@@ -32,6 +32,11 @@ struct Gradients {
 double convolution(const fusedcnn::Geometry& g, const Operands& operands, int64_t n, int64_t oc,
                    int64_t ch, int64_t cw);
 
+// The convolution output that element `code` of pooled output i's window is (i counts through
+// [N, OC, OH, OW]); NaN where there is none.
+double window_element(const fusedcnn::Geometry& g, const Operands& operands, int64_t i,
+                      int64_t code);
+
 Forward forward(const fusedcnn::Geometry& g, const Operands& operands);
 
 // The gradients that flow to the winners that `code` names.

@@ -24,6 +24,7 @@ const char* why_not_windows(const Problem& problem) {
   }
   if (g.groups != 1) return "only for groups = 1";
   if (problem.type == DataType::kFloat64) return "not for float64";
+  if (problem.wide_code) return "only for codes of one byte";
   return nullptr;
 }
 
