@@ -116,6 +116,8 @@ def _convolution_arguments() -> list[Block]:
         Block("valid", (2, 3, 10, 12), 6, padding="valid"),
         Block("dilation2", (2, 3, 13, 12), 6, padding=2, dilation=2),
         Block("dilation3x1_stride2", (1, 3, 19, 12), 6, stride=2, padding=(3, 1), dilation=(3, 1)),
+        Block("dilated_row", (2, 3, 9, 14), 6, kernel=(1, 4), padding=(0, 3), dilation=(1, 2)),
+        Block("dilated_column", (2, 3, 14, 9), 6, kernel=(4, 1), padding=(3, 0), dilation=(2, 3)),
         Block("groups2", (2, 6, 10, 10), 8, padding=1, groups=2),
         Block("groups3_wide", (1, 51, 8, 8), 54, padding=1, groups=3),
         Block("depthwise", (2, 17, 10, 10), 17, padding=1, groups=17),

@@ -123,7 +123,8 @@ def test_special_values(which, value, name, dtype):
     Their backward is dense: it multiplies the zero gradients of elements that did not win by input
     and weight as well, and 0 * NaN is NaN. The fused backward does not touch what did not win. So
     it may have fewer NaN in grad_input (from the weight) and in grad_weight (from the input), never
-    others; and nothing else may differ.
+    others; and nothing else may differ. (Where windows overlap, the stock pool adds up an element's
+    gradients before they meet an infinity: inf there may be inf - inf here.)
     """
     block = by_name(name)
     if which == "weight":
@@ -139,10 +140,11 @@ def test_special_values(which, value, name, dtype):
         (grad_weight, expected[2], operands.input),
     ):
         agree = (grad == right) | (grad.isnan() & right.isnan())
-        if factor.isfinite().all():
-            assert agree.all()
-        else:
-            assert (agree | right.isnan()).all()
+        if not factor.isfinite().all():
+            agree |= right.isnan()
+            if block.pool_stride not in (None, block.pool):
+                agree |= ~grad.isfinite() & right.isinf()
+        assert agree.all()
 
 
 @pytest.mark.parametrize("name", ["simplecnn1_n2", "kernel5x5"])

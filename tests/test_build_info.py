@@ -1,0 +1,164 @@
+"""build_info, the command line, forcing kernels, the stock layers' calls, import time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import fusedcnn
+import pytest
+import torch
+from fusedcnn import _ops, build_info, conv_relu_max_pool2d
+
+
+def run_python(*arguments: str) -> str:
+    """Standard output of a fresh Python, away from the source tree."""
+    return subprocess.run(
+        [sys.executable, *arguments], check=True, capture_output=True, text=True, cwd=Path.home()
+    ).stdout
+
+
+def test_build_info():
+    info = build_info()
+    assert set(info) == {
+        "version", "compiler", "library", "torch", "isas", "kernels", "devices", "stock_calls",
+    }  # fmt: skip
+    assert info["version"] == fusedcnn.__version__
+    assert info["torch"] == torch.__version__
+    assert Path(info["library"]).is_file()
+    json.dumps(info)  # plain values all through
+
+
+def test_isas():
+    """Widest first, baseline last; exactly one in use, the first that this machine supports."""
+    isas = build_info()["isas"]
+    names = [isa["name"] for isa in isas]
+    assert len(set(names)) == len(names)
+    assert names[-1] == "baseline"
+    assert isas[-1]["supported"]
+    supported = [isa["name"] for isa in isas if isa["supported"]]
+    assert [isa["name"] for isa in isas if isa["selected"]] == supported[:1]
+
+
+@pytest.mark.parametrize("isa", [isa["name"] for isa in build_info()["isas"]])
+def test_every_isa_has_a_kernel_for_everything(isa):
+    """ "general" covers every call; it stands last in its pass, to leave the others any."""
+    kernels = [row for row in build_info()["kernels"] if row["isa"] == isa]
+    for pass_name in ("forward", "grad_weight", "grad_input"):
+        names = [row["name"] for row in kernels if row["pass"] == pass_name]
+        assert len(set(names)) == len(names)
+        assert names[-1] == "general"
+
+
+def test_command_line():
+    info = json.loads(run_python("-m", "fusedcnn", "info", "--json"))
+    here = build_info()
+    assert info["version"] == here["version"]
+    assert info["kernels"] == here["kernels"]
+    text = run_python("-m", "fusedcnn", "info")
+    assert fusedcnn.__version__ in text
+    for isa in here["isas"]:
+        assert isa["name"] in text
+    for kernel in here["kernels"]:
+        assert kernel["name"] in text
+    assert "selected on this machine" in text
+
+
+def test_command_line_without_a_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "fusedcnn"], capture_output=True, text=True, cwd=Path.home()
+    )
+    assert result.returncode == 2
+    assert "usage" in result.stderr
+
+
+def test_force_selects_and_restores():
+    """Nested, and after an exception: what was forced before is forced again."""
+    isas = [isa["name"] for isa in build_info()["isas"] if isa["supported"]]
+
+    def selected():
+        return next(isa["name"] for isa in build_info()["isas"] if isa["selected"])
+
+    first = selected()
+    for isa in isas:
+        with _ops.force(isa, "general"):
+            assert selected() == isa
+            with _ops.force("baseline"):
+                assert selected() == "baseline"
+            assert selected() == isa
+    assert selected() == first
+    with pytest.raises(KeyError), _ops.force("baseline", "general"):
+        raise KeyError
+    assert selected() == first
+
+
+def test_force_errors():
+    """A name that is unknown is an error that lists the known ones, and changes nothing."""
+    with pytest.raises(ValueError, match=r"isa: .*baseline.*got 'mmx'"), _ops.force("mmx"):
+        pass
+    with pytest.raises(ValueError, match=r"kernel: .*general.*got 'no'"), _ops.force("", "no"):
+        pass
+    for isa in build_info()["isas"]:
+        if not isa["supported"]:
+            with pytest.raises(ValueError, match="isa"), _ops.force(isa["name"]):
+                pass
+    input, weight = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3)
+    assert conv_relu_max_pool2d(input, weight).item() == 9
+
+
+@pytest.mark.parametrize(
+    "kernel", sorted({k["name"] for k in build_info()["kernels"]} - {"general"})
+)
+def test_a_forced_kernel_that_does_not_cover_a_call(kernel):
+    """It says why not, instead of leaving the call to another kernel."""
+    input, weight = torch.ones(1, 2, 20, 20), torch.ones(2, 1, 4, 5)
+    message = rf"no \w+ kernel covers this call: .*{kernel}"
+    with _ops.force(kernel=kernel), pytest.raises(RuntimeError, match=message):
+        conv_relu_max_pool2d(input, weight, groups=2, pool_kernel_size=(3, 2))
+    assert conv_relu_max_pool2d(input, weight, groups=2).shape == (1, 2, 8, 8)
+
+
+def test_stock_calls_are_counted_and_logged_once(caplog):
+    """What the stock layers compute instead is never silent."""
+    # A meta tensor stands for any device without a kernel.
+    input, weight = torch.ones(1, 1, 4, 4, device="meta"), torch.ones(1, 1, 3, 3, device="meta")
+    _ops._stock_reasons.clear()
+    with caplog.at_level(logging.DEBUG, logger="fusedcnn"):
+        for _ in range(3):
+            assert conv_relu_max_pool2d(input, weight).shape == (1, 1, 1, 1)
+    ((reason, count),) = build_info()["stock_calls"].items()
+    assert "meta" in reason
+    assert count == 3
+    (record,) = caplog.records
+    assert record.levelno == logging.DEBUG
+    assert reason in record.getMessage()
+
+
+def test_fused_calls_are_not_counted_as_stock():
+    _ops._stock_reasons.clear()
+    weight = torch.ones(2, 1, 3, 3, requires_grad=True)
+    conv_relu_max_pool2d(torch.ones(1, 1, 4, 4), weight).sum().backward()
+    assert build_info()["stock_calls"] == {}
+
+
+def test_import_time():
+    """`import fusedcnn` adds less than 100 ms to `import torch`; the fastest of five tries."""
+    program = (
+        "import time, torch\nstart = time.perf_counter()\nimport fusedcnn\n"
+        "print(time.perf_counter() - start)"
+    )
+    assert min(float(run_python("-c", program)) for _ in range(5)) < 0.1
+
+
+def test_import_prints_nothing_and_pulls_in_nothing_heavy():
+    """No compiler, no test or plotting package comes along."""
+    program = (
+        "import sys, torch\nbefore = set(sys.modules)\nimport fusedcnn\n"
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    added = run_python("-c", program)
+    for package in ("numpy", "matplotlib", "tqdm", "hypothesis", "torchvision", "onnxruntime"):
+        assert f"'{package}'" not in added

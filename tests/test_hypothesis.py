@@ -1,0 +1,189 @@
+"""Geometries that nobody thought of: drawn at random, the wrong ones included.
+
+Data are small integers, so that results are exact and equality is asked for. Where the stock layers
+raise, so must the fused block, with the same class. The stock layers run in float64, which keeps
+them off oneDNN: in torch 2.13 its float32 convolution crashes on some of what is drawn here (a 1x1
+kernel with groups, padding 3x1 and stride 1x3 in channels_last).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusedcnn import build_info, conv_relu_max_pool2d
+from fusedcnn._ops import force
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+ISAS = [row["name"] for row in build_info()["isas"] if row["supported"]]
+
+
+def pairs(*values: int) -> st.SearchStrategy[int | tuple[int, int]]:
+    one = st.sampled_from(values)
+    return one | st.tuples(one, one)
+
+
+@st.composite
+def calls(draw, general: bool) -> dict[str, Any]:
+    """Arguments of a call, right or wrong; `general` is False for 3x3 with 2x2 pools."""
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3])) if general else 1
+    per_group = draw(st.integers(1, 4) | st.sampled_from([5, 16, 17]))
+    out_per_group = draw(st.integers(1, 6) | st.sampled_from([15, 16, 17, 33]))
+    kernel = (3, 3)
+    if general:
+        kernel = draw(st.tuples(*[st.integers(1, 5) | st.sampled_from([7, 11])] * 2))
+    image = (
+        groups * per_group,
+        draw(st.integers(1, 20)),
+        draw(st.integers(1, 20) | st.sampled_from([31, 33, 64])),
+    )
+    batch = draw(st.sampled_from([(), (0,), (1,), (1,), (2,), (3,)]))
+    # Of a wrong call, one thing is wrong.
+    wrong = draw(st.sampled_from([0] * 9 + [1, 2])) if general else 0
+    call = {
+        "input": batch + image,
+        "weight": (groups * out_per_group, per_group + (wrong == 1), *kernel),
+        "bias": draw(st.booleans()),
+        "padding": draw(pairs(0, 1, 2)),
+    }
+    if general:
+        numbers = [0, 1, 1, 2, 3]
+        call |= {
+            "stride": draw(pairs(1, 1, 2, 3)),
+            "padding": draw(pairs(*numbers) | st.sampled_from(["same", "valid"])),
+            "dilation": draw(pairs(1, 1, 2, 3)),
+            "groups": groups + (wrong == 2),
+            "pool_kernel_size": draw(pairs(1, 2, 2, 3, 4, 17)),
+            "pool_stride": draw(st.none() | pairs(1, 2, 3)),
+            "pool_padding": draw(pairs(*numbers) | st.just(0)),
+            "pool_dilation": draw(pairs(1, 1, 2)),
+            "ceil_mode": draw(st.booleans()),
+        }
+    call["dtype"] = draw(st.sampled_from([torch.float32, torch.float64]))
+    call["channels_last"] = draw(st.booleans())
+    call["seed"] = draw(st.integers(0, 2**16))
+    return call
+
+
+def tensors(
+    call: dict[str, Any], dtype: torch.dtype
+) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+    """The tensors of a call, and the rest of its arguments."""
+    arguments = dict(call)
+    generator = torch.Generator().manual_seed(arguments.pop("seed"))
+    del arguments["dtype"]
+    channels_last = arguments.pop("channels_last")
+
+    def draw(shape):
+        return torch.randint(-2, 3, shape, generator=generator).to(dtype)
+
+    weight_shape = arguments.pop("weight")
+    operands = {
+        "input": draw(arguments.pop("input")),
+        "weight": draw(weight_shape),
+        "bias": draw(weight_shape[:1]) if arguments.pop("bias") else None,
+    }
+    if channels_last and operands["input"].dim() == 4:
+        operands["input"] = operands["input"].contiguous(memory_format=torch.channels_last)
+    return operands, arguments
+
+
+def stock(
+    input,
+    weight,
+    bias,
+    padding=0,
+    stride=1,
+    dilation=1,
+    groups=1,
+    pool_kernel_size=2,
+    pool_stride=None,
+    pool_padding=0,
+    pool_dilation=1,
+    ceil_mode=False,
+) -> Tensor:
+    plane = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return F.max_pool2d(
+        F.relu(plane), pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode
+    )
+
+
+def results(function, call: dict[str, Any], with_gradients: bool) -> list[Tensor]:
+    """Output, and gradients of all operands for an output gradient of small integers."""
+    operands, arguments = tensors(call, torch.float64 if function is stock else call["dtype"])
+    leaves = {k: t if t is None else t.requires_grad_() for k, t in operands.items()}
+    output = function(**leaves, **arguments)
+    if not with_gradients:
+        return [output.detach()]
+    numbers = torch.arange(output.numel()).mul(7).remainder(5).sub(2)
+    output.backward(numbers.view(output.shape).to(output.dtype))
+    return [output.detach(), *(t.grad for t in leaves.values() if t is not None)]
+
+
+def check(call: dict[str, Any]) -> None:
+    try:
+        forward = results(stock, call, with_gradients=False)
+    except (RuntimeError, ValueError, TypeError) as stock_error:
+        event("refused")
+        with pytest.raises(type(stock_error), match=r"^\w+: "):
+            results(conv_relu_max_pool2d, call, with_gradients=True)
+        return
+    # The stock pool's backward writes out of bounds for a window without an element (-inf).
+    defined = bool(forward[0].isfinite().all())
+    event("compared" if defined else "compared without gradients")
+    expected = results(stock, call, with_gradients=True) if defined else forward
+    actual = results(conv_relu_max_pool2d, call, with_gradients=True)
+    for name, ours, theirs in zip(
+        ("output", "grad of input", "grad of weight", "grad of bias"),
+        actual,
+        expected,
+        strict=False,
+    ):
+        assert ours.shape == theirs.shape, name
+        assert ours.dtype == call["dtype"], name
+        assert torch.equal(ours.double(), theirs), name
+
+
+def thorough(max_examples: int):
+    """Reproducible, with no time limit per example: the first call of a size is slower."""
+    return settings(
+        max_examples=max_examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+
+
+@thorough(1000)
+@given(calls(general=True))
+def test_any_geometry(call):
+    check(call)
+
+
+@thorough(500)
+@given(calls(general=False), st.sampled_from(ISAS))
+def test_specialised_geometries(call, isa):
+    """3x3 stride 1 with 2x2 pools, on each ISA."""
+    with force(isa):
+        check(call)
+
+
+@pytest.mark.slow
+@thorough(20000)
+@given(calls(general=True), st.sampled_from(ISAS))
+def test_any_geometry_at_length(call, isa):
+    with force(isa):
+        check(call)
+
+
+@pytest.mark.slow
+@thorough(20000)
+@given(calls(general=False), st.sampled_from(ISAS))
+def test_specialised_geometries_at_length(call, isa):
+    with force(isa):
+        check(call)
