@@ -109,7 +109,8 @@ BackwardPlan::BackwardPlan(const Geometry& g, int64_t channel_multiple) {
   channels = (per_group + channel_multiple - 1) / channel_multiple * channel_multiple;
   size = rows * cols * channels;
   const int64_t row_stride = g.h.dilation * cols * channels;
-  if (g.w.dilation == 1) {
+  tap_rows = g.w.dilation == 1;
+  if (tap_rows) {
     outer = 1;
     segments = g.h.kernel;
     length = (g.w.kernel - 1) * channels + per_group;

@@ -65,6 +65,7 @@ struct BackwardPlan {
   int64_t outer;       // a patch is [outer][segments][length]
   int64_t segments;
   int64_t length;
+  bool tap_rows;         // a run holds all taps of one kh, and not a single tap
   int64_t outer_stride;  // elements between outer runs
   int64_t segment_stride;
   Array<uint32_t> base;         // [out_h * out_w] place of window element 0's patch, modulo 2^32
@@ -77,6 +78,10 @@ struct BackwardPlan {
   // Elements between the starts of two weights' patches, runs rounded up to whole vectors.
   int64_t run(int64_t lanes) const { return (length + lanes - 1) / lanes * lanes; }
   int64_t patch(int64_t lanes) const { return outer * segments * run(lanes); }
+  // Where tap (kh, kw) begins in such a patch.
+  int64_t tap(int64_t kh, int64_t kw, int64_t lanes) const {
+    return tap_rows ? kh * run(lanes) + kw * channels : (kh * segments + kw) * run(lanes);
+  }
 };
 
 // Whether the backward's 32-bit places reach every element of one padded image.

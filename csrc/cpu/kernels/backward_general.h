@@ -178,9 +178,7 @@ void grad_weight_typed(const BackwardArgs& args, const ThreadPool& pool) {
     const Strides to = args.grad_weight_strides;
     for (int64_t kh = 0; kh < g.h.kernel; ++kh) {
       for (int64_t kw = 0; kw < g.w.kernel; ++kw) {
-        // Dilated rows hold one tap per run; packed rows all taps of a kh.
-        const T* from = plan.outer == 1 ? sum + kh * run + kw * plan.channels
-                                        : sum + (kh * plan.segments + kw) * run;
+        const T* from = sum + plan.tap(kh, kw, kN);
         S* tap = static_cast<S*>(args.grad_weight) + oc * to.n + kh * to.h + kw * to.w;
         for (int64_t c = 0; c < g.in_channels_per_group(); ++c) tap[c * to.c] = narrow<S>(from[c]);
       }
@@ -189,6 +187,10 @@ void grad_weight_typed(const BackwardArgs& args, const ThreadPool& pool) {
 }
 
 // ---- grad_input ---------------------------------------------------------------------------------
+
+// Output channels whose patches are added to a pixel one by one. Longer sums are taken in runs of
+// this length and added up: one long chain of additions would round more than the stock layers do.
+constexpr int64_t kRunOfOutputs = 8;
 
 template <typename S, typename C>
 void grad_input_typed(const BackwardArgs& args, const ThreadPool& pool) {
@@ -209,8 +211,7 @@ void grad_input_typed(const BackwardArgs& args, const ThreadPool& pool) {
     const S* weight = static_cast<const S*>(args.weight) + oc * from.n;
     for (int64_t kh = 0; kh < g.h.kernel; ++kh) {
       for (int64_t kw = 0; kw < g.w.kernel; ++kw) {
-        T* tap = plan.outer == 1 ? to + kh * run + kw * plan.channels
-                                 : to + (kh * plan.segments + kw) * run;
+        T* tap = to + plan.tap(kh, kw, kN);
         const S* source = weight + kh * from.h + kw * from.w;
         for (int64_t c = 0; c < channels; ++c) tap[c] = widen(source[c * from.c]);
       }
@@ -222,7 +223,13 @@ void grad_input_typed(const BackwardArgs& args, const ThreadPool& pool) {
   parallel_tasks(pool, g.batch * g.groups, [&](int64_t task) {
     const int64_t n = task / g.groups, group = task % g.groups;
     T* image = patch_image<T>(plan);
-    memset(image, 0, plan.size * sizeof(T));
+    const int64_t size = round_up(plan.size, kN);  // within the image's slack
+    memset(image, 0, size * sizeof(T));
+    T* total = image;  // of the runs before
+    if (out_channels > kRunOfOutputs) {
+      total = static_cast<T*>(scratch(Slot::kGradient, size * sizeof(T)));
+      memset(total, 0, size * sizeof(T));
+    }
     LiveList<T> list(args);
     for (int64_t r = 0; r < out_channels; ++r) {
       const int64_t oc = group * out_channels + r;
@@ -236,8 +243,13 @@ void grad_input_typed(const BackwardArgs& args, const ThreadPool& pool) {
                                    run, (v + V) * kN == run ? tail : all);
         });
       }
+      if (total == image || ((r + 1) % kRunOfOutputs && r + 1 < out_channels)) continue;
+      for (int64_t k = 0; k < size; k += kN) {
+        store(total + k, load(total + k) + load(image + k));
+        store(image + k, Vector<T>{});
+      }
     }
-    unpack_patches<S, T>(plan, args, n, group, image);
+    unpack_patches<S, T>(plan, args, n, group, total);
   });
 }
 

@@ -21,22 +21,22 @@ constexpr int kTileChannels = 4;
 constexpr int kTileVectors = kRegisters >= 32 ? 6 : 3;
 // Products summed in one chain. Longer sums are taken in runs of this length and added up, since
 // one long chain of additions would round several times more than the stock layers do.
-constexpr int64_t kChain = 128;
+constexpr int64_t kChain = 64;
 
 // One call owns R output channels x V vectors of places in one pool phase:
-//   out[r][v] = start + sum over c, t of weight[c][t][r] * planes[c * channel_size + offset[t]]
-// where start is bias[r] or, without a bias pointer, what out holds: then the sum is taken apart
-// and added to it. planes: [channels][channel_size], at the first place. weight:
-// [channels][taps][kTileChannels]. out: [R][out_stride].
+//   out[r][v] = sum over c, t of weight[c][t][r] * planes[c * channel_size + offset[t]]
+// plus what out holds, where `add`, plus bias[r], where bias is not null: the bias comes last,
+// since partial sums that carry it round more. planes: [channels][channel_size], at the first
+// place. weight: [channels][taps][kTileChannels]. out: [R][out_stride].
 template <typename T, int R, int V>
 FUSEDCNN_NOINLINE void conv_tile(const T* planes, int64_t channel_size, int64_t channels,
                                  const int64_t* offset, int64_t taps, const T* weight,
-                                 const T* bias, T* out, int64_t out_stride) {
+                                 const T* bias, bool add, T* out, int64_t out_stride) {
   Vector<T> acc[R][V];
   FUSEDCNN_UNROLL
   for (int r = 0; r < R; ++r) {
     FUSEDCNN_UNROLL
-    for (int v = 0; v < V; ++v) acc[r][v] = broadcast(bias ? bias[r] : T(0));
+    for (int v = 0; v < V; ++v) acc[r][v] = Vector<T>{};
   }
   for (int64_t c = 0; c < channels; ++c, planes += channel_size) {
     for (int64_t t = 0; t < taps; ++t, weight += kTileChannels) {
@@ -57,14 +57,16 @@ FUSEDCNN_NOINLINE void conv_tile(const T* planes, int64_t channel_size, int64_t 
     FUSEDCNN_UNROLL
     for (int v = 0; v < V; ++v) {
       T* to = out + r * out_stride + v * kLanes<T>;
-      store(to, bias ? acc[r][v] : load(to) + acc[r][v]);
+      Vector<T> sum = add ? load(to) + acc[r][v] : acc[r][v];
+      if (bias) sum += bias[r];
+      store(to, sum);
     }
   }
 }
 
 template <typename T>
 using ConvTile = void (*)(const T*, int64_t, int64_t, const int64_t*, int64_t, const T*, const T*,
-                          T*, int64_t);
+                          bool, T*, int64_t);
 
 template <typename T, int R>
 ConvTile<T> conv_tile_for(int64_t vectors) {
@@ -219,7 +221,7 @@ void forward_band(const ForwardArgs& args, const ForwardShared<Accumulator<S>>& 
           for (int64_t c = 0; c < channels; c += run) {
             tile(planes + c * plan.channel_size + v * kN, plan.channel_size,
                  smaller(run, channels - c), plan.tap_offset.get() + phase * g.taps(), g.taps(),
-                 weight + c * g.taps() * kTileChannels, c ? nullptr : bias,
+                 weight + c * g.taps() * kTileChannels, c + run < channels ? nullptr : bias, c > 0,
                  conv + phase * plan.conv_size + v * kN, conv_channel);
           }
         }
