@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fusedcnn
 import pytest
 import torch
 
@@ -31,3 +32,10 @@ def restore_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def exact_kernels():
+    """Rule out the kernels that round small integers (see `exact` in build_info)."""
+    with fusedcnn.backends.winograd.flags(enabled=False):
+        yield

@@ -24,7 +24,8 @@ def run_python(*arguments: str) -> str:
 def test_build_info():
     info = build_info()
     assert set(info) == {
-        "version", "compiler", "library", "torch", "isas", "kernels", "devices", "stock_calls",
+        "version", "compiler", "library", "torch", "isas", "kernels", "winograd", "devices",
+        "stock_calls",
     }  # fmt: skip
     assert info["version"] == fusedcnn.__version__
     assert info["torch"] == torch.__version__

@@ -9,6 +9,9 @@ from geometries import BLOCKS, DTYPES, Block, by_name, dtype_name
 from reference import LAYOUTS, Operands, exact_case, float_case, with_layout
 from torch import Tensor
 
+# Integers are compared for equality.
+pytestmark = pytest.mark.usefixtures("exact_kernels")
+
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 over_blocks = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
 

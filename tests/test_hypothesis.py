@@ -19,6 +19,9 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+# Integers are compared for equality.
+pytestmark = pytest.mark.usefixtures("exact_kernels")
+
 ISAS = [row["name"] for row in build_info()["isas"] if row["supported"]]
 
 

@@ -12,6 +12,9 @@ from geometries import DTYPES, Block, by_name, dtype_name
 from reference import Operands, exact_case, integer_operands, with_layout
 from torch import Tensor
 
+# Integers are compared for equality.
+pytestmark = pytest.mark.usefixtures("exact_kernels")
+
 NAN, INF = math.nan, math.inf
 
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

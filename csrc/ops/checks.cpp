@@ -92,9 +92,10 @@ void complete_axis(Axis& axis, bool ceil_mode, char letter) {
   const int64_t window =
       checked_sum(checked_product(axis.pool_dilation, axis.pool_kernel - 1, "pool_dilation"), 1,
                   "pool_dilation");
-  if (axis.pool_padding > window / 2) {
-    fail("pool_padding: expected at most half of the pool window (", window / 2, "), got ",
-         axis.pool_padding);
+  // Of the window's elements, not of their extent, as in torch.
+  if (axis.pool_padding > axis.pool_kernel / 2) {
+    fail("pool_padding: expected at most half of pool_kernel_size (", axis.pool_kernel / 2,
+         "), got ", axis.pool_padding);
   }
   const int64_t pool_padded = axis.conv + 2 * axis.pool_padding;  // both at most 2^62
   int64_t room = pool_padded - window;

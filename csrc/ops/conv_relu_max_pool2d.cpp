@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/plan.h"
 #include "cpu/select.h"
 #include "ops/checks.h"
 
@@ -63,6 +64,10 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool2d(const Tensor& input, const Tenso
   if (bias) {
     check_like_input("bias", *bias, input);
     check_shape("bias", *bias, {g.out_channels});
+  }
+  if (with_code && !cpu::backward_fits(g)) {
+    throw std::runtime_error(
+        "padding: expected a padded image of fewer than 2^32 elements where gradients are wanted");
   }
   const bool batched = input.dim() == 4;
   const bool channels_last = batched && (is_channels_last(input) || is_channels_last(weight));

@@ -229,8 +229,12 @@ def _double_backward(ctx, *grad_grads):
     *primals, code = ctx.saved_tensors
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        if not create_graph:
-            primals = [t.detach().requires_grad_(t.requires_grad) for t in primals]
+        # Aliases: one primal may have been computed from another (grad_output from input, in a
+        # Hessian-vector product), and only the direct dependence is wanted here.
+        primals = [
+            t.view_as(t) if create_graph else t.detach().requires_grad_(t.requires_grad)
+            for t in primals
+        ]
         outputs = _dense_backward(*primals, code, Geometry(*ctx.geometry))
         pairs = [
             (output, grad)

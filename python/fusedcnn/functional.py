@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Sequence
 
@@ -16,9 +17,8 @@ from fusedcnn._ops import Geometry, below_autograd, forward_op, note_stock
 from fusedcnn.autograd import ConvReLUMaxPool2dFunction
 
 _INT64_MAX = 2**63 - 1
-# The backward kernels index one padded image with 32 bits; half of that leaves room for channels
-# rounded up to whole vectors.
-_MAX_PADDED_ELEMENTS = 2**31
+# The backward kernels index one padded image with 32 bits; this leaves room for padding.
+_MAX_IMAGE_ELEMENTS = 2**31
 
 
 def _integers(argument: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -31,15 +31,12 @@ def _integers(argument: str, value: int | Sequence[int]) -> tuple[int, int]:
     if len(values) not in (1, 2):
         raise RuntimeError(f"{argument}: expected an int or a pair of ints, got {value!r}")
     if any(abs(v) > _INT64_MAX for v in values):
-        raise RuntimeError(f"{argument}: expected values that fit 64 bits, got {value!r}")
+        raise ValueError(f"{argument}: expected values that fit 64 bits, got {value!r}")
     return (values[0], values[-1])
 
 
-def _freeze(value):
-    return tuple(value) if isinstance(value, list) else value
-
-
-@functools.lru_cache(maxsize=1024)
+# Typed, and called with integers only inside tuples (see pack_geometry): 2.0 == 2, but is no size.
+@functools.lru_cache(maxsize=1024, typed=True)
 def _pack(
     kernel_size, stride, padding, dilation, groups, pool_kernel, pool_stride, pool_padding,
     pool_dilation, ceil_mode,
@@ -63,7 +60,8 @@ def _pack(
         pads = (padding_h, padding_h, padding_w, padding_w)
     pool_kernel_h, pool_kernel_w = _integers("pool_kernel_size", pool_kernel)
     # As in F.max_pool2d, None and an empty list both mean the kernel's size.
-    pool_stride = pool_kernel if pool_stride is None or pool_stride == () else pool_stride
+    if pool_stride is None or (isinstance(pool_stride, tuple) and not pool_stride):
+        pool_stride = pool_kernel
     pool_stride_h, pool_stride_w = _integers("pool_stride", pool_stride)
     pool_padding_h, pool_padding_w = _integers("pool_padding", pool_padding)
     pool_dilation_h, pool_dilation_w = _integers("pool_dilation", pool_dilation)
@@ -71,6 +69,8 @@ def _pack(
         groups = operator.index(groups)
     except TypeError:
         raise TypeError(f"groups: expected an int, got {groups!r}") from None
+    if abs(groups) > _INT64_MAX:
+        raise ValueError(f"groups: expected a value that fits 64 bits, got {groups!r}")
     if not isinstance(ceil_mode, bool):
         raise TypeError(f"ceil_mode: expected a bool, got {ceil_mode!r}")
     return Geometry(
@@ -112,40 +112,36 @@ def pack_geometry(
         RuntimeError: a list of another length, an unknown padding string, ``"same"`` with a stride.
             Ranges are checked by the operator, which knows the sizes.
     """
-    arguments = (
+    arguments = [
         stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding,
         pool_dilation, ceil_mode,
-    )  # fmt: skip
-    try:
-        return _pack(tuple(kernel_size), *arguments)
-    except TypeError as error:
-        if "unhashable" not in str(error):
-            raise
-    return _pack(tuple(kernel_size), *map(_freeze, arguments))
+    ]  # fmt: skip
+    pack = _pack
+    for i, value in enumerate(arguments):
+        kind = type(value)
+        if kind is int or kind is bool or kind is str or value is None:
+            continue
+        if kind is list:
+            arguments[i] = value = tuple(value)
+        # Anything else but plain integers in a tuple is looked at afresh every time.
+        if not (type(value) is tuple and all(type(v) is int for v in value)):
+            pack = _pack.__wrapped__
+    return pack(tuple(kernel_size), *arguments)
 
 
-def _padded_elements(input: Tensor, g: Geometry) -> int:
-    channels, height, width = input.shape[-3:]
-    return (
-        channels
-        * (height + g.padding_top + g.padding_bottom)
-        * (width + g.padding_left + g.padding_right)
-    )
-
-
-def _why_stock(input: Tensor, weight: Tensor, geometry: Geometry) -> str | None:
+def _why_stock(input: Tensor) -> str | None:
     """Why the stock layers compute this call, or None where a fused kernel does."""
     device = input.device.type
     if device != "cpu":
         return f"no fused kernel for device type '{device}' in this version"
-    if input.layout != torch.strided or weight.layout != torch.strided:
-        return f"no fused kernel for layout {input.layout} with weight layout {weight.layout}"
+    if input.layout != torch.strided:
+        return f"no fused kernel for layout {input.layout}"
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    if _padded_elements(input, geometry) > _MAX_PADDED_ELEMENTS:
-        return f"a padded image of more than {_MAX_PADDED_ELEMENTS} elements"
+    if math.prod(input.shape[-3:]) > _MAX_IMAGE_ELEMENTS:
+        return f"images of more than {_MAX_IMAGE_ELEMENTS} elements"
     return None
 
 
@@ -227,7 +223,11 @@ def conv_relu_max_pool2d(
         )
     _check_tensors(input, weight, bias)  # what the lines below need; the operator checks the rest
     device_type = input.device.type
-    if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
+    if (
+        torch.amp.is_autocast_available(device_type)
+        and torch.is_autocast_enabled(device_type)
+        and input.dtype != torch.float64
+    ):
         dtype = torch.get_autocast_dtype(device_type)
         input = input.to(dtype)
         weight = weight.to(dtype)
@@ -244,7 +244,7 @@ def conv_relu_max_pool2d(
         pool_dilation=pool_dilation,
         ceil_mode=ceil_mode,
     )
-    reason = _why_stock(input, weight, geometry)
+    reason = _why_stock(input)
     if reason is not None:
         note_stock(reason)
         pool = {
@@ -278,14 +278,19 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"weight: expected [out_channels, in_channels / groups, KH, KW], "
             f"got {list(weight.shape)}"
         )
-    if weight.device != input.device:
-        raise RuntimeError(
-            f"weight: expected device {input.device} like input, got {weight.device}"
-        )
+    _check_like("weight", weight, input)
     if bias is not None:
         if not isinstance(bias, Tensor):
             raise TypeError(f"bias: expected a Tensor or None, got {type(bias).__name__}")
-        if bias.device != input.device:
-            raise RuntimeError(
-                f"bias: expected device {input.device} like input, got {bias.device}"
-            )
+        _check_like("bias", bias, input)
+
+
+def _check_like(argument: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.device != input.device:
+        raise RuntimeError(
+            f"{argument}: expected device {input.device} like input, got {tensor.device}"
+        )
+    if tensor.layout != input.layout:
+        raise RuntimeError(
+            f"{argument}: expected layout {input.layout} like input, got {tensor.layout}"
+        )

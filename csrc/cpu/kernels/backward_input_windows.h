@@ -101,6 +101,11 @@ struct NarrowBlock {
   static constexpr int kChannels = 4;
   static constexpr int kRow = 4 * kChannels;
   static constexpr __mmask16 kTwoPixels = 0x00ff;
+  // [code][row of the patch]: the lanes under its 3x3 taps.
+  static constexpr __mmask16 kTaps[4][4] = {{0x0fff, 0x0fff, 0x0fff, 0},
+                                            {0xfff0, 0xfff0, 0xfff0, 0},
+                                            {0, 0x0fff, 0x0fff, 0x0fff},
+                                            {0, 0xfff0, 0xfff0, 0xfff0}};
   static constexpr int kSize = 4 * 4 * kRow;
   static constexpr int kOutChannels = 32;  // 32 KB of weights, most of L1
 
@@ -154,7 +159,10 @@ struct NarrowBlock {
         const __m512 g = _mm512_set1_ps(gradients[oc]);
         const float* w = weights + (oc * 4 + codes[oc]) * (4 * kRow);
         FUSEDCNN_UNROLL
-        for (int r = 0; r < 4; ++r) patch[r] += g * load(w + r * kRow);
+        for (int r = 0; r < 4; ++r) {
+          // Only pixels under a tap: elsewhere an infinite gradient would meet a zero.
+          patch[r] = _mm512_mask3_fmadd_ps(g, load(w + r * kRow), patch[r], kTaps[codes[oc]][r]);
+        }
       }
       FUSEDCNN_UNROLL
       for (int r = 0; r < 4; ++r) left[r] += patch[r];
