@@ -39,7 +39,7 @@ struct ForwardArgs {
   const void* bias;  // null: none
   int64_t bias_stride;
   void* output;
-  void* code;              // null: not wanted
+  void* code;  // null: not wanted
   // The code's too. Contiguous or channels_last, without gaps: what the operator allocates.
   Strides output_strides;
 };
