@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 # A result may be this many times as far from the float64 reference as the stock layers are. Four is
-# for the largest Winograd kernel, which selection may choose; the tests hold every kernel to its own
-# bound, two for the rest.
+# for the largest Winograd kernel, which selection may choose; the tests hold every kernel to its
+# own bound, two for the rest.
 ALLOWED_ERROR_RATIO = 4.0
 
 # Where even the stock layers miss the reference by more than this part of its norm, the two do not
