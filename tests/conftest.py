@@ -35,7 +35,7 @@ def restore_threads():
 
 
 @pytest.fixture
-def exact_kernels():
-    """Rule out the kernels that round small integers (see `exact` in build_info)."""
+def exact():
+    """Only kernels whose results on small integers are exact."""
     with fusedcnn.backends.winograd.flags(enabled=False):
         yield

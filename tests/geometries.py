@@ -209,7 +209,25 @@ def _specialised() -> list[Block]:
         Block(f"channels{c}to{out}", (1, c, 8, 6), out, padding=1)
         for c, out in ((15, 31), (16, 16), (17, 17), (20, 7), (31, 48), (33, 64), (64, 40))
     ]
-    return maps + channels + wide
+    wide_maps = [
+        Block(f"wide_map{h}x{w}_p{p}", (1, 16, h, w), 17, padding=p)
+        for h, w, p in (
+            (4, 4, 0),
+            (4, 4, 1),
+            (5, 7, 1),
+            (6, 9, 0),
+            (7, 6, 2),
+            (9, 10, 1),
+            (11, 13, 0),
+            (12, 12, 2),
+            (13, 34, 1),
+            (4, 67, 1),
+            (18, 5, 2),
+            (10, 16, 1),
+            (8, 33, 1),
+        )
+    ]
+    return maps + channels + wide + wide_maps
 
 
 BLOCKS: list[Block] = [

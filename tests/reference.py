@@ -172,6 +172,13 @@ def _gradients(block: Block, operands: Operands, plane_gradient: Tensor) -> tupl
     return *grads, plane_gradient.sum(others)
 
 
+def gradients_of_winners(block: Block, operands: Operands, code: Tensor) -> tuple[Tensor, ...]:
+    """Input, weight and bias gradients, in float64, of the winners that a forward picked."""
+    wide = operands.map(Tensor.double)
+    shape = _shapes(block)[0]
+    return _gradients(block, wide, _plane_gradient(block, code, wide.grad_output, shape))
+
+
 # ---- stock layers and reference -----------------------------------------------------------------
 
 
@@ -262,8 +269,7 @@ def float_case(name: str, dtype: torch.dtype) -> FloatCase:
     wide = operands.map(Tensor.double)
     plane = block.conv(*wide[:3])
     output = F.max_pool2d(F.relu(plane), *block.pool_arguments)
-    gradient = _plane_gradient(block, stock.code, wide.grad_output, plane.shape)
-    gradients = _gradients(block, wide, gradient)
+    gradients = gradients_of_winners(block, operands, stock.code)
     # How many terms each sum has; where no gradient flows, a term is zero and rounds nothing.
     taps = math.prod(block.weight[2:])
     pixels = output.numel() // block.out_channels

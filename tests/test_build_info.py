@@ -122,6 +122,32 @@ def test_a_forced_kernel_that_does_not_cover_a_call(kernel):
     assert conv_relu_max_pool2d(input, weight, groups=2).shape == (1, 2, 8, 8)
 
 
+def test_winograd_switch():
+    """Off, the direct kernel's very bits come out; what was set before comes back."""
+    winograd = fusedcnn.backends.winograd
+    input, weight = torch.randn(1, 16, 16, 16), torch.randn(32, 16, 3, 3)
+
+    def output():
+        return conv_relu_max_pool2d(input, weight, padding=1)
+
+    assert winograd.enabled
+    assert build_info()["winograd"] is True
+    by_default = output()
+    with _ops.force(kernel="general"):
+        direct = output()
+    with winograd.flags(enabled=False):
+        assert build_info()["winograd"] is False
+        assert torch.equal(output(), direct)
+        with winograd.flags(enabled=True):
+            assert torch.equal(output(), by_default)
+        assert not winograd.enabled
+    assert winograd.enabled
+    assert not torch.equal(by_default, direct)  # or this test has compared nothing
+    with pytest.raises(TypeError, match="enabled"):
+        winograd.enabled = 1
+    assert winograd.enabled
+
+
 def test_stock_calls_are_counted_and_logged_once(caplog):
     """What the stock layers compute instead is never silent."""
     # A meta tensor stands for any device without a kernel.

@@ -11,6 +11,8 @@ import torch
 from fusedcnn import ConvReLUMaxPool2d
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.usefixtures("exact")
+
 
 def integers(shape: tuple[int, ...]) -> Tensor:
     """Small integers: all that is computed from them is exact in float32."""

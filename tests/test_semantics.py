@@ -11,8 +11,7 @@ from geometries import DTYPES, Block, by_name, dtype_name
 from reference import exact_case, integer_operands
 from torch import Tensor
 
-# Integers are compared for equality.
-pytestmark = pytest.mark.usefixtures("exact_kernels")
+pytestmark = pytest.mark.usefixtures("exact")
 
 # Bytes held for the backward are counted on both blocks of the SimpleCNN.
 SIMPLE_CNN = ("simplecnn1_n5", "simplecnn2_n5")

@@ -7,43 +7,46 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from forcing import KERNELS, run_everywhere, run_pass
 from fusedcnn import conv_relu_max_pool2d
 from geometries import DTYPES, Block, by_name, dtype_name
-from reference import Operands, exact_case, integer_operands, with_layout
+from reference import GRADS, Operands, exact_case, integer_operands, normal_operands, with_layout
 from torch import Tensor
-
-# Integers are compared for equality.
-pytestmark = pytest.mark.usefixtures("exact_kernels")
 
 NAN, INF = math.nan, math.inf
 
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 # A specialised shape with full and with ragged vectors, and two that only the general kernel runs.
 over_blocks = pytest.mark.parametrize(
-    "name", ["simplecnn1_n2", "channels3to17", "kernel5x5", "pool3_stride2", "pool3_padding1"]
+    "name",
+    [
+        "simplecnn1_n2",
+        "channels16to16",
+        "channels3to17",
+        "kernel5x5",
+        "pool3_stride2",
+        "pool3_padding1",
+    ],
 )
 
 
-def both(block: Block, operands: Operands) -> tuple[list[Tensor], list[Tensor]]:
-    """Output and gradients of the fused block, and of the stock layers."""
-
-    def results(function):
-        leaves = [t.detach().clone().requires_grad_() for t in operands[:3]]
-        output = function(*leaves)
-        output.backward(operands.grad_output)
-        return [output.detach(), *(leaf.grad for leaf in leaves)]
-
-    def fused(*tensors):
-        return conv_relu_max_pool2d(*tensors, *block.conv_arguments, **block.fused_keywords)
-
-    return results(fused), results(block.stock)
+def stock(block: Block, operands: Operands) -> dict[str, Tensor]:
+    """Output and gradients of the stock layers, by name."""
+    leaves = [t.detach().clone().requires_grad_() for t in operands[:3]]
+    output = block.stock(*leaves)
+    output.backward(operands.grad_output)
+    grads = dict(zip(GRADS, (leaf.grad for leaf in leaves), strict=True))
+    return {"output": output.detach(), **grads}
 
 
-def assert_all_equal(results: list[Tensor], expected: list[Tensor]) -> None:
-    for name, result, right in zip(
-        ("output", "grad_input", "grad_weight", "grad_bias"), results, expected, strict=True
-    ):
-        assert torch.equal(result, right), name
+def assert_equal_everywhere(
+    block: Block, operands: Operands, expected: dict[str, Tensor], exact_only: bool = True
+) -> None:
+    """Every kernel's results are `expected`, to the bit but for the sign of 0."""
+    for ran, results in run_everywhere(block, operands, exact_only):
+        for name, result in results.items():
+            if name in expected:
+                assert torch.equal(result, expected[name]), (ran, name)
 
 
 @over_dtypes
@@ -55,9 +58,9 @@ def test_every_window_tied(name, dtype):
     operands = operands._replace(
         weight=torch.zeros_like(operands.weight), bias=torch.ones_like(operands.bias)
     )
-    results, expected = both(block, operands)
-    assert results[0].eq(1).all()
-    assert_all_equal(results, expected)
+    expected = stock(block, operands)
+    assert expected["output"].eq(1).all()
+    assert_equal_everywhere(block, operands, expected, exact_only=False)
 
 
 @over_dtypes
@@ -69,30 +72,30 @@ def test_all_windows_zero(name, dtype):
     operands = operands._replace(
         input=torch.zeros_like(operands.input), bias=torch.zeros_like(operands.bias)
     )
-    results, expected = both(block, operands)
-    assert all(result.eq(0).all() for result in results)
-    assert_all_equal(results, expected)
+    expected = stock(block, operands)
+    assert all(result.eq(0).all() for result in expected.values())
+    assert_equal_everywhere(block, operands, expected, exact_only=False)
 
 
 @over_dtypes
-def test_negative_zero(dtype):
+@over_blocks
+def test_negative_zero(name, dtype):
     """-0.0 is 0: no gradient, whether it comes from a product or from a bias."""
-    block = by_name("simplecnn2_n2")
+    block = by_name(name)
     operands = integer_operands(block, dtype)
     operands = operands._replace(
         input=torch.full_like(operands.input, -0.0),
         weight=operands.weight.abs(),
         bias=torch.full_like(operands.bias, -0.0),
     )
-    results, expected = both(block, operands)
-    assert results[0].eq(0).all()
-    assert all(grad.eq(0).all() for grad in results[1:])
-    assert_all_equal(results, expected)
+    expected = stock(block, operands)
+    assert all(result.eq(0).all() for result in expected.values())
+    assert_equal_everywhere(block, operands, expected, exact_only=False)
 
 
 @over_blocks
 def test_tied_pairs_in_every_place(name):
-    """Two equal maxima, at every pair of places of a window: the first in row order wins."""
+    """Equal maxima at random places of the windows: the first in row order wins."""
     block = by_name(name)
     operands, _ = exact_case(name, torch.float32)
     for seed in range(5):
@@ -100,13 +103,12 @@ def test_tied_pairs_in_every_place(name):
         bits = torch.randint(0, 2, operands.input.shape, generator=generator).float()
         centre = torch.zeros_like(operands.weight)
         centre[:, 0, centre.shape[2] // 2, centre.shape[3] // 2] = 1
-        results, expected = both(block, operands._replace(input=bits, weight=centre))
-        assert_all_equal(results, expected)
+        tied = operands._replace(input=bits, weight=centre)
+        assert_equal_everywhere(block, tied, stock(block, tied))
 
 
-def specials(block: Block, which: str, value: float, dtype: torch.dtype) -> Operands:
-    """Integer operands with `value` at a few places of `which`."""
-    operands = integer_operands(block, dtype)
+def with_specials(block: Block, which: str, value: float, operands: Operands) -> Operands:
+    """The operands with `value` at a few places of one of them."""
     tensor = getattr(operands, which).clone()
     tensor.view(-1)[3 :: max(7, tensor.numel() // 5)] = value
     return operands._replace(**{which: tensor})
@@ -121,7 +123,7 @@ def test_special_values(which, value, name, dtype):
 
     The reference is the stock layers in float32: in bfloat16 their convolution spreads a NaN to
     pixels that do not see it. And they part among themselves on whether padding times a NaN weight
-    is NaN, so there is no padding where the weight is special (see the next test).
+    is NaN, so there is no padding where the weight is special (see the next test but one).
 
     Their backward is dense: it multiplies the zero gradients of elements that did not win by input
     and weight as well, and 0 * NaN is NaN. The fused backward does not touch what did not win. So
@@ -132,39 +134,67 @@ def test_special_values(which, value, name, dtype):
     block = by_name(name)
     if which == "weight":
         block = block._replace(padding=0)
-    operands = specials(block, which, value, dtype)
-    output, grad_input, grad_weight, grad_bias = both(block, operands)[0]
-    expected = [t.to(dtype) for t in both(block, operands.map(Tensor.float))[1]]
-    torch.testing.assert_close(output, expected[0], rtol=0, atol=0, equal_nan=True)
-    # grad_bias adds up what arrived: equal only if gradients went to live windows alone.
-    assert torch.equal(grad_bias, expected[3])
-    for grad, right, factor in (
-        (grad_input, expected[1], operands.weight),
-        (grad_weight, expected[2], operands.input),
-    ):
-        agree = (grad == right) | (grad.isnan() & right.isnan())
-        if not factor.isfinite().all():
-            agree |= right.isnan()
-            if block.pool_stride not in (None, block.pool):
-                agree |= ~grad.isfinite() & right.isinf()
-        assert agree.all()
+    operands = with_specials(block, which, value, integer_operands(block, dtype))
+    expected = stock(block, operands.map(Tensor.float))
+    overlapping = block.pool_stride not in (None, block.pool)
+    factors = {"grad_input": operands.weight, "grad_weight": operands.input}
+    for ran, results in run_everywhere(block, operands):
+        results.pop("code", None)
+        for result_name, result in results.items():
+            right = expected[result_name].to(dtype)
+            agree = (result == right) | (result.isnan() & right.isnan())
+            if result_name in factors and not factors[result_name].isfinite().all():
+                agree |= right.isnan()
+                if overlapping:
+                    agree |= ~result.isfinite() & right.isinf()
+            assert agree.all(), (ran, result_name)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF, 1e38, -1e38])
+@pytest.mark.parametrize("which", ["input", "weight"])
+@pytest.mark.parametrize("name", ["simplecnn1_n2", "simplecnn2_n2", "wide_map13x34_p1", "vgg64"])
+def test_special_values_stay_where_they_belong(name, which, value):
+    """The same among random floats, for kernels that round: they mix pixels in their transforms.
+
+    NaN and infinities in the same places; what is finite, within the bound of the same operands
+    without the special ones where those do not reach.
+    """
+    block = by_name(name)
+    if which == "weight":
+        block = block._replace(padding=0)
+    plain = normal_operands(block, torch.float32)
+    operands = with_specials(block, which, value, plain)
+    expected = block.stock(*operands[:3])
+    untouched = expected == block.stock(*plain[:3])
+    wide = block.stock(*operands.map(Tensor.double)[:3])
+    usual = block.stock(*plain.map(Tensor.double)[:3])
+    error = (block.stock(*plain[:3]) - usual).abs().max()
+    for forced in (f for f in KERNELS if f.pass_name == "forward"):
+        results = run_pass(forced, block, operands)
+        if results is None:
+            continue
+        output = results["output"]
+        assert torch.equal(output.isnan(), expected.isnan()), str(forced)
+        assert torch.equal(output.isinf(), expected.isinf()), str(forced)
+        assert (output - wide)[untouched].abs().max() <= 5 * error, str(forced)
 
 
 @pytest.mark.parametrize("name", ["simplecnn1_n2", "kernel5x5"])
 def test_nan_weight_over_padding(name):
     """A NaN tap spoils what it meets a pixel in; where it meets padding, torch has it both ways."""
     block = by_name(name)
-    operands = specials(block, "weight", NAN, torch.float32)
-    output = both(block, operands)[0][0]
+    operands = with_specials(block, "weight", NAN, integer_operands(block, torch.float32))
     tap = operands.weight.isnan().float()
     unpadded = torch.ones_like(operands.input)
     padded = F.pad(unpadded, [block.padding] * 4, value=1.0)
     spoilt = F.max_pool2d(block.conv(unpadded, tap, None), *block.pool_arguments) > 0
     may_be = F.max_pool2d(F.conv2d(padded, tap), *block.pool_arguments) > 0
-    assert output[spoilt].isnan().all()
-    assert output[~may_be].isfinite().all()
     expected = block.stock(operands.input, operands.weight.nan_to_num(0), operands.bias)
-    assert torch.equal(output[~may_be], expected[~may_be])
+    for ran, results in run_everywhere(block, operands):
+        if "output" in results:
+            output = results["output"]
+            assert output[spoilt].isnan().all(), ran
+            assert torch.equal(output[~may_be], expected[~may_be]), ran
 
 
 def test_the_last_nan_of_a_window_takes_the_gradient():
@@ -175,19 +205,20 @@ def test_the_last_nan_of_a_window_takes_the_gradient():
     assert torch.equal(input.grad, torch.tensor([[[[0.0, 0.0], [1.0, 0.0]]]]))
 
 
-def test_nan_stays_in_its_image_and_channel():
-    """A NaN spreads no further than the windows that see it: vectors hold many channels."""
+def test_nan_stays_in_its_channel():
+    """A NaN spreads no further than the output channel that it belongs to: vectors hold many."""
     block = by_name("simplecnn2_n2")
     operands = integer_operands(block, torch.float32)
     weight = operands.weight.clone()
     weight[5, 3, 1, 1] = NAN  # the middle tap, which meets no padding
-    results, expected = both(block, operands._replace(weight=weight))
-    spoilt = results[0].isnan().flatten(2).any(2)
-    assert spoilt[:, 5].all()
-    assert spoilt.sum() == block.input[0]
-    assert torch.equal(results[0].isnan(), expected[0].isnan())
-    # And in the gradients: grad_weight does not read the weight.
-    assert torch.equal(results[2], expected[2])
+    operands = operands._replace(weight=weight)
+    expected = stock(block, operands)
+    assert expected["output"].isnan().sum() == expected["output"][:, 5].numel()
+    for ran, results in run_everywhere(block, operands, exact_only=False):
+        if "output" in results:
+            assert torch.equal(results["output"].isnan(), expected["output"].isnan()), ran
+        if "grad_weight" in results and "winograd4" not in ran:  # which does not read the weight
+            assert torch.equal(results["grad_weight"], expected["grad_weight"]), ran
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -208,10 +239,11 @@ def test_overflow_and_the_smallest_numbers(dtype, layout):
         bias=operands.bias * limits.tiny,
     )
     for case in (overflowing, smallest):
-        results, expected = both(block, case)
-        assert torch.equal(results[0], expected[0])
-        assert torch.equal(results[3], expected[3])
-    assert both(block, overflowing)[0][0].isinf().sum() == results[0].numel() / 2
+        expected = stock(block, case)
+        names = ("output", "grad_bias")
+        assert_equal_everywhere(block, case, {name: expected[name] for name in names})
+    infinite = stock(block, overflowing)["output"].isinf()
+    assert infinite.sum() == infinite.numel() / 2
 
 
 def test_windows_without_an_element():
@@ -242,10 +274,5 @@ def test_garbage_around_the_operands_is_not_read(name):
         return larger[tuple(slice(1, None, 2) for _ in tensor.shape)].copy_(tensor)
 
     amid = operands.map(amid_nan)
-    geometry = block.pack()
-    op = torch.ops.fusedcnn
-    output, code = op.conv_relu_max_pool2d(*amid[:3], geometry, True)
-    assert torch.equal(output, expected.output)
-    grads = op.conv_relu_max_pool2d_backward(amid.grad_output, *amid[:2], code, geometry, 7)
-    for grad, right in zip(grads, expected[2:], strict=True):
-        assert torch.equal(grad, right)
+    expected = {"code": expected.code, **stock(block, operands)}
+    assert_equal_everywhere(block, amid, expected)
