@@ -87,7 +87,10 @@ def test_library_exports_only_its_selection(tmp_path):
     ours = [line.split(maxsplit=2)[2] for line in output.splitlines() if " fusedcnn::" in line]
     assert ours
     exported = {re.match(r"fusedcnn::cpu::(\w+)", name)[1] for name in ours}
-    expected = {"isas", "selected_isa", "force", "forced_isa", "forced_kernel", "select"}
+    expected = {
+        "isas", "selected_isa", "force", "forced_isa", "forced_kernel", "select",
+        "allow_winograd", "winograd_allowed",
+    }  # fmt: skip
     assert exported <= expected, ours
 
 
