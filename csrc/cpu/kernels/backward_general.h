@@ -118,7 +118,7 @@ FUSEDCNN_INLINE void for_tiles(int64_t runs, int64_t vectors, const Body& body) 
 // ---- grad_weight and grad_bias ------------------------------------------------------------------
 
 // Tasks to aim at: enough for a small server's threads to share.
-constexpr int64_t kTasks = 32;
+constexpr int64_t kTasks = Partials::kMost;
 
 template <typename S, typename C>
 void grad_weight_typed(const BackwardArgs& args, const ThreadPool& pool) {

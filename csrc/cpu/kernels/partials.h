@@ -9,7 +9,9 @@ namespace {
 
 // Each partial sum runs over a fixed run of images; then they are added in order.
 struct Partials {
-  static constexpr int64_t kMost = 32;  // enough for a small server's threads to share
+  // Enough for a small server's threads to share; each costs a pass over memory to clear, fill and
+  // add.
+  static constexpr int64_t kMost = 16;
   static constexpr int64_t kMostBytes = int64_t{8} << 20;
 
   int64_t batch;
