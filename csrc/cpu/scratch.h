@@ -9,7 +9,6 @@ namespace fusedcnn::cpu {
 enum class Slot : int {
   kPlanes,
   kConv,
-  kPooled,
   kPatch,
   kGradient,
   kLists,

@@ -20,6 +20,14 @@ _INT64_MAX = 2**63 - 1
 # The backward kernels index one padded image with 32 bits; this leaves room for padding.
 _MAX_IMAGE_ELEMENTS = 2**31
 
+# Asked once: torch 2.11's compiler cannot trace the question, and asking about autocast on other
+# devices (meta) is an error.
+_AUTOCAST_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "xla")
+    if torch.amp.is_autocast_available(device)
+)
+
 
 def _integers(argument: str, value: int | Sequence[int]) -> tuple[int, int]:
     """Two integers from one or two, with torch's rules."""
@@ -224,7 +232,7 @@ def conv_relu_max_pool2d(
     _check_tensors(input, weight, bias)  # what the lines below need; the operator checks the rest
     device_type = input.device.type
     if (
-        torch.amp.is_autocast_available(device_type)
+        device_type in _AUTOCAST_DEVICES
         and torch.is_autocast_enabled(device_type)
         and input.dtype != torch.float64
     ):
