@@ -18,7 +18,7 @@ class ConvReLUMaxPool2dFunction(torch.autograd.Function):
     :func:`fusedcnn.conv_relu_max_pool2d`, which checks, packs and routes.
 
     Saved for the backward: input, weight and one byte per pooled output (four where the pool
-    window has more than 255 elements). Differentiable twice.
+    window has more than 255 elements). Differentiable any number of times.
 
     A ``forward(ctx, ...)`` Function, because one with ``setup_context`` inspects its signature at
     every call (30 us). Under torch.func and torch.compile, which need the other kind,

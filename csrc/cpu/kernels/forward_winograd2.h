@@ -2,9 +2,10 @@
 //
 // One tile is one pooling window: its 4x4 input patch d gives the four convolution outputs
 //   Y = A^T [ sum over c of (G g G^T) * (B^T d B) ] A        (Lavin and Gray, 2016)
-// in 16 multiplications per input channel instead of 36. All constants are 0, +-1 and 1/2, so the
-// error is no more than the direct kernel's, integers stay exact and a constant patch gives four
-// equal outputs: ties fall as in the direct kernel. Bias, ReLU, max and code follow on registers.
+// in 16 multiplications per input channel instead of 36. All constants are 0, +-1 and 1/2, so
+// integers stay exact and a constant patch gives four equal outputs: ties fall as in the general
+// kernel. The error is near the stock layers' (measured: 0.4 times at 16 input channels, 1.0 at 64,
+// 1.6 at 128). Bias, ReLU, max and code follow on registers.
 //
 // A task owns a band of pooled rows of one image and walks its windows, numbered row by row, in
 // strips of kStripTiles:

@@ -4,9 +4,9 @@
 //   Y = A^T [ sum over c of (G g G^T) * (B^T d B) ] A        (Lavin and Gray, 2016)
 // in 36 multiplications per input channel instead of 144. The interpolation points are 0, +-a, +-b
 // and infinity with a = 1/sqrt(2), b = sqrt(2): their powers stay near 1, which keeps the error
-// five times below that of the customary 0, +-1, +-2. It is still rounding, of the size of the
-// direct kernel's: outputs that are equal in exact arithmetic may differ in the last place, so that
-// such a tie is decided by it. That and only that distinguishes `exact` kernels from this one.
+// several times below that of the customary 0, +-1, +-2. It is still two to three times the stock
+// layers': outputs that are equal in exact arithmetic may differ in the last place, so that such a
+// tie is decided by it. That and only that distinguishes `exact` kernels from this one.
 //
 // A task owns a band of pooled rows of one image; tiles are numbered row by row:
 //   X  [4 tile rows + 2][4 tile cols + 2][C']   the padded image, C' whole vectors of channels
