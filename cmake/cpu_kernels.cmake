@@ -33,7 +33,8 @@ foreach(isa IN LISTS FUSEDCNN_ISAS)
   target_link_libraries(fusedcnn_cpu_${isa} PRIVATE fusedcnn_options)
   if(isa STREQUAL avx512 AND CMAKE_CXX_COMPILER_ID STREQUAL GNU)
     # GCC 12's own intrinsic headers read an undefined vector on purpose and warn about it.
-    target_compile_options(fusedcnn_cpu_${isa} PRIVATE -Wno-maybe-uninitialized)
+    target_compile_options(fusedcnn_cpu_${isa} PRIVATE
+      -Wno-uninitialized -Wno-maybe-uninitialized)
   endif()
   target_sources(fusedcnn_cpu PRIVATE $<TARGET_OBJECTS:fusedcnn_cpu_${isa}>)
   string(APPEND FUSEDCNN_ISA_LIST "X(${isa}) ")

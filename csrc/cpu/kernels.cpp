@@ -2,6 +2,7 @@
 #include "cpu/kernel.h"
 #include "cpu/kernels/backward_general.h"
 #include "cpu/kernels/forward_general.h"
+#include "cpu/kernels/forward_winograd1d.h"
 #include "cpu/kernels/forward_winograd2.h"
 #include "cpu/kernels/forward_winograd4.h"
 #include "cpu/kernels/multiply_add_rate.h"
@@ -20,6 +21,7 @@ KernelList kernels() {
   // name, pass, exact, winograd, why_not, forward, backward
   static constexpr Kernel list[] = {
       {"winograd4", Pass::kForward, false, true, why_not_winograd4, forward_winograd4, nullptr},
+      {"winograd1d", Pass::kForward, true, true, why_not_winograd1d, forward_winograd1d, nullptr},
       {"winograd2", Pass::kForward, true, true, why_not_winograd2, forward_winograd2, nullptr},
       {"general", Pass::kForward, true, false, covers_everything, forward_general, nullptr},
 #if defined(__AVX512BW__)

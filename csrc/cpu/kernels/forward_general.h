@@ -17,8 +17,8 @@ namespace {
 // Register tile: kTileChannels x kTileVectors accumulators, one vector of input per column and one
 // broadcast weight. 32 registers: 4 x 6 + 6 + 1 = 31; a tap costs 6 loads and 4 broadcasts for 24
 // FMAs, well under the two loads a cycle that two FMA ports would outrun. 16 registers: 4 x 3.
-constexpr int kTileChannels = 4;
-constexpr int kTileVectors = kRegisters >= 32 ? 6 : 3;
+constexpr int kTileChannels = kRegisters >= 32 ? 8 : 4;
+constexpr int kTileVectors = 3;
 // Products summed in one chain. Longer sums are taken in runs of this length and added up, since
 // one long chain of additions would round several times more than the stock layers do.
 constexpr int64_t kChain = 64;
@@ -70,12 +70,8 @@ using ConvTile = void (*)(const T*, int64_t, int64_t, const int64_t*, int64_t, c
 
 template <typename T, int R>
 ConvTile<T> conv_tile_for(int64_t vectors) {
-  static constexpr ConvTile<T> tiles[] = {
-      conv_tile<T, R, 1>, conv_tile<T, R, 2>, conv_tile<T, R, 3>,
-#if defined(__AVX512F__) || defined(__aarch64__)
-      conv_tile<T, R, 4>, conv_tile<T, R, 5>, conv_tile<T, R, 6>,
-#endif
-  };
+  static constexpr ConvTile<T> tiles[] = {conv_tile<T, R, 1>, conv_tile<T, R, 2>,
+                                          conv_tile<T, R, 3>};
   static_assert(sizeof tiles / sizeof *tiles == kTileVectors);
   return tiles[vectors - 1];
 }
@@ -86,7 +82,11 @@ ConvTile<T> conv_tile_for(int64_t channels, int64_t vectors) {
     case 1: return conv_tile_for<T, 1>(vectors);
     case 2: return conv_tile_for<T, 2>(vectors);
     case 3: return conv_tile_for<T, 3>(vectors);
-    default: return conv_tile_for<T, 4>(vectors);
+    case 4: return conv_tile_for<T, 4>(vectors);
+    case 5: return conv_tile_for<T, 5>(vectors);
+    case 6: return conv_tile_for<T, 6>(vectors);
+    case 7: return conv_tile_for<T, 7>(vectors);
+    default: return conv_tile_for<T, 8>(vectors);
   }
 }
 

@@ -4,20 +4,21 @@
 //   Y = A^T [ sum over c of (G g G^T) * (B^T d B) ] A        (Lavin and Gray, 2016)
 // in 16 multiplications per input channel instead of 36. All constants are 0, +-1 and 1/2, so
 // integers stay exact and a constant patch gives four equal outputs: ties fall as in the general
-// kernel. The error is near the stock layers' (measured: 0.4 times at 16 input channels, 1.0 at 64,
-// 1.6 at 128). Bias, ReLU, max and code follow on registers.
+// kernel. The error is near the stock layers' (measured: 0.4 times at 16 input channels, 1.0 to 1.3
+// from 64 to 512). Bias, ReLU, max and code follow on registers.
 //
 // A task owns a band of pooled rows of one image and walks its windows, numbered row by row, in
-// strips of kStripTiles:
+// strips of up to kStripTiles, and input channels in runs of up to kRunChannels:
 //   R  [channels][2][4 j][band + 1][OW]         d B: even and odd input rows, transformed along w
-//   V  [4 i][channels][4 j][kTileStride]        B^T d B of one strip
+//   V  [4 i][run][4 j][kTileStride]             B^T d B of one strip and run
 //   U  [blocks][4 i][channels][4 j][Z * lanes]  weights of Z vectors of output channels
-//   Y  [tiles][Z][2][2] vectors                 the windows' outputs, summed over i
+//   Y  [blocks][tiles][Z][2][2] vectors         the windows' outputs, summed over runs and i
 // then transposes [tiles][out channels] into the output.
 #pragma once
 
 #include "cpu/kernel.h"
 #include "cpu/kernels/winograd.h"
+#include "cpu/kernels/winograd_rows.h"
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
@@ -33,13 +34,18 @@ constexpr int kWinogradTiles = kRegisters >= 32 && Z == 1 ? 6 : 3;
 // so a strip's rows of V are a vector longer.
 constexpr int64_t kStripTiles = 48;
 constexpr int64_t kTileStride = kStripTiles + 16;
+// One chain of additions over more channels than this would round more than the stock layers do,
+// and V would outgrow L2.
+constexpr int64_t kRunChannels = 64;
 
 // One call owns T tiles x Z vectors of output channels x the four j of row I of the transform:
 //   m[j][t][z] = sum over c of v[c][j][t] * u[c][j][z]
-// and adds their share of the outputs to y. v: [channels][4][kTileStride], at the first tile.
-// u: [channels][4][Z * lanes]. y: [T][Z][4] vectors.
+// and adds their share of the outputs to y, which without `add` holds nothing yet at I = 0.
+// v: [channels][4][kTileStride], at the first tile. u: [channels][4][Z * lanes]. y: [T][Z][4]
+// vectors.
 template <int I, int T, int Z>
-FUSEDCNN_NOINLINE void winograd_row(const float* v, int64_t channels, const float* u, float* y) {
+FUSEDCNN_NOINLINE void winograd_row(const float* v, int64_t channels, const float* u, float* y,
+                                    bool add) {
   constexpr int kN = kLanes<float>;
   Vector<float> m[4][T][Z];
   FUSEDCNN_UNROLL
@@ -72,19 +78,14 @@ FUSEDCNN_NOINLINE void winograd_row(const float* v, int64_t channels, const floa
       const Vector<float> right = m[1][t][z] - m[2][t][z] - m[3][t][z];
       float* out = y + (t * Z + z) * 4 * kN;
       // Rows of A^T: outputs of row 0 sum i = 0, 1, 2; those of row 1 are i1 - i2 - i3.
-      if (I == 0) {
-        store(out, left);
-        store(out + kN, right);
-      } else if (I == 1) {
-        store(out, load(out) + left);
-        store(out + kN, load(out + kN) + right);
-        store(out + 2 * kN, left);
-        store(out + 3 * kN, right);
-      } else {
-        if (I == 2) {
-          store(out, load(out) + left);
-          store(out + kN, load(out + kN) + right);
-        }
+      if (I < 3) {
+        store(out, I > 0 || add ? load(out) + left : left);
+        store(out + kN, I > 0 || add ? load(out + kN) + right : right);
+      }
+      if (I == 1) {
+        store(out + 2 * kN, add ? load(out + 2 * kN) + left : left);
+        store(out + 3 * kN, add ? load(out + 3 * kN) + right : right);
+      } else if (I > 1) {
         store(out + 2 * kN, load(out + 2 * kN) - left);
         store(out + 3 * kN, load(out + 3 * kN) - right);
       }
@@ -93,69 +94,18 @@ FUSEDCNN_NOINLINE void winograd_row(const float* v, int64_t channels, const floa
 }
 
 template <int I, int Z>
-void winograd_rows(int64_t count, const float* v, int64_t channels, const float* u, float* y) {
+void winograd_rows(int64_t count, const float* v, int64_t channels, const float* u, float* y,
+                   bool add) {
   constexpr int kT = kWinogradTiles<Z>;
   constexpr int64_t kTileSize = Z * 4 * kLanes<float>;
   int64_t t = 0;
   for (; t + kT <= count; t += kT) {
-    winograd_row<I, kT, Z>(v + t, channels, u, y + t * kTileSize);
+    winograd_row<I, kT, Z>(v + t, channels, u, y + t * kTileSize, add);
   }
   for (; t + 2 <= count; t += 2) {
-    winograd_row<I, 2, Z>(v + t, channels, u, y + t * kTileSize);
+    winograd_row<I, 2, Z>(v + t, channels, u, y + t * kTileSize, add);
   }
-  if (t < count) winograd_row<I, 1, Z>(v + t, channels, u, y + t * kTileSize);
-}
-
-// Transforms one input row along w: out[j][k] is element j of window k's row of d B. from: the
-// padded row, 2 * width + 2 elements and a vector more; to: [4] rows, `plane` elements apart. Whole
-// vectors are stored: up to one past the row.
-FUSEDCNN_INLINE void transform_row(const float* from, int64_t width, float* to, int64_t plane) {
-  constexpr int kN = kLanes<float>;
-  Vector<int32_t> even, odd;
-  FUSEDCNN_UNROLL
-  for (int l = 0; l < kN; ++l) {
-    even[l] = 2 * l;
-    odd[l] = 2 * l + 1;
-  }
-  for (int64_t k = 0; k < width; k += kN) {
-    const Vector<float> a = load(from + 2 * k), b = load(from + 2 * k + kN);
-    const Vector<float> c = load(from + 2 * k + 2), d = load(from + 2 * k + 2 + kN);
-    const Vector<float> x[4] = {__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, odd),
-                                __builtin_shuffle(c, d, even), __builtin_shuffle(c, d, odd)};
-    store(to + k, x[0] - x[2]);
-    store(to + plane + k, x[1] + x[2]);
-    store(to + 2 * plane + k, x[2] - x[1]);
-    store(to + 3 * plane + k, x[1] - x[3]);
-  }
-}
-
-// Fills R for one channel. image: [H, W] with strides; rows: scratch of [2 * band + 2][row_size],
-// zeros outside the image's columns already.
-template <typename S>
-FUSEDCNN_NOINLINE void transform_rows(const Geometry& g, const S* image, Strides strides,
-                                      int64_t first_out, int64_t band, int64_t plane,
-                                      int64_t row_size, float* rows, float* r,
-                                      RangeCheck<float>& range) {
-  RangeCheck<float> check = range;  // in a register
-  const int64_t y0 = 2 * first_out - g.h.padding;
-  const int64_t begin = smaller(2 * band + 2, larger(-y0, int64_t{0}));
-  const int64_t end = larger(begin, smaller(2 * band + 2, g.h.in - y0));
-  const int64_t width = smaller(g.w.in, 2 * g.w.out + 2 - g.w.padding);
-  // First every row in order, then every row transformed: a vector load soon after the narrower
-  // stores that it spans would wait for them.
-  for (int64_t y = begin; y < end; ++y) {
-    copy_row<S, float>(image + (y0 + y) * strides.h, strides.w, width,
-                       rows + y * row_size + g.w.padding, check);
-  }
-  for (int64_t y = 0; y < 2 * band + 2; ++y) {
-    float* to = r + y % 2 * 4 * plane + y / 2 * g.w.out;
-    if (y >= begin && y < end) {
-      transform_row(rows + y * row_size, g.w.out, to, plane);
-      continue;
-    }
-    for (int j = 0; j < 4; ++j) memset(to + j * plane, 0, g.w.out * sizeof(float));
-  }
-  range = check;
+  if (t < count) winograd_row<I, 1, Z>(v + t, channels, u, y + t * kTileSize, add);
 }
 
 // V of one channel of one strip. r: the channel's R at the strip's first window; v: at the channel.
@@ -177,16 +127,22 @@ FUSEDCNN_INLINE void transform_strip(const float* r, int64_t plane, int64_t widt
   }
 }
 
+// Adds one run of channels to one block's Y: y, at the strip's first tile. u: the block's U at the
+// run's first channel, the four i `u_row` apart.
 template <int Z>
-void strip_block(const WinogradShared& shared, int64_t channels, int64_t first, int64_t count,
-                 const float* v, float* y, float* values, uint8_t* codes) {
+void add_run(int64_t channels, int64_t count, const float* v, const float* u, int64_t u_row,
+             float* y, bool add) {
+  const int64_t v_row = channels * 4 * kTileStride;
+  winograd_rows<0, Z>(count, v, channels, u, y, add);
+  winograd_rows<1, Z>(count, v + v_row, channels, u + u_row, y, add);
+  winograd_rows<2, Z>(count, v + 2 * v_row, channels, u + 2 * u_row, y, add);
+  winograd_rows<3, Z>(count, v + 3 * v_row, channels, u + 3 * u_row, y, add);
+}
+
+template <int Z>
+void finish_block(const WinogradShared& shared, int64_t first, int64_t count, const float* y,
+                  float* values, uint8_t* codes) {
   constexpr int kN = kLanes<float>;
-  const int64_t v_row = channels * 4 * kTileStride, u_row = channels * 4 * Z * kN;
-  const float* u = shared.weights + first * channels * 16;
-  winograd_rows<0, Z>(count, v, channels, u, y);
-  winograd_rows<1, Z>(count, v + v_row, channels, u + u_row, y);
-  winograd_rows<2, Z>(count, v + 2 * v_row, channels, u + 2 * u_row, y);
-  winograd_rows<3, Z>(count, v + 3 * v_row, channels, u + 3 * u_row, y);
   for (int64_t t = 0; t < count; ++t) {
     for (int z = 0; z < Z; ++z, y += 4 * kN) {
       const Vector<float> bias = load(shared.bias + first + z * kN);
@@ -208,7 +164,7 @@ void winograd2_band(const ForwardArgs& args, const WinogradShared& shared, int64
   const int64_t channels = g.in_channels;
 
   const int64_t row_size = 2 * g.w.out + 2 + 2 * kN;
-  const int64_t rows_size = (2 * plan.band + 2) * row_size;
+  const int64_t rows_size = round_up((2 * plan.band + 2) * row_size, kN);
   const int64_t plane = round_up((plan.band + 1) * g.w.out, kN) + kN;
   float* in_order = static_cast<float*>(
       scratch(Slot::kPlanes, (rows_size + channels * 8 * plane + kN) * sizeof(float)));
@@ -225,25 +181,41 @@ void winograd2_band(const ForwardArgs& args, const WinogradShared& shared, int64
     return;
   }
 
-  const int64_t v_size = 16 * channels * kTileStride;
-  constexpr int64_t kYSize = kTileStride * kWinogradWide * 4 * kN;
+  const int64_t run = smaller(kRunChannels, channels);
+  const int64_t v_size = 16 * run * kTileStride;
+  // With a single run a block's Y is finished at once, and all blocks use the same place.
+  const int64_t y_block = channels > run ? kTileStride * 4 : 0;  // for each output channel
+  const int64_t y_size = kTileStride * 4 * (y_block ? shared.padded : int64_t{kWinogradWide * kN});
   float* v = static_cast<float*>(
-      scratch(Slot::kConv, (v_size + kYSize + 2 * kTileStride * shared.padded) * sizeof(float)));
+      scratch(Slot::kConv, (v_size + y_size + 2 * kTileStride * shared.padded) * sizeof(float)));
   float* y = v + v_size;
-  float* values = y + kYSize;
+  float* values = y + y_size;
   uint8_t* codes = reinterpret_cast<uint8_t*>(values + kTileStride * shared.padded);
 
-  for (int64_t first = 0; first < rows * g.w.out; first += kStripTiles) {
-    const int64_t count = smaller(kStripTiles, rows * g.w.out - first);
-    for (int64_t c = 0; c < channels; ++c) {
-      transform_strip(r + c * 8 * plane + first, plane, g.w.out, count, v + c * 4 * kTileStride,
-                      channels * 4 * kTileStride);
+  // Strips of equal length, rather than a short last one.
+  const int64_t windows = rows * g.w.out;
+  const int64_t strips = (windows + kStripTiles - 1) / kStripTiles;
+  const int64_t strip = (windows + strips - 1) / strips;
+  for (int64_t first = 0; first < windows; first += strip) {
+    const int64_t count = smaller(strip, windows - first);
+    for (int64_t c0 = 0; c0 < channels; c0 += run) {
+      const int64_t in_run = smaller(run, channels - c0);
+      for (int64_t c = 0; c < in_run; ++c) {
+        transform_strip(r + (c0 + c) * 8 * plane + first, plane, g.w.out, count,
+                        v + c * 4 * kTileStride, in_run * 4 * kTileStride);
+      }
+      const bool last = c0 + in_run == channels;
+      const auto block = [&]<int Z>(int64_t oc) {
+        const float* u = shared.weights + oc * channels * 16 + c0 * 4 * Z * kN;
+        add_run<Z>(in_run, count, v, u, channels * 4 * Z * kN, y + oc * y_block, c0 > 0);
+        if (last) finish_block<Z>(shared, oc, count, y + oc * y_block, values, codes);
+      };
+      int64_t oc = 0;
+      for (; oc + kWinogradWide * kN <= shared.padded; oc += kWinogradWide * kN) {
+        block.template operator()<kWinogradWide>(oc);
+      }
+      if (oc < shared.padded) block.template operator()<1>(oc);
     }
-    int64_t oc = 0;
-    for (; oc + kWinogradWide * kN <= shared.padded; oc += kWinogradWide * kN) {
-      strip_block<kWinogradWide>(shared, channels, oc, count, v, y, values, codes);
-    }
-    if (oc < shared.padded) strip_block<1>(shared, channels, oc, count, v, y, values, codes);
     const int64_t at = n * args.output_strides.n + first_out * args.output_strides.h +
                        first * args.output_strides.w;
     write_strip(values, shared.padded, count, g.out_channels, static_cast<S*>(args.output) + at,
@@ -287,9 +259,9 @@ struct Winograd2Transform {
 };
 
 const char* why_not_winograd2(const Problem& problem) {
-  // More channels than this, in one chain of additions, would bring the error near twice the stock
-  // layers' (measured: 1.6 times at 128, 2.4 times at 256).
-  if (problem.geometry.in_channels > 128) return "too many input channels for its accuracy";
+  if (problem.geometry.out_channels < kLanes<float> / 2) {
+    return "too few output channels to fill a vector";
+  }
   return why_not_winograd(problem);
 }
 

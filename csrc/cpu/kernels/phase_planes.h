@@ -8,19 +8,26 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-// Watches values on their way for any beyond a limit, infinite or NaN.
+// Watches values on their way for any beyond a limit, infinite or NaN. As integers, the bits of
+// magnitudes are in the order of the magnitudes, infinity and then NaN the largest.
 template <typename T>
 struct RangeCheck {
-  Vector<T> limit;
-  Vector<Int<T>> fine = Vector<Int<T>>{} - 1;
+  T most;
+  Vector<Int<T>> largest = {};
 
-  explicit RangeCheck(T most) : limit(broadcast(most)) {}
+  explicit RangeCheck(T most) : most(most) {}
 
-  FUSEDCNN_INLINE void see(Vector<T> x) { fine &= (x <= limit) & (x >= -limit); }
+  FUSEDCNN_INLINE void see(Vector<T> x) {
+    constexpr auto kMagnitude = static_cast<Int<T>>(~(uint64_t{1} << (8 * sizeof(T) - 1)));
+    const Vector<Int<T>> bits = (Vector<Int<T>>)x & kMagnitude;
+    largest = bits > largest ? bits : largest;
+  }
 
   bool passed() const {
+    Int<T> limit;
+    memcpy(&limit, &most, sizeof limit);
     bool all = true;
-    for (int l = 0; l < kLanes<T>; ++l) all &= fine[l] != 0;
+    for (int l = 0; l < kLanes<T>; ++l) all &= largest[l] <= limit;
     return all;
   }
 };

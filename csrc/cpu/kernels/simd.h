@@ -105,6 +105,16 @@ FUSEDCNN_INLINE T larger(T a, T b) {
   return a < b ? b : a;
 }
 
+// The larger of each lane; b where either is NaN. Written so that it does not wait for a comparison
+// of the same operands.
+FUSEDCNN_INLINE Vector<float> maximum(Vector<float> a, Vector<float> b) {
+#if defined(__AVX512F__)
+  return (Vector<float>)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 FUSEDCNN_INLINE int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }

@@ -33,22 +33,18 @@ struct WinogradShared {
 // A byte for every lane.
 typedef uint8_t LaneBytes __attribute__((vector_size(kLanes<float>)));
 
-// Max, ReLU and code of one window for one vector of output channels, bias included already.
-// values, codes: [lanes].
+// Max, ReLU and code of one window, or of one for every lane, from its four outputs. The first
+// maximum wins; there is no NaN. codes: where to, or null.
 FUSEDCNN_INLINE void finish_window(Vector<float> e0, Vector<float> e1, Vector<float> e2,
                                    Vector<float> e3, float* values, uint8_t* codes) {
-  const Vector<float> others[3] = {e1, e2, e3};
-  Vector<float> best = e0;
-  Vector<int32_t> winner = {};
-  FUSEDCNN_UNROLL
-  for (int e = 0; e < 3; ++e) {
-    const auto wins = others[e] > best;  // the first maximum wins
-    best = wins ? others[e] : best;
-    winner = wins ? broadcast<int32_t>(e + 1) : winner;
-  }
-  const auto off = best <= Vector<float>{};
-  store(values, off ? Vector<float>{} : best);
-  winner = off ? broadcast<int32_t>(kOff<uint8_t>) : winner;
+  const Vector<float> top = maximum(e1, e0), bottom = maximum(e3, e2);
+  const Vector<float> best = maximum(bottom, top);
+  store(values, maximum(best, Vector<float>{}));
+  if (!codes) return;
+  const Vector<int32_t> in_top = e1 > e0 ? broadcast<int32_t>(1) : Vector<int32_t>{};
+  const Vector<int32_t> in_bottom = e3 > e2 ? broadcast<int32_t>(3) : broadcast<int32_t>(2);
+  Vector<int32_t> winner = bottom > top ? in_bottom : in_top;
+  winner = best > Vector<float>{} ? winner : broadcast<int32_t>(kOff<uint8_t>);
   const LaneBytes bytes = __builtin_convertvector(winner, LaneBytes);
   memcpy(codes, &bytes, sizeof bytes);
 }
@@ -110,6 +106,23 @@ void transform_weights(const float* taps, int64_t channels, int64_t padded, floa
   }
 }
 
+// Runs `band` over all bands, and the general kernel over those that it refuses. checked: elements
+// from `shared.weights` on, the bias among them, in whole vectors.
+template <typename S>
+void run_winograd(const ForwardArgs& args, const ThreadPool& pool, const WinogradShared& shared,
+                  int64_t checked,
+                  void (*band)(const ForwardArgs&, const WinogradShared&, int64_t)) {
+  const int64_t bands = args.geometry.batch * shared.plan.bands(args.geometry);
+  RangeCheck<float> range(kModerate);  // so that no NaN arises here and none is passed on
+  for (int64_t k = 0; k < checked; k += kLanes<float>) range.see(load(shared.weights + k));
+  if (!range.passed()) return forward_general(args, pool);
+  memset(shared.immoderate, 0, bands);
+  parallel_tasks(pool, bands, [&](int64_t task) { band(args, shared, task); });
+  if (memchr(shared.immoderate, 1, bands)) {
+    forward_general_bands<S, uint8_t>(args, pool, shared.immoderate);
+  }
+}
+
 template <typename Transform, typename S>
 void forward_winograd_typed(const ForwardArgs& args, const ThreadPool& pool) {
   const Geometry& g = args.geometry;
@@ -129,14 +142,8 @@ void forward_winograd_typed(const ForwardArgs& args, const ThreadPool& pool) {
     const bool real = args.bias && oc < g.out_channels;
     bias[oc] = real ? widen(static_cast<const S*>(args.bias)[oc * args.bias_stride]) : 0.0f;
   }
-  RangeCheck<float> range(kModerate);  // so that no NaN arises here and none is passed on
-  for (int64_t k = 0; k < u_size + padded; k += kLanes<float>) range.see(load(weights + k));
-  if (!range.passed()) return forward_general(args, pool);
-  memset(immoderate, 0, bands);
-  const WinogradShared shared{plan, weights, bias, padded, immoderate};
-  parallel_tasks(pool, bands,
-                 [&](int64_t task) { Transform::template band<S>(args, shared, task); });
-  if (memchr(immoderate, 1, bands)) forward_general_bands<S, uint8_t>(args, pool, immoderate);
+  run_winograd<S>(args, pool, {plan, weights, bias, padded, immoderate}, u_size + padded,
+                  Transform::template band<S>);
 }
 
 template <typename Transform>
@@ -153,7 +160,6 @@ const char* why_not_winograd(const Problem& problem) {
   const Geometry& g = problem.geometry;
   if (problem.wide_code) return "writes codes of one byte";
   if (g.h.out * 2 > g.h.conv || g.w.out * 2 > g.w.conv) return "a window reaches over the edge";
-  if (g.out_channels < kLanes<float> / 2) return "too few output channels to fill a vector";
   return why_not_windows(problem);
 }
 

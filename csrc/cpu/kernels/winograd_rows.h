@@ -1,0 +1,64 @@
+// F(2, 3) along the rows of the input: what the two kernels with tiles of two columns begin with.
+#pragma once
+
+#include "cpu/kernel.h"
+#include "cpu/kernels/phase_planes.h"
+#include "cpu/kernels/simd.h"
+
+namespace fusedcnn::cpu::FUSEDCNN_ISA {
+namespace {
+
+// Transforms one input row along w: out[j][k] is element j of window k's row of d B. from: the
+// padded row, 2 * width + 2 elements and a vector more; to: [4] rows, `plane` elements apart. Whole
+// vectors are stored: up to one past the row.
+FUSEDCNN_INLINE void transform_row(const float* from, int64_t width, float* to, int64_t plane) {
+  constexpr int kN = kLanes<float>;
+  Vector<int32_t> even, odd;
+  FUSEDCNN_UNROLL
+  for (int l = 0; l < kN; ++l) {
+    even[l] = 2 * l;
+    odd[l] = 2 * l + 1;
+  }
+  for (int64_t k = 0; k < width; k += kN) {
+    const Vector<float> a = load(from + 2 * k), b = load(from + 2 * k + kN);
+    const Vector<float> c = load(from + 2 * k + 2), d = load(from + 2 * k + 2 + kN);
+    const Vector<float> x[4] = {__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, odd),
+                                __builtin_shuffle(c, d, even), __builtin_shuffle(c, d, odd)};
+    store(to + k, x[0] - x[2]);
+    store(to + plane + k, x[1] + x[2]);
+    store(to + 2 * plane + k, x[2] - x[1]);
+    store(to + 3 * plane + k, x[1] - x[3]);
+  }
+}
+
+// Fills R for one channel. image: [H, W] with strides; rows: scratch of [2 * band + 2][row_size],
+// zeros outside the image's columns already.
+template <typename S>
+FUSEDCNN_NOINLINE void transform_rows(const Geometry& g, const S* image, Strides strides,
+                                      int64_t first_out, int64_t band, int64_t plane,
+                                      int64_t row_size, float* rows, float* r,
+                                      RangeCheck<float>& range) {
+  RangeCheck<float> check = range;  // in a register
+  const int64_t y0 = 2 * first_out - g.h.padding;
+  const int64_t begin = smaller(2 * band + 2, larger(-y0, int64_t{0}));
+  const int64_t end = larger(begin, smaller(2 * band + 2, g.h.in - y0));
+  const int64_t width = smaller(g.w.in, 2 * g.w.out + 2 - g.w.padding);
+  // First every row in order, then every row transformed: a vector load soon after the narrower
+  // stores that it spans would wait for them.
+  for (int64_t y = begin; y < end; ++y) {
+    copy_row<S, float>(image + (y0 + y) * strides.h, strides.w, width,
+                       rows + y * row_size + g.w.padding, check);
+  }
+  for (int64_t y = 0; y < 2 * band + 2; ++y) {
+    float* to = r + y % 2 * 4 * plane + y / 2 * g.w.out;
+    if (y >= begin && y < end) {
+      transform_row(rows + y * row_size, g.w.out, to, plane);
+      continue;
+    }
+    for (int j = 0; j < 4; ++j) memset(to + j * plane, 0, g.w.out * sizeof(float));
+  }
+  range = check;
+}
+
+}  // namespace
+}  // namespace fusedcnn::cpu::FUSEDCNN_ISA
