@@ -2,7 +2,7 @@
 
     python benchmarks/bench_block.py                              # about two minutes on two cores
     python benchmarks/bench_block.py --cases block1-forward --batch-sizes 64 --threads 1
-    python benchmarks/bench_block.py --batch-sizes 1 4 64 256 --threads 1 1 2 2
+    python benchmarks/bench_block.py --batch-sizes 1 4 64 256 --threads 1 1 2 2   # some four
     python benchmarks/bench_block.py --json bench.json --plot bench.png
 
 Needs torch and fusedcnn. With rich and tqdm the output is nicer (``fusedcnn[bench]``), ``--plot``

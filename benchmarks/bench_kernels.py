@@ -1,4 +1,4 @@
-"""Kernels by name on any block, and real blocks beside the stock layers.
+r"""Kernels by name on any block, and real blocks beside the stock layers.
 
     python benchmarks/bench_kernels.py                          # every kernel of SimpleCNN's blocks
     python benchmarks/bench_kernels.py alexnet-2 --isa avx2 avx512 --passes forward

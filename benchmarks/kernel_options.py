@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from arguments import (
     add_batch_arguments,
     add_timing_arguments,
     check_writable,
+    integer,
     pair_runs,
 )
 from blocks import BLOCKS, BY_NAME, Block, Pair
@@ -23,6 +25,7 @@ from fusedcnn._ops import force
 from passes import PASSES
 
 SMALL_BATCH = 1  # see arguments.py
+MAX_CHANNELS = 65536
 LAYOUTS = ("contiguous", "channels_last")
 
 # Options that describe a block of the user's own: argument, field of Block, help.
@@ -139,12 +142,15 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("a block of your own; sizes are N or HxW").add_argument
     add("--shape", type=_shape, metavar="[Nx]CxHxW",
         help="of the input, such as 64x3x32x32; without N, --batch-sizes say how many images")
-    add("--out-channels", type=int, metavar="N", help="of the convolution; needed with --shape")
-    add("--groups", type=int, metavar="N", help="of the convolution (default: 1)")
+    add("--out-channels", type=integer(1, MAX_CHANNELS), metavar="N",
+        help="of the convolution; needed with --shape")
+    add("--groups", type=integer(1, MAX_CHANNELS), metavar="N",
+        help="of the convolution (default: 1)")
     for argument, field, text in SIZES:
         value = getattr(Block, field, None)  # the field's default
         shown = f" (default: {value[0]})" if value else ""
-        add(argument, dest=field, type=_pair, metavar="SIZE", help=text + shown)
+        low = 0 if "padding" in field else 1
+        add(argument, dest=field, type=_pair(low), metavar="SIZE", help=text + shown)
     add("--ceil-mode", action="store_true", help="round the pooled size up")
     # fmt: on
     return parser
@@ -215,11 +221,18 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split("x")))
 
 
-def _pair(text: str) -> Pair:
-    if not re.fullmatch(r"\d+(x\d+)?", text):
-        raise argparse.ArgumentTypeError(f"expected N or HxW, such as 3 or 3x5, got {text!r}")
-    sizes = tuple(map(int, text.split("x")))
-    return (sizes[0], sizes[-1])
+def _pair(low: int) -> Callable[[str], Pair]:
+    """Return an argument type: one size or two, from low."""
+
+    def pair(text: str) -> Pair:
+        sizes = text.split("x")
+        if not re.fullmatch(r"\d+(x\d+)?", text) or min(map(int, sizes)) < low:
+            raise argparse.ArgumentTypeError(
+                f"expected N or HxW from {low}, such as 3 or 3x5, got {text!r}"
+            )
+        return (int(sizes[0]), int(sizes[-1]))
+
+    return pair
 
 
 def _print_list() -> None:

@@ -161,10 +161,10 @@ def _print_plain_table(header: tuple[str, ...], groups: list[list[tuple[str, ...
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:
-    """Write the whole report, lists of plain values on one line each."""
+    """Write the whole report, lists and dicts of plain values on one line each."""
     text = json.dumps(report, indent=1)
     # A line end inside a string is escaped, so that these are the document's own.
-    text = re.sub(r"\[\n[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), text)
+    text = re.sub(r"[\[{]\n[^\[\]{}]*[\]}]", lambda match: " ".join(match[0].split()), text)
     path.write_text(text + "\n")
 
 
