@@ -2,6 +2,7 @@
 
     python benchmarks/bench_block.py                              # about two minutes on two cores
     python benchmarks/bench_block.py --cases block1-forward --batch-sizes 64 --threads 1
+    python benchmarks/bench_block.py --batch-sizes 1 4 64 256 --threads 1 1 2 2   # some four
     python benchmarks/bench_block.py --json bench.json --plot bench.png
 
 Needs torch and fusedcnn. With rich and tqdm the output is nicer (``fusedcnn[bench]``), ``--plot``
@@ -19,28 +20,27 @@ Exit status: 0; 1 where a result was wrong or fused could not run; 2 for bad arg
 
 from __future__ import annotations
 
-import statistics
 import sys
 from typing import Any
 
 import fusedcnn
 import torch
-from agreement import compare, describe
+from agreement import compare
+from arguments import Run
 from cases import CASES, Case, Problem
-from contenders import CONTENDERS, Contender, Ready, prepare
+from contenders import CONTENDERS, Contender, Ready, judge, time_contenders, try_prepare
 from fusedcnn._ops import force
 from limits import describe_machine, measure_limits
 from options import Options, parse
 from progress import Progress
 from report import print_report, write_json, write_plot
 from saved_bytes import measure_saved_bytes
-from timing import speedup, summarize, time_by_turns
+from timing import against_best, summarize
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     options = parse(arguments)
-    torch.set_num_threads(options.threads)  # torch.compile bakes it in
     report = run(options)
     print_report(report)
     if options.json:
@@ -58,27 +58,31 @@ def run(options: Options) -> dict[str, Any]:
     """
     cases = [case for case in CASES if case.name in options.cases]
     contenders = [c for c in CONTENDERS if c.name in options.contenders]
-    turns = len(options.batch_sizes) * len(cases) * len(contenders)
-    progress = Progress(1 + turns * (1 + options.rounds))
+    turns = len(options.runs) * len(cases) * len(contenders)
+    threads = list(dict.fromkeys(run.threads for run in options.runs))
+    progress = Progress(len(threads) + turns * (1 + options.rounds))
+    limits = {}
     try:
         with force(options.isa, options.kernel):
-            progress.say("limits of the machine")
-            limits = measure_limits(options.threads, options.dtype, options.device)
-            progress.advance()
+            for count in threads:
+                progress.say(f"limits of the machine, {count} thread(s)")
+                limits[count] = measure_limits(count, options.dtype, options.device)
+                progress.advance()
             results = [
-                _run_case(case, batch_size, contenders, options, limits, progress)
-                for batch_size in options.batch_sizes
+                _run_case(case, run, contenders, options, limits[run.threads], progress)
+                for run in options.runs
                 for case in cases
             ]
     finally:
         progress.close()
-    saved = measure_saved_bytes(options.batch_sizes[0], options.dtype, options.device)
+    saved = measure_saved_bytes(
+        max(run.batch for run in options.runs), options.dtype, options.device
+    )
     statuses = {result["status"] for result in results}
     return {
         "status": next((s for s in ("wrong", "incomplete") if s in statuses), "right"),
         "options": {
-            "batch_sizes": options.batch_sizes,
-            "threads": options.threads,
+            "runs": [run._asdict() for run in options.runs],
             "dtype": str(options.dtype).removeprefix("torch."),
             "device": str(options.device),
             "cases": [case.name for case in cases],
@@ -89,8 +93,8 @@ def run(options: Options) -> dict[str, Any]:
             "rounds": options.rounds,
         },
         "machine": describe_machine(options.device),
-        "limits": limits,
-        "peak_name": _peak(limits, options.dtype)[0],
+        "limits": [{"threads": count, **rates} for count, rates in limits.items()],
+        "peak_name": _peak(limits[threads[0]], options.dtype)[0],
         "notes": _notes(options),
         "results": results,
         "saved_bytes": saved,
@@ -99,32 +103,42 @@ def run(options: Options) -> dict[str, Any]:
 
 def _run_case(
     case: Case,
-    batch_size: int,
+    run: Run,
     contenders: list[Contender],
     options: Options,
     limits: dict[str, Any],
     progress: Progress,
 ) -> dict[str, Any]:
     """Check all contenders of one case at one batch size, then time them."""
-    label = f"{case.name}, batch {batch_size}"
+    label = f"{case.name}, batch {run.batch}"
     progress.say(f"{label}: reference")
-    problem = Problem(case, batch_size, options.dtype, options.device)
+    torch.set_num_threads(run.threads)
+    problem = Problem(case, run.batch, options.dtype, options.device)
     exact, stock = problem.references()
-    rows, ready = [], {}
+    rows: list[dict[str, Any]] = []
+    ready: dict[str, Ready] = {}
     for contender in contenders:
         if contender.covers(problem):
             progress.say(f"{label}: {contender.name}")
-            row, ready_contender = _check(contender, problem, exact, stock, options.threads)
+            row, one = try_prepare(contender, problem, run.threads)
             rows.append(row)
-            if ready_contender:
-                ready[contender.name] = ready_contender
+            if one:
+                judge(row, compare(one.results, exact, stock))
+                ready[contender.name] = one
         progress.advance()
 
     status = "wrong" if any(row["status"] == "wrong" for row in rows) else "timed"
     seconds = {}
     if status == "timed":
         progress.say(f"{label}: timing")
-        seconds = _time(case, contenders, ready, options, progress)
+        seconds = time_contenders(
+            case,
+            ready,
+            threads=run.threads,
+            rounds=options.rounds,
+            min_time=options.min_time,
+            progress=progress.advance,
+        )
         for row in rows:
             if row["name"] in seconds:
                 row |= {"status": "timed", **summarize(seconds[row["name"]])}
@@ -135,59 +149,16 @@ def _run_case(
     progress.advance(len(contenders) * options.rounds - turns)  # those that nobody took
     torch._dynamo.reset()  # compiled code of this case is of no use to the next
 
-    peers = {name: times for name, times in seconds.items() if name != "fused"}
-    best = min(peers, key=lambda name: statistics.median(peers[name]), default=None)
     return {
         "case": case.name,
         "title": case.title,
-        "batch": batch_size,
+        **run._asdict(),
         "status": status,
-        "flops": case.flops * batch_size,
+        "flops": case.flops * run.batch,
         "bytes": _bytes(problem),
         "contenders": rows,
-        "best_peer": best,
-        "speedup": speedup(peers[best], seconds["fused"]) if best and "fused" in seconds else None,
+        **against_best(seconds, "fused"),
     }
-
-
-def _check(
-    contender: Contender,
-    problem: Problem,
-    exact: dict[str, torch.Tensor],
-    stock: list[dict[str, torch.Tensor]],
-    threads: int,
-) -> tuple[dict[str, Any], Ready | None]:
-    """Set a contender up and compare its results; without it where it cannot run or is wrong."""
-    row: dict[str, Any] = {"name": contender.name, "note": contender.note}
-    try:
-        ready = prepare(contender, problem, threads)
-    except Exception as error:  # compilers and exporters raise all sorts; the others go on
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return row | {"status": "unavailable", "reason": reason}, None
-    agreement = compare(ready.results, exact, stock)
-    row["agreement"] = agreement
-    wrong = describe(agreement)
-    if wrong:
-        return row | {"status": "wrong", "reason": wrong}, None
-    return row | {"status": "right"}, ready
-
-
-def _time(
-    case: Case,
-    contenders: list[Contender],
-    ready: dict[str, Ready],
-    options: Options,
-    progress: Progress,
-) -> dict[str, list[float]]:
-    with torch.set_grad_enabled(case.kind != "forward"):
-        return time_by_turns(
-            {name: contender.step for name, contender in ready.items()},
-            {contender.name: contender.rest for contender in contenders},
-            threads=options.threads,
-            rounds=options.rounds,
-            min_time=options.min_time,
-            progress=progress.advance,
-        )
 
 
 def _bytes(problem: Problem) -> int:

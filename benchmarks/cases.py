@@ -1,4 +1,4 @@
-"""What is timed: the two blocks of SimpleCNN and the whole model, with inputs and references.
+"""What is timed: single blocks and the whole SimpleCNN, with inputs and references.
 
 A :class:`Case` names the work, a :class:`Problem` is a case at one batch size, dtype and device:
 the parameters, the batches, and the results that every contender must reproduce.
@@ -7,12 +7,14 @@ the parameters, the batches, and the results that every contender must reproduce
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import fusedcnn
 import torch
+from blocks import SIMPLECNN_1, SIMPLECNN_2, Block
 from torch import Tensor, nn
 
 SEED = 0
@@ -32,26 +34,6 @@ DECISION_MARGIN = 128 * torch.finfo(torch.float32).eps
 Kind = Literal["forward", "gradients", "training"]
 
 
-def stock_block(in_channels: int, out_channels: int) -> nn.Module:
-    """One block from stock layers; its fused form has the same state_dict keys."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-    return nn.Sequential(conv, nn.ReLU(), nn.MaxPool2d(2, 2))
-
-
-def fused_block(in_channels: int, out_channels: int) -> nn.Module:
-    """The same block, fused."""
-    block = fusedcnn.ConvReLUMaxPool2d(
-        in_channels, out_channels, kernel_size=3, padding=1, pool_kernel_size=2, pool_stride=2
-    )
-    return nn.Sequential(block)
-
-
-def _conv_flops(in_channels: int, out_channels: int, size: int) -> int:
-    """FLOPs per image of a direct 3x3 convolution: a multiply and an add for each tap."""
-    return 2 * out_channels * size * size * in_channels * 9
-
-
-CONV1, CONV2 = _conv_flops(3, 16, 32), _conv_flops(16, 32, 16)
 LINEAR = 2 * (2048 * 128 + 128 * 10)
 
 # Elements per image: images, activations after block 1 and 2, hidden layer, logits.
@@ -77,6 +59,8 @@ class Case:
             without parameters. The input of a backward pass counts again: a batch later it has left
             the cache.
         elements_per_call: the same for what does not grow with the batch.
+        clear_images: draw images that no rounding can turn to another choice (DECISION_MARGIN);
+            for ReLUs and 2x2 pools with stride 2, on images small enough to find some.
     """
 
     name: str
@@ -89,52 +73,60 @@ class Case:
     flops: int
     elements: int
     elements_per_call: int = 0
+    clear_images: bool = True
+
+
+def block_case(
+    block: Block, kind: Kind, *, name: str, title: str, input_grad: bool = False, **kwargs: bool
+) -> Case:
+    """Return the case of one block: its forward, or its forward and backward.
+
+    Args:
+        block: what to compute.
+        kind: ``"forward"`` or ``"gradients"``.
+        name: see :class:`Case`, like all that follow.
+        title: see there.
+        input_grad: see there.
+        kwargs: see there.
+    """
+    image, output = math.prod(block.image), math.prod(block.output)
+    elements = image + output
+    if kind == "gradients":
+        elements += image + output + input_grad * image
+    passes = 1 if kind == "forward" else 2 + input_grad
+    return Case(
+        name=name,
+        title=title,
+        stock=block.stock,
+        fused=block.fused,
+        image=block.image,
+        kind=kind,
+        input_grad=input_grad,
+        flops=passes * block.flops,
+        elements=elements,
+        **kwargs,
+    )
 
 
 CASES = (
-    Case(
-        name="block1-forward",
-        title="block 1 (3->16, 32x32), forward",
-        stock=lambda: stock_block(3, 16),
-        fused=lambda: fused_block(3, 16),
-        image=(3, 32, 32),
-        kind="forward",
-        input_grad=False,
-        flops=CONV1,
-        elements=IMAGE + POOLED1,
+    block_case(
+        SIMPLECNN_1, "forward", name="block1-forward", title="block 1 (3->16, 32x32), forward"
     ),
-    Case(
+    block_case(  # the first layer's input is data
+        SIMPLECNN_1,
+        "gradients",
         name="block1-backward",
         title="block 1 (3->16, 32x32), forward+backward, gradients of weight and bias",
-        stock=lambda: stock_block(3, 16),
-        fused=lambda: fused_block(3, 16),
-        image=(3, 32, 32),
-        kind="gradients",
-        input_grad=False,  # the first layer's input is data
-        flops=2 * CONV1,
-        elements=2 * (IMAGE + POOLED1),
     ),
-    Case(
-        name="block2-forward",
-        title="block 2 (16->32, 16x16), forward",
-        stock=lambda: stock_block(16, 32),
-        fused=lambda: fused_block(16, 32),
-        image=(16, 16, 16),
-        kind="forward",
-        input_grad=False,
-        flops=CONV2,
-        elements=POOLED1 + POOLED2,
+    block_case(
+        SIMPLECNN_2, "forward", name="block2-forward", title="block 2 (16->32, 16x16), forward"
     ),
-    Case(
+    block_case(
+        SIMPLECNN_2,
+        "gradients",
         name="block2-backward",
         title="block 2 (16->32, 16x16), forward+backward, all three gradients",
-        stock=lambda: stock_block(16, 32),
-        fused=lambda: fused_block(16, 32),
-        image=(16, 16, 16),
-        kind="gradients",
         input_grad=True,
-        flops=3 * CONV2,
-        elements=3 * POOLED1 + 2 * POOLED2,
     ),
     Case(
         name="inference",
@@ -144,7 +136,7 @@ CASES = (
         image=(3, 32, 32),
         kind="forward",
         input_grad=False,
-        flops=CONV1 + CONV2 + LINEAR,
+        flops=SIMPLECNN_1.flops + SIMPLECNN_2.flops + LINEAR,
         elements=IMAGE + 2 * (POOLED1 + POOLED2 + HIDDEN) + LOGITS,
     ),
     Case(
@@ -155,7 +147,7 @@ CASES = (
         image=(3, 32, 32),
         kind="training",
         input_grad=False,
-        flops=2 * CONV1 + 3 * (CONV2 + LINEAR),
+        flops=2 * SIMPLECNN_1.flops + 3 * (SIMPLECNN_2.flops + LINEAR),
         elements=2 * IMAGE + 5 * (POOLED1 + POOLED2 + HIDDEN) + 3 * LOGITS,
         # Adam reads parameter, gradient and two moments, and writes all but the gradient.
         elements_per_call=7 * PARAMETERS,
@@ -248,19 +240,24 @@ class Problem:
         return run_checked(self.case, exact, exact, first), stock_results
 
     def _draw_images(self) -> Tensor:
-        """Images [N, C, H, W] without near ties: see DECISION_MARGIN."""
+        """Images [N, C, H, W], where the case asks for it without near ties (DECISION_MARGIN)."""
+        if not self.case.clear_images:
+            return self._random_images()
         exact = copy.deepcopy(self._stock).double().eval()
         # A half type's rounding is coarser than any margin that images could keep.
         margin = DECISION_MARGIN if torch.finfo(self.dtype).bits >= 32 else 0.0
         chosen = torch.empty(0, *self.case.image, device=self.device, dtype=self.dtype)
         while len(chosen) < self.batch_size:
-            images = torch.randn(self.batch_size, *self.case.image)
-            if self.case.image[0] != 3:
-                images = images.abs()  # what the block before puts out is not negative
-            images = images.to(self.device, self.dtype)
+            images = self._random_images()
             clear = _decision_margin(exact, images.double()) >= margin
             chosen = torch.cat([chosen, images[clear]])
         return chosen[: self.batch_size].contiguous()
+
+    def _random_images(self) -> Tensor:
+        images = torch.randn(self.batch_size, *self.case.image)
+        if self.case.image[0] not in (1, 3):
+            images = images.abs()  # what the block before puts out is not negative
+        return images.to(self.device, self.dtype)
 
     def _copy(self, index: int, channels_last: bool) -> Batch:
         """The first batch with its images in another order: new memory, the same work."""

@@ -7,9 +7,12 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from cases import Problem, make_call, run_checked
+from agreement import describe
+from cases import Case, Problem, make_call, run_checked
+from timing import time_by_turns
 from torch import Tensor
 
 
@@ -71,6 +74,47 @@ class Ready:
     results: dict[str, Tensor]
 
 
+def try_prepare(
+    contender: Contender, problem: Problem, threads: int
+) -> tuple[dict[str, Any], Ready | None]:
+    """Call :func:`prepare`; return the beginning of the report's row, which says what failed."""
+    row: dict[str, Any] = {"name": contender.name, "note": contender.note}
+    try:
+        return row, prepare(contender, problem, threads)
+    except Exception as error:  # compilers and exporters raise all sorts; the others go on
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return row | {"status": "unavailable", "reason": reason}, None
+
+
+def judge(row: dict[str, Any], agreement: dict[str, dict[str, Any]]) -> None:
+    """Add the verdict on a contender's results (agreement.py) to its row of the report."""
+    row |= {"agreement": agreement, "status": "right"}
+    wrong = describe(agreement)
+    if wrong:
+        row |= {"status": "wrong", "reason": wrong}
+
+
+def time_contenders(
+    case: Case,
+    ready: dict[str, Ready],
+    *,
+    threads: int,
+    rounds: int,
+    min_time: float,
+    progress: Callable[[], None],
+) -> dict[str, list[float]]:
+    """Time contenders, by name, at a case: see :func:`timing.time_by_turns`."""
+    with torch.set_grad_enabled(case.kind != "forward"):
+        return time_by_turns(
+            {name: one.step for name, one in ready.items()},
+            {contender.name: contender.rest for contender in CONTENDERS},
+            threads=threads,
+            rounds=rounds,
+            min_time=min_time,
+            progress=progress,
+        )
+
+
 def prepare(contender: Contender, problem: Problem, threads: int) -> Ready:
     """Set a contender up: build, compile or export it, and compute its results once.
 
@@ -80,16 +124,19 @@ def prepare(contender: Contender, problem: Problem, threads: int) -> Ready:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of exporters and compilers, not about the figures
-        return _prepare_onnx(problem, threads) if contender.onnx else _prepare(contender, problem)
+        if contender.onnx:
+            return _prepare_onnx(problem, threads)
+        return _prepare(contender, problem, threads)
 
 
-def _prepare(contender: Contender, problem: Problem) -> Ready:
+def _prepare(contender: Contender, problem: Problem, threads: int) -> Ready:
     own = problem.module(fused=contender.fused, channels_last=contender.channels_last)
     module = own
     if contender.compiled:
         # Dropout from torch's own generator, so that the results can be compared; Inductor's own
         # generator saves some microseconds at most in these models.
         torch._inductor.config.fallback_random = True
+        torch._inductor.config.cpp.threads = threads  # compiled in
         module = torch.compile(own, dynamic=False)
     batches = problem.batches(channels_last=contender.channels_last)
     call = make_call(problem.case, module, own)

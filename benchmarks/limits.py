@@ -40,13 +40,12 @@ def measure_limits(threads: int, dtype: torch.dtype, device: torch.device) -> di
         device: which machine.
 
     Returns:
-        ``fma_gflops``: float32 multiply-adds from registers by fusedcnn's selected ISA, all
-        threads, in GFLOP/s (a multiply-add counts as 2), or None where that cannot be measured;
+        ``fma_gflops``: :func:`fma_gflops`, in which a multiply-add counts as 2, or None on a GPU;
         ``gemm_gflops``: a large ``torch.mm`` in ``dtype``; ``copy_gbps``: ``tensor.copy_`` of a
         large buffer, bytes read plus bytes written, in GB/s.
     """
     return {
-        "fma_gflops": _fma_gflops(threads) if device.type == "cpu" else None,
+        "fma_gflops": fma_gflops(threads) if device.type == "cpu" else None,
         "gemm_gflops": _gemm_gflops(threads, dtype, device),
         "copy_gbps": _copy_gbps(threads, device),
     }
@@ -57,12 +56,10 @@ def _best_seconds(statement: str, names: dict[str, Any], threads: int) -> float:
     return min(timer.timeit(1).mean for _ in range(REPEATS))
 
 
-def _fma_gflops(threads: int) -> float | None:
-    fma_gflops = getattr(fusedcnn._C, "fma_gflops", None)
-    if fma_gflops is None:
-        return None
+def fma_gflops(threads: int) -> float:
+    """Measure float32 multiply-adds from registers by fusedcnn's ISA in use, in GFLOP/s."""
     with ThreadPoolExecutor(threads) as pool:  # it runs on the calling thread, without the GIL
-        return sum(pool.map(fma_gflops, [FMA_SECONDS] * threads))
+        return sum(pool.map(fusedcnn._C.fma_gflops, [FMA_SECONDS] * threads))
 
 
 def _gemm_gflops(threads: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -79,7 +76,9 @@ def _copy_gbps(threads: int, device: torch.device) -> float:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were taken on: hardware, software, commit, date."""
+    """What the figures were taken on: hardware, software, commit, date; no paths."""
+    build = fusedcnn.build_info()
+    del build["library"]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
@@ -90,7 +89,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "onnxruntime": _version("onnxruntime"),
-        "fusedcnn": fusedcnn.build_info(),
+        "fusedcnn": build,
         "commit": _commit(),
     }
 

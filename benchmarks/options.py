@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import fusedcnn
 import torch
+from arguments import (
+    DTYPES,
+    Run,
+    add_batch_arguments,
+    add_timing_arguments,
+    check_writable,
+    pair_runs,
+)
 from cases import CASES
 from contenders import CONTENDERS
 from fusedcnn._ops import force
-from limits import available_cores
 
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+SMALL_BATCH = 4  # see arguments.py
 PICTURES = (".png", ".pdf", ".svg")
-# The images of a case are drawn, copied and computed in float64 too: some gigabytes at this size.
-MAX_BATCH = 65536
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,7 @@ class Options:
     Attributes:
         cases: names from cases.py.
         contenders: names from contenders.py.
-        batch_sizes: images per call; each case is run at each of them.
-        threads: of every contender.
+        runs: batch sizes, each with the threads of every contender; each case is run at each.
         dtype: of parameters and images.
         device: where.
         isa: forced upon fusedcnn, or "".
@@ -47,8 +45,7 @@ class Options:
 
     cases: list[str]
     contenders: list[str]
-    batch_sizes: list[int]
-    threads: int
+    runs: list[Run]
     dtype: torch.dtype
     device: torch.device
     isa: str
@@ -66,15 +63,15 @@ def parse(arguments: list[str] | None) -> Options:
     if values.pop("list"):
         _print_list()
         parser.exit()
-    values["batch_sizes"] = list(dict.fromkeys(values["batch_sizes"]))
     values["dtype"] = DTYPES[values["dtype"]]
     try:
+        values["runs"] = pair_runs(values.pop("batch_sizes"), values.pop("threads"), SMALL_BATCH)
         values["device"] = _device(values["device"])
         with force(values["isa"], values["kernel"]):
             pass  # raises for unknown names
         for name in ("json", "plot"):
             if values[name]:
-                _check_writable(f"--{name}", values[name])
+                check_writable(f"--{name}", values[name])
         if values["plot"]:
             _check_plot(values["plot"])
     except ValueError as error:
@@ -85,8 +82,6 @@ def parse(arguments: list[str] | None) -> Options:
 def _parser() -> argparse.ArgumentParser:
     cases = [case.name for case in CASES]
     contenders = [contender.name for contender in CONTENDERS]
-    cores = available_cores()
-    threads = min(torch.get_num_threads(), cores)
     parser = argparse.ArgumentParser(
         description="Time the fused block beside its peers; about two minutes on two cores."
     )
@@ -98,50 +93,17 @@ def _parser() -> argparse.ArgumentParser:
         help="see --list (default: all)")
     add("--contenders", nargs="+", choices=contenders, default=contenders, metavar="NAME",
         help="see --list (default: all)")
-    add("--batch-sizes", nargs="+", type=_integer(1, MAX_BATCH), default=[64, 256], metavar="N",
-        help=f"images per call, 1 to {MAX_BATCH} (default: 64 256)")
-    add("--threads", type=_integer(1, cores), default=threads, metavar="N",
-        help=f"of every contender, 1 to {cores} on this machine (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32",
         help="of parameters and images (default: %(default)s)")
     add("--device", default="cpu", metavar="DEVICE",
         help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--isa", default="", help="force fusedcnn's instruction set; see --list")
     add("--kernel", default="", help="force fusedcnn's kernel; see --list")
-    add("--min-time", type=_seconds, default=0.3, metavar="S",
-        help="seconds for which each contender of a case is timed, all rounds together "
-             "(default: %(default)s)")
-    add("--rounds", type=_integer(2, 1000), default=10, metavar="N",
-        help="turns of each contender (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write everything as JSON")
     add("--plot", type=Path, metavar="FILE.png", help="draw the times; needs matplotlib")
     # fmt: on
+    add_batch_arguments(parser, [4, 64], SMALL_BATCH)
+    add_timing_arguments(parser, min_time=0.2, rounds=10)
     return parser
-
-
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(
-                f"expected an integer from {low} to {high}, got {text!r}"
-            )
-        return value
-
-    return integer
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 3600:
-        raise argparse.ArgumentTypeError(f"expected seconds, over 0 and up to 3600, got {text!r}")
-    return value
 
 
 def _device(text: str) -> torch.device:
@@ -158,19 +120,6 @@ def _device(text: str) -> torch.device:
                 f"argument --device: got {text!r}, but torch sees {count} CUDA devices here"
             )
     return device
-
-
-def _check_writable(argument: str, path: Path) -> None:
-    """Raise before the run what would fail after it; leaves the file as it is."""
-    existed = path.exists()
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise ValueError(
-            f"argument {argument}: cannot write {str(path)!r}: {error.strerror}"
-        ) from None
-    if not existed:
-        path.unlink()
 
 
 def _check_plot(path: Path) -> None:

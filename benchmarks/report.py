@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-HEADER = ("case", "batch", "contender", "median us", "min us", "IQR", "time / fused", "FMA", "copy")
+HEADER = (
+    "case",
+    "batch",
+    "threads",
+    "contender",
+    "median us",
+    "min us",
+    "IQR",
+    "time / fused",
+    "FMA",
+    "copy",
+)
 
 
 def print_report(report: dict[str, Any]) -> None:
     """Print everything that a person wants to know."""
-    machine, options, limits = report["machine"], report["options"], report["limits"]
-    print(f"{machine['cpu']}, {machine['cores']} cores; {machine['gpu'] or 'no GPU used'}")
-    print(
-        f"torch {machine['torch']}, fusedcnn {machine['fusedcnn']['version']}, "
-        f"{options['threads']} thread(s), {options['dtype']} on {options['device']}"
-    )
-    fma = limits["fma_gflops"]
-    print(
-        f"limits: FMA peak {f'{fma:.0f} GFLOP/s' if fma else 'not measured'}, "
-        f"GEMM {limits['gemm_gflops']:.0f} GFLOP/s, "
-        f"copy {limits['copy_gbps']:.1f} GB/s (read + written)"
-    )
+    print_machine(report)
+    for limits in report["limits"]:
+        fma = limits["fma_gflops"]
+        print(
+            f"limits of {limits['threads']} thread(s): "
+            f"FMA peak {f'{fma:.0f} GFLOP/s' if fma else 'not measured'}, "
+            f"GEMM {limits['gemm_gflops']:.0f} GFLOP/s, "
+            f"copy {limits['copy_gbps']:.1f} GB/s (read + written)"
+        )
     for note in report["notes"]:
         print(f"note: {note}")
 
     peak = report["peak_name"]
     header = tuple(peak if title == "FMA" else title for title in HEADER)
-    _print_table(header, [_case_rows(result) for result in report["results"]])
+    print_table(header, [_case_rows(result) for result in report["results"]])
     print(
         f"{peak}: FLOPs of the direct convolutions and full gradients / time / {peak} peak; over "
         "100 % where work is skipped.\ncopy: bytes that must be read and written / time / copy "
@@ -37,15 +46,26 @@ def print_report(report: dict[str, Any]) -> None:
 
     print()
     for result in report["results"]:
-        print(f"{result['case']}, batch {result['batch']}: {_verdict(result)}")
+        head = f"{result['case']}, batch {result['batch']}, {result['threads']} thread(s)"
+        print(f"{head}: {_verdict(result)}")
         for row in result["contenders"]:
             if row["status"] in ("unavailable", "wrong"):
                 print(f"    {row['name']}: {row['status']}: {row['reason']}")
 
     print("\nBytes saved for backward, parameters left out:")
-    _print_table(
+    print_table(
         ("what", "batch", "stock", "fused", "stock / fused", "with the output"),
         [[_saved_row(row) for row in report["saved_bytes"]]],
+    )
+
+
+def print_machine(report: dict[str, Any]) -> None:
+    """Print what the figures were taken on."""
+    machine, options = report["machine"], report["options"]
+    print(f"{machine['cpu']}, {machine['cores']} cores; {machine['gpu'] or 'no GPU used'}")
+    print(
+        f"torch {machine['torch']}, fusedcnn {machine['fusedcnn']['version']}, "
+        f"{options['dtype']} on {options['device']}"
     )
 
 
@@ -53,7 +73,7 @@ def _case_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     own = next((row for row in result["contenders"] if row["name"] == "fused"), {})
     rows = []
     for row in result["contenders"]:
-        head = (result["case"], str(result["batch"]), row["name"])
+        head = (result["case"], str(result["batch"]), str(result["threads"]), row["name"])
         if row["status"] != "timed":
             rows.append((*head, row["status"], "", "", "", "", ""))
             continue
@@ -100,7 +120,9 @@ def _saved_row(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _print_table(header: tuple[str, ...], groups: list[list[tuple[str, ...]]]) -> None:
+def print_table(
+    header: tuple[str, ...], groups: list[list[tuple[str, ...]]], width: int = 160
+) -> None:
     """Print groups of rows under a header, with rich where it is installed."""
     try:
         from rich.console import Console
@@ -118,7 +140,7 @@ def _print_table(header: tuple[str, ...], groups: list[list[tuple[str, ...]]]) -
     console = Console()
     # A file or a pipe has no width of its own: leave the table whole.
     if not console.is_terminal:
-        console.width = 160
+        console.width = width
     console.print(table)
 
 
@@ -139,8 +161,11 @@ def _print_plain_table(header: tuple[str, ...], groups: list[list[tuple[str, ...
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:
-    """Write the whole report."""
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    """Write the whole report, lists and dicts of plain values on one line each."""
+    text = json.dumps(report, indent=1)
+    # A line end inside a string is escaped, so that these are the document's own.
+    text = re.sub(r"[\[{]\n[^\[\]{}]*[\]}]", lambda match: " ".join(match[0].split()), text)
+    path.write_text(text + "\n")
 
 
 def write_plot(report: dict[str, Any], path: Path) -> None:
@@ -152,20 +177,22 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
         for result in report["results"]
         if any(row["status"] == "timed" for row in result["contenders"])
     ]
-    batches = list(dict.fromkeys(result["batch"] for result in timed))
+    batches = list(dict.fromkeys((result["batch"], result["threads"]) for result in timed))
     cases = list(dict.fromkeys(result["case"] for result in timed))
     figure = Figure(
         figsize=(3.4 * max(1, len(cases)), 1 + 2.6 * max(1, len(batches))), layout="constrained"
     )
     machine, options = report["machine"], report["options"]
     figure.suptitle(
-        f"{machine['gpu'] or machine['cpu']}, {options['threads']} thread(s), {options['dtype']}: "
+        f"{machine['gpu'] or machine['cpu']}, {options['dtype']}: "
         "median time of a call, lines between the quartiles"
     )
     if timed:
         panels = figure.subplots(len(batches), len(cases), squeeze=False)
         for result in timed:
-            panel = panels[batches.index(result["batch"])][cases.index(result["case"])]
+            panel = panels[batches.index((result["batch"], result["threads"]))][
+                cases.index(result["case"])
+            ]
             _draw_panel(panel, result)
     figure.savefig(path, dpi=120)
 
@@ -185,4 +212,7 @@ def _draw_panel(panel: Any, result: dict[str, Any]) -> None:
     panel.locator_params(axis="x", nbins=5)
     speedup = result["speedup"]
     best = f"\nfused {speedup['ratio']:.2f} times as fast" if speedup else ""
-    panel.set_title(f"{result['case']}, batch {result['batch']}{best}", fontsize=10)
+    panel.set_title(
+        f"{result['case']}, batch {result['batch']}, {result['threads']} thread(s){best}",
+        fontsize=10,
+    )

@@ -6,7 +6,7 @@ from typing import Any
 
 import fusedcnn
 import torch
-from cases import fused_block, stock_block
+from blocks import SIMPLECNN_1, SIMPLECNN_2
 from torch import Tensor, nn
 
 
@@ -25,8 +25,8 @@ def measure_saved_bytes(
         ``fused``, and ``ratio``, stock to fused, of ``saved``.
     """
     pairs = (
-        ("block 1", stock_block(3, 16), fused_block(3, 16), (3, 32, 32)),
-        ("block 2", stock_block(16, 32), fused_block(16, 32), (16, 16, 16)),
+        ("block 1", SIMPLECNN_1.stock(), SIMPLECNN_1.fused(), SIMPLECNN_1.image),
+        ("block 2", SIMPLECNN_2.stock(), SIMPLECNN_2.fused(), SIMPLECNN_2.image),
         (
             "both blocks",
             fusedcnn.SimpleCNN().features,

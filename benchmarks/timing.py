@@ -28,6 +28,7 @@ def time_by_turns(
     rounds: int,
     min_time: float,
     progress: Callable[[], None],
+    before_turn: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[float]]:
     """Time each contender once a round, in a new order every round.
 
@@ -38,6 +39,7 @@ def time_by_turns(
         rounds: turns of each contender; fewer where they take much longer than min_time says.
         min_time: seconds that each contender runs in all its turns together, at least.
         progress: called after each turn.
+        before_turn: called with the contender's name before each of its turns, off the clock.
 
     Returns:
         For each contender, seconds per call, one value a round.
@@ -48,6 +50,7 @@ def time_by_turns(
     }
     calls = {}
     for name, timer in timers.items():
+        before_turn(name)
         estimate = timer.timeit(ESTIMATE_CALLS).mean
         calls[name] = max(1, round(min_time / rounds / estimate))
         time.sleep(rests[name])
@@ -60,6 +63,7 @@ def time_by_turns(
             break
         shuffle(order)
         for name in order:
+            before_turn(name)
             times[name].append(timers[name].timeit(calls[name]).mean)  # warms up by itself
             time.sleep(rests[name])
             progress()
@@ -95,4 +99,23 @@ def speedup(peer: list[float], own: list[float]) -> dict[str, Any]:
         "ratio": statistics.median(peer) / statistics.median(own),
         "quartiles": [q1, q3],
         "ratio_of_minima": min(peer) / min(own),
+    }
+
+
+def against_best(seconds: dict[str, list[float]], own: str) -> dict[str, Any]:
+    """Compare one contender with the fastest of the others.
+
+    Args:
+        seconds: what :func:`time_by_turns` returned.
+        own: name of the one whose speed is asked.
+
+    Returns:
+        ``best_peer``, a name, and ``speedup`` against it; None where there is nothing to compare.
+    """
+    peers = {name: times for name, times in seconds.items() if name != own}
+    best = min(peers, key=lambda name: statistics.median(peers[name]), default=None)
+    compared = best is not None and own in seconds
+    return {
+        "best_peer": best,
+        "speedup": speedup(peers[best], seconds[own]) if compared else None,
     }

@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from bench_scripts import (
+    REFUSE_TIMING,
+    SPOIL_FUSED,
+    answers_to,
+    load,
+    run_json,
+    run_script,
+    without,
+)
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPT = BENCHMARKS / "bench_block.py"
-
-# Seconds for one run of the script with QUICK; it takes a few on an idle machine.
-TIMEOUT = 300
+SCRIPT = "bench_block"
 QUICK = ["--batch-sizes", "2", "--min-time", "0.001", "--rounds", "2", "--threads", "1"]
-
-# Runs the script as __main__ after PREPARE, from any folder.
-DRIVER = """
-import runpy, sys
-sys.path.insert(0, {folder!r})
-sys.argv = [{script!r}, *sys.argv[1:]]
-{prepare}
-runpy.run_path({script!r}, run_name="__main__")
-"""
-
-REFUSE_TIMING = """
-import timing
-def refuse(*args, **kwargs):
-    raise AssertionError("timed")
-timing.time_by_turns = refuse
-"""
-
-# A fused block that is off by a thousandth, far beyond rounding and far below what an eye sees.
-SPOIL_FUSED = """
-import fusedcnn.modules
-right = fusedcnn.modules.conv_relu_max_pool2d
-fusedcnn.modules.conv_relu_max_pool2d = lambda *args, **kwargs: 1.001 * right(*args, **kwargs)
-"""
 
 BREAK_COMPILER = """
 import torch
@@ -50,44 +29,15 @@ torch.compile = compile
 """
 
 
-def run_script(folder: Path, *arguments: str, prepare: str = "") -> subprocess.CompletedProcess:
-    driver = DRIVER.format(folder=str(BENCHMARKS), script=str(SCRIPT), prepare=prepare)
-    return subprocess.run(
-        [sys.executable, "-c", driver, *QUICK, *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
-
-
-def without(*packages: str) -> str:
-    """Make imports of these packages fail as if they were not installed."""
-    return f"for name in {packages!r}:\n    sys.modules[name] = None"
-
-
-def load(name: str):
-    """Import one of the benchmark's modules that needs none of its siblings."""
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 # ---- a run ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """A run as a user starts it: the process and its JSON."""
-    folder = tmp_path_factory.mktemp("bench")
-    command = [sys.executable, str(SCRIPT), *QUICK, "--contenders", "fused", "eager", "eager-cl"]
-    command += ["--cases", "block1-forward", "block2-backward", "training", "--json", "out.json"]
-    process = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT, check=False
-    )
-    assert process.returncode == 0, process.stderr
-    return process, json.loads((folder / "out.json").read_text())
+    arguments = [*QUICK, "--contenders", "fused", "eager", "eager-cl"]
+    arguments += ["--cases", "block1-forward", "block2-backward", "training"]
+    return run_json(SCRIPT, tmp_path_factory.mktemp("bench"), *arguments)
 
 
 def test_every_contender_is_checked_and_timed(smoke):
@@ -100,7 +50,7 @@ def test_every_contender_is_checked_and_timed(smoke):
     ]
     for result in report["results"]:
         assert result["status"] == "timed"
-        assert result["batch"] == 2
+        assert (result["batch"], result["threads"]) == (2, 1)
         assert [row["name"] for row in result["contenders"]] == ["fused", "eager", "eager-cl"]
         for row in result["contenders"]:
             assert all(r["right"] and r["error"] <= r["limit"] for r in row["agreement"].values())
@@ -129,7 +79,8 @@ def test_ratio_is_best_other_to_fused(smoke):
 
 def test_rows_read_as_fractions_of_the_limits(smoke):
     _, report = smoke
-    limits = report["limits"]
+    (limits,) = report["limits"]
+    assert limits["threads"] == 1
     peak = limits["fma_gflops"] if report["peak_name"] == "FMA" else limits["gemm_gflops"]
     result = report["results"][0]
     # 16 channels of 32x32 outputs, 27 multiply-adds each; image and pooled output, 4 bytes each.
@@ -149,8 +100,22 @@ def test_machine_is_recorded(smoke):
     assert machine["cpu"]
     assert machine["cores"] >= 1
     assert machine["fusedcnn"]["kernels"]
-    assert report["options"]["threads"] == 1
+    assert report["options"]["runs"] == [{"batch": 2, "threads": 1}]
     assert not machine["fusedcnn"]["stock_calls"]
+
+
+def test_no_path_of_the_machine_is_recorded(smoke):
+    def texts(value):
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            return [text for one in value for text in texts(one)]
+        return [value] if isinstance(value, str) else []
+
+    _, report = smoke
+    assert report["machine"]["system"] in texts(report)
+    assert not [text for text in texts(report) if os.sep in text and os.path.exists(text)]
+    assert sys.prefix not in json.dumps(report)
 
 
 def test_saved_bytes_are_counted(smoke):
@@ -175,17 +140,34 @@ def test_table_is_for_people(smoke):
 def test_needs_nothing_but_torch(tmp_path):
     optional = without("rich", "tqdm", "matplotlib", "onnxruntime", "onnx", "onnxscript")
     arguments = ["--cases", "block1-forward", "--contenders", "fused", "eager", "onnxruntime"]
-    process = run_script(tmp_path, *arguments, prepare=optional)
+    process = run_script(SCRIPT, tmp_path, *QUICK, *arguments, prepare=optional)
     assert process.returncode == 0, process.stderr
     assert "onnxruntime: unavailable: " in process.stdout
     assert "block1-forward, batch 2: timing" in process.stderr
 
 
+def test_each_batch_size_has_its_threads(tmp_path):
+    arguments = ["--batch-sizes", "1", "2", "--threads", "1", "2", "--cases", "block1-forward"]
+    arguments += ["--min-time", "0.001", "--rounds", "2", "--contenders", "fused", "eager"]
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores")
+    _, report = run_json(SCRIPT, tmp_path, *arguments)
+    runs = [{"batch": 1, "threads": 1}, {"batch": 2, "threads": 2}]
+    assert report["options"]["runs"] == runs
+    assert [{name: r[name] for name in ("batch", "threads")} for r in report["results"]] == runs
+    assert [limits["threads"] for limits in report["limits"]] == [1, 2]
+    for result, limits in zip(report["results"], report["limits"], strict=True):
+        row = result["contenders"][0]
+        rate = result["flops"] / row["median_us"] / 1e3
+        assert row["peak_fraction"] == pytest.approx(rate / limits["fma_gflops"])
+
+
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     process = run_script(
-        tmp_path, "--cases", "block1-forward", "--contenders", "fused", "--plot", "out.png"
-    )
+        SCRIPT, tmp_path, *QUICK, "--cases", "block1-forward", "--contenders", "fused",
+        "--plot", "out.png",
+    )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
@@ -196,7 +178,8 @@ def test_plot(tmp_path):
 def test_wrong_results_are_refused_before_timing(tmp_path):
     cases = ["block1-forward", "block2-backward", "inference", "training"]
     process = run_script(
-        tmp_path, "--cases", *cases, "--contenders", "fused", "eager", "--json", "out.json",
+        SCRIPT, tmp_path, *QUICK, "--cases", *cases, "--contenders", "fused", "eager",
+        "--json", "out.json",
         prepare=SPOIL_FUSED + REFUSE_TIMING,
     )  # fmt: skip
     assert process.returncode == 1, process.stderr
@@ -204,7 +187,7 @@ def test_wrong_results_are_refused_before_timing(tmp_path):
     assert report["status"] == "wrong"
     assert [result["case"] for result in report["results"]] == cases
     for result in report["results"]:
-        assert f"{result['case']}, batch 2: WRONG, not timed" in process.stdout
+        assert f"{result['case']}, batch 2, 1 thread(s): WRONG, not timed" in process.stdout
         assert result["status"] == "wrong"
         assert result["speedup"] is None
         statuses = {row["name"]: row["status"] for row in result["contenders"]}
@@ -214,7 +197,7 @@ def test_wrong_results_are_refused_before_timing(tmp_path):
 
 def test_broken_compiler_is_no_reason_to_stop(tmp_path):
     process = run_script(
-        tmp_path, "--cases", "block1-forward", "--contenders", "fused", "compile",
+        SCRIPT, tmp_path, *QUICK, "--cases", "block1-forward", "--contenders", "fused", "compile",
         prepare=BREAK_COMPILER,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
@@ -226,6 +209,10 @@ BAD_ARGUMENTS = {
     "unknown contender": (["--contenders", "cudnn"], "--contenders"),
     "batch 0": (["--batch-sizes", "0"], "--batch-sizes: expected an integer from 1"),
     "batch of text": (["--batch-sizes", "many"], "got 'many'"),
+    "threads of some": (
+        ["--batch-sizes", "1", "4", "64", "--threads", "1", "1"],
+        "--threads: expected 1 number or 3, one for each of --batch-sizes, got 2",
+    ),
     "threads 0": (["--threads", "0"], "--threads: expected an integer from 1"),
     "one round": (["--rounds", "1"], "--rounds: expected an integer from 2"),
     "no time": (["--min-time", "0"], "--min-time: expected seconds"),
@@ -240,42 +227,12 @@ BAD_ARGUMENTS = {
     "picture": (["--plot", "out.txt"], "--plot: expected a name ending in .png"),
 }
 
-# Calls main with each list of arguments, in one process because importing torch takes a while.
-BAD_ARGUMENTS_DRIVER = """
-import contextlib, io, json, sys
-sys.path.insert(0, sys.argv[1])
-import bench_block
-
-def run(options):
-    raise AssertionError("computed")
-
-bench_block.run = run
-answers = {}
-for name, arguments in json.load(sys.stdin).items():
-    errors = io.StringIO()
-    with contextlib.redirect_stderr(errors):
-        try:
-            status = bench_block.main(arguments)
-        except SystemExit as exit:
-            status = exit.code
-    answers[name] = [status, errors.getvalue()]
-print(json.dumps(answers))
-"""
-
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """Exit status and stderr for each of BAD_ARGUMENTS."""
-    process = subprocess.run(
-        [sys.executable, "-c", BAD_ARGUMENTS_DRIVER, str(BENCHMARKS)],
-        cwd=tmp_path_factory.mktemp("bad"),
-        input=json.dumps({name: arguments for name, (arguments, _) in BAD_ARGUMENTS.items()}),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
+    arguments = {name: arguments for name, (arguments, _) in BAD_ARGUMENTS.items()}
+    return answers_to(SCRIPT, tmp_path_factory.mktemp("bad"), arguments)
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
@@ -286,7 +243,9 @@ def test_bad_argument_is_refused_before_anything_is_computed(answers, name):
 
 
 def test_plot_without_matplotlib_names_the_extra(tmp_path):
-    process = run_script(tmp_path, "--plot", "out.png", prepare=without("matplotlib"))
+    process = run_script(
+        SCRIPT, tmp_path, *QUICK, "--plot", "out.png", prepare=without("matplotlib")
+    )
     assert process.returncode == 2
     assert "pip install 'fusedcnn[plot]'" in process.stderr
     assert not (tmp_path / "out.png").exists()

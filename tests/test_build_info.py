@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import subprocess
@@ -12,6 +13,7 @@ import fusedcnn
 import pytest
 import torch
 from fusedcnn import _ops, build_info, conv_relu_max_pool2d
+from fusedcnn.functional import pack_geometry
 
 
 def run_python(*arguments: str) -> str:
@@ -52,6 +54,32 @@ def test_every_isa_has_a_kernel_for_everything(isa):
         names = [row["name"] for row in kernels if row["pass"] == pass_name]
         assert len(set(names)) == len(names)
         assert names[-1] == "general"
+
+
+@pytest.mark.parametrize("isa", [i["name"] for i in build_info()["isas"] if i["supported"]])
+def test_last_selected_is_what_ran(isa):
+    rows = [row for row in build_info()["kernels"] if row["isa"] == isa]
+    geometry = pack_geometry((3, 3), padding=1)
+    input, weight = torch.randn(1, 16, 8, 8), torch.randn(16, 16, 3, 3)
+    ran = set()
+    for row in rows:
+        with _ops.force(isa, "general"):  # so that nothing of the row before is left
+            output, code = _ops.forward_op(input, weight, None, geometry, True)
+            _ops.backward_op(output, input, weight, code, geometry, 7)
+        assert _ops._C.last_selected() == dict.fromkeys(
+            ("forward", "grad_weight", "grad_input"), "general"
+        )
+        expected = "general"  # still, where the kernel does not cover the call
+        with _ops.force(isa, row["name"]), contextlib.suppress(RuntimeError):
+            if row["pass"] == "forward":
+                _ops.forward_op(input, weight, None, geometry, True)
+            else:
+                mask = 2 if row["pass"] == "grad_weight" else 1
+                _ops.backward_op(output, input, weight, code, geometry, mask)
+            expected = row["name"]
+            ran.add(expected)
+        assert _ops._C.last_selected()[row["pass"]] == expected
+    assert {"general", "winograd2"} <= ran
 
 
 def test_command_line():

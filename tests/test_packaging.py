@@ -89,7 +89,7 @@ def test_library_exports_only_its_selection(tmp_path):
     exported = {re.match(r"fusedcnn::cpu::(\w+)", name)[1] for name in ours}
     expected = {
         "isas", "selected_isa", "force", "forced_isa", "forced_kernel", "select",
-        "allow_winograd", "winograd_allowed",
+        "allow_winograd", "winograd_allowed", "last_selected",
     }  # fmt: skip
     assert exported <= expected, ours
 

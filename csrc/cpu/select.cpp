@@ -36,6 +36,9 @@ std::atomic<const Isa*> forced_isa_entry{nullptr};
 std::atomic<const char*> forced_kernel_name{nullptr};
 std::atomic<bool> winograd_switch{true};
 
+// By pass.
+std::atomic<const char*> last_selected_name[3] = {};
+
 }  // namespace
 
 const std::vector<Isa>& isas() {
@@ -100,6 +103,10 @@ void allow_winograd(bool allowed) { winograd_switch.store(allowed, std::memory_o
 
 bool winograd_allowed() { return winograd_switch.load(std::memory_order_relaxed); }
 
+const char* last_selected(Pass pass) {
+  return last_selected_name[static_cast<int>(pass)].load(std::memory_order_relaxed);
+}
+
 const Kernel* select(Pass pass, const Problem& problem, std::string* reason) {
   const KernelList list = selected_isa().list;
   const char* forced = forced_kernel_name.load(std::memory_order_acquire);
@@ -109,7 +116,10 @@ const Kernel* select(Pass pass, const Problem& problem, std::string* reason) {
     if (kernel.pass != pass || (forced && std::string(forced) != kernel.name)) continue;
     const bool ruled_out = kernel.winograd && !forced && !winograd_allowed();
     const char* why_not = ruled_out ? "Winograd is switched off" : kernel.why_not(problem);
-    if (!why_not) return &kernel;
+    if (!why_not) {
+      last_selected_name[static_cast<int>(pass)].store(kernel.name, std::memory_order_relaxed);
+      return &kernel;
+    }
     if (reason) *reason += std::string(reason->empty() ? "" : "; ") + kernel.name + ": " + why_not;
   }
   if (reason && reason->empty()) {

@@ -38,4 +38,8 @@ FUSEDCNN_EXPORT bool winograd_allowed();
 // The first kernel of the pass that covers the problem, or null with `reason` saying why not.
 FUSEDCNN_EXPORT const Kernel* select(Pass pass, const Problem& problem, std::string* reason);
 
+// Name of the kernel that the latest call of `select` returned for this pass, in any thread, or
+// null where there was none yet: tells benchmarks and tests what ran.
+FUSEDCNN_EXPORT const char* last_selected(Pass pass);
+
 }  // namespace fusedcnn::cpu

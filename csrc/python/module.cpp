@@ -44,6 +44,17 @@ py::list isas() {
   return rows;
 }
 
+// By pass, the name of the kernel that the latest call selected, or None.
+py::dict last_selected() {
+  py::dict names;
+  for (const cpu::Pass pass :
+       {cpu::Pass::kForward, cpu::Pass::kGradWeight, cpu::Pass::kGradInput}) {
+    const char* kernel = cpu::last_selected(pass);
+    names[cpu::name(pass)] = kernel ? py::object(py::str(kernel)) : py::object(py::none());
+  }
+  return names;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -55,6 +66,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("isas", &isas);
   m.def("kernels", &kernels);
+  m.def("last_selected", &last_selected);
   m.def(
       "fma_gflops",
       [](double seconds) { return cpu::selected_isa().list.multiply_add_rate(seconds); },
