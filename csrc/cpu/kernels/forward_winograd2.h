@@ -31,9 +31,10 @@ template <int Z>
 constexpr int kWinogradTiles = kRegisters >= 32 && Z == 1 ? 6 : 3;
 
 // Tiles of a strip: V for one i, U for one i and Y stay in L1 together. Whole vectors are stored,
-// so a strip's rows of V are a vector longer.
+// so a strip's rows of V are a vector longer, and another
+// one, so that they do not share a few sets of the L1 cache.
 constexpr int64_t kStripTiles = 48;
-constexpr int64_t kTileStride = kStripTiles + 16;
+constexpr int64_t kTileStride = kStripTiles + 32;
 // One chain of additions over more channels than this would round more than the stock layers do,
 // and V would outgrow L2.
 constexpr int64_t kRunChannels = 64;

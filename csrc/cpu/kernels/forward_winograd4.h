@@ -9,10 +9,12 @@
 // tie is decided by it. That and only that distinguishes `exact` kernels from this one.
 //
 // A task owns a band of pooled rows of one image; tiles are numbered row by row:
-//   X  [4 tile rows + 2][4 tile cols + 2][C']   the padded image, C' whole vectors of channels
-//   V  [36][kTiles][C']                         B^T d B of one strip of tiles
+//   X  [runs][4 tile rows + 2][4 tile cols + 2][kRun]  the padded image, runs of kRun channels
+//   V  [runs][36][kTiles + 1][kRun]             B^T d B of one strip of tiles
 //   U  [blocks][36][C][Z * lanes]               weights of Z vectors of output channels
-//   M  [36][kTiles][Z] vectors                  products, summed over channels
+//   M  [36][kTiles * Z + 1] vectors             products, summed over channels
+// Strides are constants and no powers of two: a tile's 36 addresses then cost no arithmetic, and
+// its elements do not share a few sets of the L1 cache.
 //   P  [windows][out channels]                  pooled values and codes of the band
 #pragma once
 
@@ -30,18 +32,21 @@ constexpr float kB = 1.41421356237309505f;  // b; b * b = 2
 // T broadcasts and Z loads for T Z FMAs. 32 registers: 8 x 2 (10 loads for 16 FMAs, and 16 chains
 // where 8 hide the latency). 16 registers: 4 x 2. A strip's V and M stay in L1 together.
 constexpr int64_t kTiles = kRegisters >= 32 ? 8 : 4;
-constexpr int64_t kRun = 16;
+constexpr int64_t kRun = 16;  // input channels
+constexpr int64_t kVStride = (kTiles + 1) * kRun;
+template <int Z>
+constexpr int64_t kMStride = (kTiles * Z + 1) * kLanes<float>;
 // More input channels than this would bring the error near four times the stock layers' (measured:
 // 2.7 times at 64, 3.9 times at 128).
 constexpr int64_t kMostChannels = 64;
 
 // One call owns T tiles x Z vectors of output channels of one element:
 //   m[t][z] = sum over c of v[t][c] * u[c][z]
-// in runs of kRun channels, each summed apart: one long chain of additions would round more than
-// the stock layers do. v: [T][padded]; u: [channels][Z * lanes]; m: [T][Z] vectors.
+// over one run of channels; longer chains of additions would round more than the stock layers do.
+// v: [T][kRun]; u: [channels][Z * lanes]; m: [T][Z] vectors, added to where `add`.
 template <int T, int Z>
-FUSEDCNN_NOINLINE void multiply_element(const float* v, int64_t padded, int64_t channels,
-                                        const float* u, float* m, bool add) {
+FUSEDCNN_NOINLINE void multiply_element(const float* v, int64_t channels, const float* u, float* m,
+                                        bool add) {
   constexpr int kN = kLanes<float>;
   Vector<float> sum[T][Z];
   FUSEDCNN_UNROLL
@@ -52,7 +57,7 @@ FUSEDCNN_NOINLINE void multiply_element(const float* v, int64_t padded, int64_t 
     for (int z = 0; z < Z; ++z) keep(weight[z] = load(u + z * kN));
     FUSEDCNN_UNROLL
     for (int t = 0; t < T; ++t) {
-      const Vector<float> value = broadcast(v[t * padded + c]);
+      const Vector<float> value = broadcast(v[t * kRun + c]);
       FUSEDCNN_UNROLL
       for (int z = 0; z < Z; ++z) sum[t][z] += value * weight[z];
     }
@@ -64,21 +69,21 @@ FUSEDCNN_NOINLINE void multiply_element(const float* v, int64_t padded, int64_t 
   }
 }
 
+// One element of one strip. v, u, m: at the element.
 template <int Z>
-void multiply_tiles(int64_t count, const float* v, int64_t padded, int64_t channels, const float* u,
-                    float* m) {
+void multiply_tiles(int64_t count, const float* v, int64_t channels, const float* u, float* m) {
   constexpr int64_t kTile = Z * kLanes<float>;
-  for (int64_t c = 0; c < channels; c += kRun, v += kRun, u += kRun * kTile) {
+  for (int64_t c = 0; c < channels; c += kRun, v += 36 * kVStride, u += kRun * kTile) {
     const int64_t run = smaller(kRun, channels - c);
     const bool add = c > 0;
     int64_t t = 0;
     for (; t + kTiles <= count; t += kTiles) {
-      multiply_element<kTiles, Z>(v + t * padded, padded, run, u, m + t * kTile, add);
+      multiply_element<kTiles, Z>(v + t * kRun, run, u, m + t * kTile, add);
     }
     for (; t + 2 <= count; t += 2) {
-      multiply_element<2, Z>(v + t * padded, padded, run, u, m + t * kTile, add);
+      multiply_element<2, Z>(v + t * kRun, run, u, m + t * kTile, add);
     }
-    if (t < count) multiply_element<1, Z>(v + t * padded, padded, run, u, m + t * kTile, add);
+    if (t < count) multiply_element<1, Z>(v + t * kRun, run, u, m + t * kTile, add);
   }
 }
 
@@ -104,17 +109,16 @@ FUSEDCNN_INLINE void gather_four(const Vector<float> (&m)[6], Vector<float> (&ou
   out[3] = m[5] + (0.5f * kA * difference_a + 2.0f * kB * difference_b);
 }
 
-// V of one tile, a vector of channels at a time. x: the tile's first pixel, [..][pitch][padded];
-// v: [36][kTiles][padded] at the tile.
-FUSEDCNN_NOINLINE void transform_tile(const float* x, int64_t row, int64_t padded, float* v) {
+// V of one tile and run of channels. x: the tile's first pixel, rows `row` apart; v: the tile's.
+FUSEDCNN_NOINLINE void transform_tile(const float* x, int64_t row, float* v) {
   constexpr int kN = kLanes<float>;
-  for (int64_t c = 0; c < padded; c += kN) {
+  for (int64_t c = 0; c < kRun; c += kN, x += kN, v += kN) {
     Vector<float> columns[6][6];  // [transformed row][column]
     FUSEDCNN_UNROLL
     for (int i = 0; i < 6; ++i) {
       Vector<float> d[6], out[6];
       FUSEDCNN_UNROLL
-      for (int y = 0; y < 6; ++y) d[y] = load(x + y * row + i * padded + c);
+      for (int y = 0; y < 6; ++y) d[y] = load(x + y * row + i * kRun);
       transform_six(d, out);
       FUSEDCNN_UNROLL
       for (int y = 0; y < 6; ++y) columns[y][i] = out[y];
@@ -124,7 +128,7 @@ FUSEDCNN_NOINLINE void transform_tile(const float* x, int64_t row, int64_t padde
       Vector<float> out[6];
       transform_six(columns[y], out);
       FUSEDCNN_UNROLL
-      for (int i = 0; i < 6; ++i) store(v + (y * 6 + i) * kTiles * padded + c, out[i]);
+      for (int i = 0; i < 6; ++i) store(v + (y * 6 + i) * kVStride, out[i]);
     }
   }
 }
@@ -139,15 +143,16 @@ struct TileOutput {
 };
 
 // The inverse transform, bias, max, ReLU and code of one tile and one vector of output channels.
-// m: the tile's element 0, [36] `stride` apart.
-FUSEDCNN_NOINLINE void finish_four_windows(const float* m, int64_t stride, Vector<float> bias,
+// m: the tile's element 0.
+template <int Z>
+FUSEDCNN_NOINLINE void finish_four_windows(const float* m, Vector<float> bias,
                                            const TileOutput& to) {
   Vector<float> rows[4][6];
   FUSEDCNN_UNROLL
   for (int i = 0; i < 6; ++i) {
     Vector<float> in[6], out[4];
     FUSEDCNN_UNROLL
-    for (int y = 0; y < 6; ++y) in[y] = load(m + (y * 6 + i) * stride);
+    for (int y = 0; y < 6; ++y) in[y] = load(m + (y * 6 + i) * kMStride<Z>);
     gather_four(in, out);
     FUSEDCNN_UNROLL
     for (int y = 0; y < 4; ++y) rows[y][i] = out[y];
@@ -169,52 +174,42 @@ FUSEDCNN_NOINLINE void finish_four_windows(const float* m, int64_t stride, Vecto
 }
 
 template <int Z>
-void strip_tiles(const WinogradShared& shared, int64_t channels, int64_t padded_in, int64_t first,
-                 int64_t count, const float* v, float* m, const TileOutput* outputs) {
+void strip_tiles(const WinogradShared& shared, int64_t channels, int64_t first, int64_t count,
+                 const float* v, float* m, const TileOutput* outputs) {
   constexpr int kN = kLanes<float>;
   const float* u = shared.weights + first * channels * 36;
   for (int64_t e = 0; e < 36; ++e) {
-    multiply_tiles<Z>(count, v + e * kTiles * padded_in, padded_in, channels,
-                      u + e * channels * Z * kN, m + e * kTiles * Z * kN);
+    multiply_tiles<Z>(count, v + e * kVStride, channels, u + e * channels * Z * kN,
+                      m + e * kMStride<Z>);
   }
   for (int64_t t = 0; t < count; ++t) {
     for (int z = 0; z < Z; ++z) {
       TileOutput to = outputs[t];
       to.values += first + z * kN;
       to.codes += first + z * kN;
-      finish_four_windows(m + (t * Z + z) * kN, kTiles * Z * kN, load(shared.bias + first + z * kN),
-                          to);
+      finish_four_windows<Z>(m + (t * Z + z) * kN, load(shared.bias + first + z * kN), to);
     }
   }
 }
 
-// Copies the band's part of one image into X. False: a value is beyond kModerate.
+// Copies the band's part of one run of channels into X. image: the run's first channel.
 template <typename S>
-bool pack_pixels(const ForwardArgs& args, int64_t n, int64_t first_out, int64_t rows, int64_t cols,
-                 int64_t padded, float* x) {
+void pack_pixels(const Geometry& g, const S* image, Strides s, int64_t channels, int64_t first_out,
+                 int64_t rows, int64_t cols, float* x, RangeCheck<float>& range) {
   constexpr int kN = kLanes<float>;
-  const Geometry& g = args.geometry;
-  const Strides s = args.input_strides;
-  const S* image = static_cast<const S*>(args.input) + n * s.n;
   const int64_t left = smaller(g.w.padding, cols);
   const int64_t width = larger<int64_t>(0, smaller(g.w.in, cols - left));
-  RangeCheck<float> range(kModerate);
-  for (int64_t y = 0; y < rows; ++y) {
+  for (int64_t y = 0; y < rows; ++y, x += cols * kRun) {
     const int64_t h = 2 * first_out - g.h.padding + y;
-    float* to = x + y * cols * padded;
-    if (h < 0 || h >= g.h.in) {
-      memset(to, 0, cols * padded * sizeof(float));
-      continue;
-    }
     // Channels past the last are multiplied by no weight, but must not be NaN by chance.
-    if (padded != g.in_channels) memset(to, 0, cols * padded * sizeof(float));
-    memset(to, 0, left * padded * sizeof(float));
-    float* inside = to + left * padded;
-    read_pixels(image + h * s.h, s, inside, padded, width, g.in_channels);
-    memset(inside + width * padded, 0, (cols - left - width) * padded * sizeof(float));
-    for (int64_t k = 0; k < width * padded; k += kN) range.see(load(inside + k));
+    if (h < 0 || h >= g.h.in || channels < kRun) memset(x, 0, cols * kRun * sizeof(float));
+    if (h < 0 || h >= g.h.in) continue;
+    float* inside = x + left * kRun;
+    memset(x, 0, left * kRun * sizeof(float));
+    read_pixels(image + h * s.h, s, inside, kRun, width, channels);
+    memset(inside + width * kRun, 0, (cols - left - width) * kRun * sizeof(float));
+    for (int64_t k = 0; k < width * kRun; k += kN) range.see(load(inside + k));
   }
-  return range.passed();
 }
 
 template <typename S>
@@ -226,18 +221,25 @@ void winograd4_band(const ForwardArgs& args, const WinogradShared& shared, int64
   const int64_t n = task / bands, first_out = task % bands * plan.band;
   const int64_t rows = smaller(plan.band, g.h.out - first_out);
   const int64_t tile_rows = (rows + 1) / 2, tile_cols = (g.w.out + 1) / 2;
-  const int64_t channels = g.in_channels, padded = round_up(channels, kN);
+  const int64_t channels = g.in_channels, runs = (channels + kRun - 1) / kRun;
   const int64_t x_rows = 4 * tile_rows + 2, x_cols = 4 * tile_cols + 2;
 
-  float* x = static_cast<float*>(
-      scratch(Slot::kPlanes, x_rows * x_cols * padded * int64_t{sizeof(float)}));
-  if (!pack_pixels<S>(args, n, first_out, x_rows, x_cols, padded, x)) {
+  const int64_t x_size = x_rows * x_cols * kRun;
+  float* x = static_cast<float*>(scratch(Slot::kPlanes, runs * x_size * int64_t{sizeof(float)}));
+  RangeCheck<float> range(kModerate);
+  for (int64_t run = 0; run < runs; ++run) {
+    const Strides s = args.input_strides;
+    const S* image = static_cast<const S*>(args.input) + n * s.n + run * kRun * s.c;
+    pack_pixels(g, image, s, smaller(kRun, channels - run * kRun), first_out, x_rows, x_cols,
+                x + run * x_size, range);
+  }
+  if (!range.passed()) {
     shared.immoderate[task] = 1;
     return;
   }
 
-  const int64_t v_size = 36 * kTiles * padded;
-  constexpr int64_t kMSize = 36 * kTiles * 2 * kN;
+  const int64_t v_size = runs * 36 * kVStride;
+  constexpr int64_t kMSize = 36 * kMStride<2>;
   const int64_t windows = rows * g.w.out;
   float* v =
       static_cast<float*>(scratch(Slot::kConv, (v_size + kMSize) * sizeof(float) +
@@ -251,8 +253,10 @@ void winograd4_band(const ForwardArgs& args, const WinogradShared& shared, int64
     TileOutput outputs[kTiles];
     for (int64_t t = 0; t < count; ++t) {
       const int64_t row = (first + t) / tile_cols, col = (first + t) % tile_cols;
-      transform_tile(x + (4 * row * x_cols + 4 * col) * padded, x_cols * padded, padded,
-                     v + t * padded);
+      for (int64_t run = 0; run < runs; ++run) {
+        transform_tile(x + run * x_size + (4 * row * x_cols + 4 * col) * kRun, x_cols * kRun,
+                       v + run * 36 * kVStride + t * kRun);
+      }
       const int64_t at = (2 * row * g.w.out + 2 * col) * shared.padded;
       outputs[t] = {values + at,           codes + at,
                     shared.padded,         g.w.out * shared.padded,
@@ -260,9 +264,9 @@ void winograd4_band(const ForwardArgs& args, const WinogradShared& shared, int64
     }
     int64_t oc = 0;
     for (; oc + 2 * kN <= shared.padded; oc += 2 * kN) {
-      strip_tiles<2>(shared, channels, padded, oc, count, v, m, outputs);
+      strip_tiles<2>(shared, channels, oc, count, v, m, outputs);
     }
-    if (oc < shared.padded) strip_tiles<1>(shared, channels, padded, oc, count, v, m, outputs);
+    if (oc < shared.padded) strip_tiles<1>(shared, channels, oc, count, v, m, outputs);
   }
   const int64_t at = n * args.output_strides.n + first_out * args.output_strides.h;
   write_strip(values, shared.padded, windows, g.out_channels, static_cast<S*>(args.output) + at,

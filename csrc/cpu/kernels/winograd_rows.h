@@ -32,30 +32,28 @@ FUSEDCNN_INLINE void transform_row(const float* from, int64_t width, float* to, 
 }
 
 // Fills R for one channel. image: [H, W] with strides; rows: scratch of [2 * band + 2][row_size],
-// zeros outside the image's columns already.
+// zeros outside the image already.
 template <typename S>
 FUSEDCNN_NOINLINE void transform_rows(const Geometry& g, const S* image, Strides strides,
                                       int64_t first_out, int64_t band, int64_t plane,
                                       int64_t row_size, float* rows, float* r,
                                       RangeCheck<float>& range) {
   RangeCheck<float> check = range;  // in a register
+  const int64_t count = 2 * band + 2, windows = g.w.out;
   const int64_t y0 = 2 * first_out - g.h.padding;
-  const int64_t begin = smaller(2 * band + 2, larger(-y0, int64_t{0}));
-  const int64_t end = larger(begin, smaller(2 * band + 2, g.h.in - y0));
-  const int64_t width = smaller(g.w.in, 2 * g.w.out + 2 - g.w.padding);
+  const int64_t begin = smaller(count, larger(-y0, int64_t{0}));
+  const int64_t end = larger(begin, smaller(count, g.h.in - y0));
+  const int64_t width = smaller(g.w.in, 2 * windows + 2 - g.w.padding);
   // First every row in order, then every row transformed: a vector load soon after the narrower
   // stores that it spans would wait for them.
-  for (int64_t y = begin; y < end; ++y) {
-    copy_row<S, float>(image + (y0 + y) * strides.h, strides.w, width,
-                       rows + y * row_size + g.w.padding, check);
+  const S* from = image + (y0 + begin) * strides.h;
+  float* row = rows + begin * row_size + g.w.padding;
+  for (int64_t y = begin; y < end; ++y, from += strides.h, row += row_size) {
+    copy_row<S, float>(from, strides.w, width, row, check);
   }
-  for (int64_t y = 0; y < 2 * band + 2; ++y) {
-    float* to = r + y % 2 * 4 * plane + y / 2 * g.w.out;
-    if (y >= begin && y < end) {
-      transform_row(rows + y * row_size, g.w.out, to, plane);
-      continue;
-    }
-    for (int j = 0; j < 4; ++j) memset(to + j * plane, 0, g.w.out * sizeof(float));
+  for (int64_t y = 0; y < count; y += 2, rows += 2 * row_size, r += windows) {
+    transform_row(rows, windows, r, plane);
+    transform_row(rows + row_size, windows, r + 4 * plane, plane);
   }
   range = check;
 }
