@@ -19,7 +19,8 @@ else()
   set(FUSEDCNN_KERNEL_OPTIMISATION -O3)
 endif()
 
-add_library(fusedcnn_cpu STATIC csrc/cpu/select.cpp csrc/cpu/plan.cpp csrc/cpu/scratch.cpp)
+add_library(fusedcnn_cpu STATIC
+  csrc/cpu/derived_weights.cpp csrc/cpu/plan.cpp csrc/cpu/scratch.cpp csrc/cpu/select.cpp)
 target_link_libraries(fusedcnn_cpu PRIVATE $<BUILD_INTERFACE:fusedcnn_options>)
 target_include_directories(fusedcnn_cpu PUBLIC csrc)
 foreach(isa IN LISTS FUSEDCNN_ISAS)

@@ -249,7 +249,7 @@ void forward_band(const ForwardArgs& args, const ForwardShared<Accumulator<S>>& 
   }
 }
 
-// `only`, where given, picks the bands to compute: [batch * bands], nonzero for yes.
+// `only`, where given, picks the images to compute: [batch], nonzero for yes.
 template <typename S, typename C>
 void forward_general_bands(const ForwardArgs& args, const ThreadPool& pool,
                            const uint8_t* only = nullptr) {
@@ -284,7 +284,7 @@ void forward_general_bands(const ForwardArgs& args, const ThreadPool& pool,
   const ForwardShared<T> shared{plan, packed, bias, blocks};
   const int64_t bands = plan.bands(g);
   parallel_tasks(pool, g.batch * bands, [&](int64_t task) {
-    if (only && !only[task]) return;
+    if (only && !only[task / bands]) return;
     forward_band<S, C>(args, shared, task / bands, task % bands * plan.band);
   });
 }

@@ -88,14 +88,13 @@ template <typename S>
 void winograd1d_band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
   constexpr int kN = kLanes<float>;
   const Geometry& g = args.geometry;
-  const ForwardPlan& plan = shared.plan;
-  const int64_t bands = plan.bands(g);
-  const int64_t n = task / bands, first_out = task % bands * plan.band;
-  const int64_t windows = smaller(plan.band, g.h.out - first_out) * g.w.out;
+  const int64_t bands = shared.bands;
+  const int64_t n = task / bands, first_out = task % bands * shared.band;
+  const int64_t windows = smaller(shared.band, g.h.out - first_out) * g.w.out;
 
   const int64_t row_size = 2 * g.w.out + 2 + 2 * kN;
-  const int64_t rows_size = round_up((2 * plan.band + 2) * row_size, kN);
-  const int64_t plane = round_up((plan.band + 1) * g.w.out, kN) + kN;
+  const int64_t rows_size = round_up((2 * shared.band + 2) * row_size, kN);
+  const int64_t plane = round_up((shared.band + 1) * g.w.out, kN) + kN;
   float* in_order = static_cast<float*>(
       scratch(Slot::kPlanes, (rows_size + g.in_channels * 8 * plane + kN) * sizeof(float)));
   float* r = in_order + rows_size;
@@ -103,8 +102,8 @@ void winograd1d_band(const ForwardArgs& args, const WinogradShared& shared, int6
   const S* image = static_cast<const S*>(args.input) + n * args.input_strides.n;
   RangeCheck<float> range(kModerate);
   for (int64_t c = 0; c < g.in_channels; ++c) {
-    transform_rows<S>(g, image + c * args.input_strides.c, args.input_strides, first_out, plan.band,
-                      plane, row_size, in_order, r + c * 8 * plane, range);
+    transform_rows<S>(g, image + c * args.input_strides.c, args.input_strides, first_out,
+                      shared.band, plane, row_size, in_order, r + c * 8 * plane, range);
   }
   if (!range.passed()) {
     shared.immoderate[task] = 1;
@@ -147,13 +146,13 @@ void winograd1d_band(const ForwardArgs& args, const WinogradShared& shared, int6
 
 // U = G g, in the groups' layout.
 template <typename S>
-void transform_weights_1d(const ForwardArgs& args, float* u) {
+void transform_weights_1d(const ForwardArgs& args, const S* source, float* u) {
   const Geometry& g = args.geometry;
   const Strides s = args.weight_strides;
   for (int64_t first = 0; first < g.out_channels;) {
     const int64_t group = group_size(first, g.out_channels);
     for (int64_t o = 0; o < group; ++o) {
-      const S* weight = static_cast<const S*>(args.weight) + (first + o) * s.n;
+      const S* weight = source + (first + o) * s.n;
       for (int64_t c = 0; c < g.in_channels; ++c) {
         float* to = u + (first * g.in_channels + c * group) * 12 + o;
         for (int64_t kh = 0; kh < 3; ++kh) {
@@ -171,21 +170,17 @@ void transform_weights_1d(const ForwardArgs& args, float* u) {
 template <typename S>
 void forward_winograd1d_typed(const ForwardArgs& args, const ThreadPool& pool) {
   const Geometry& g = args.geometry;
-  const ForwardPlan plan(g, sizeof(float), kLanes<float>);
-  const int64_t u_size = round_up(12 * g.in_channels * g.out_channels, kLanes<float>);
-  const int64_t padded = round_up(g.out_channels, kLanes<float>);
-  const int64_t bands = g.batch * plan.bands(g);
-  float* weights =
-      static_cast<float*>(scratch(Slot::kTransformed, (u_size + padded) * sizeof(float) + bands));
-  float* bias = weights + u_size;
-  uint8_t* immoderate = reinterpret_cast<uint8_t*>(bias + padded);
-  memset(weights, 0, (u_size + padded) * sizeof(float));
-  transform_weights_1d<S>(args, weights);
-  for (int64_t oc = 0; oc < g.out_channels && args.bias; ++oc) {
-    bias[oc] = widen(static_cast<const S*>(args.bias)[oc * args.bias_stride]);
+  int64_t bytes;
+  const DerivedKey key =
+      derived_key(args, reinterpret_cast<const void*>(&winograd1d_band<S>), sizeof(S), bytes);
+  const int64_t size = round_up(12 * g.in_channels * g.out_channels, kLanes<float>);
+  DerivedWeights derived(key, bytes, size);
+  if (!derived.filled()) {
+    memset(derived.data(), 0, size * sizeof(float));  // for the whole vectors of the check
+    transform_weights_1d(args, static_cast<const S*>(derived.source()), derived.data());
+    derived.keep(moderate(derived.data(), size));
   }
-  run_winograd<S>(args, pool, {plan, weights, bias, padded, immoderate}, u_size + padded,
-                  winograd1d_band<S>);
+  run_winograd<S>(args, pool, derived, winograd1d_band<S>);
 }
 
 const char* why_not_winograd1d(const Problem& problem) {

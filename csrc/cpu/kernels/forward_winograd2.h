@@ -158,15 +158,14 @@ template <typename S>
 void winograd2_band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
   constexpr int kN = kLanes<float>;
   const Geometry& g = args.geometry;
-  const ForwardPlan& plan = shared.plan;
-  const int64_t bands = plan.bands(g);
-  const int64_t n = task / bands, first_out = task % bands * plan.band;
-  const int64_t rows = smaller(plan.band, g.h.out - first_out);
+  const int64_t bands = shared.bands;
+  const int64_t n = task / bands, first_out = task % bands * shared.band;
+  const int64_t rows = smaller(shared.band, g.h.out - first_out);
   const int64_t channels = g.in_channels;
 
   const int64_t row_size = 2 * g.w.out + 2 + 2 * kN;
-  const int64_t rows_size = round_up((2 * plan.band + 2) * row_size, kN);
-  const int64_t plane = round_up((plan.band + 1) * g.w.out, kN) + kN;
+  const int64_t rows_size = round_up((2 * shared.band + 2) * row_size, kN);
+  const int64_t plane = round_up((shared.band + 1) * g.w.out, kN) + kN;
   float* in_order = static_cast<float*>(
       scratch(Slot::kPlanes, (rows_size + channels * 8 * plane + kN) * sizeof(float)));
   float* r = in_order + rows_size;
@@ -174,8 +173,8 @@ void winograd2_band(const ForwardArgs& args, const WinogradShared& shared, int64
   const S* image = static_cast<const S*>(args.input) + n * args.input_strides.n;
   RangeCheck<float> range(kModerate);
   for (int64_t c = 0; c < channels; ++c) {
-    transform_rows<S>(g, image + c * args.input_strides.c, args.input_strides, first_out, plan.band,
-                      plane, row_size, in_order, r + c * 8 * plane, range);
+    transform_rows<S>(g, image + c * args.input_strides.c, args.input_strides, first_out,
+                      shared.band, plane, row_size, in_order, r + c * 8 * plane, range);
   }
   if (!range.passed()) {
     shared.immoderate[task] = 1;

@@ -216,10 +216,9 @@ template <typename S>
 void winograd4_band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
   constexpr int kN = kLanes<float>;
   const Geometry& g = args.geometry;
-  const ForwardPlan& plan = shared.plan;
-  const int64_t bands = plan.bands(g);
-  const int64_t n = task / bands, first_out = task % bands * plan.band;
-  const int64_t rows = smaller(plan.band, g.h.out - first_out);
+  const int64_t bands = shared.bands;
+  const int64_t n = task / bands, first_out = task % bands * shared.band;
+  const int64_t rows = smaller(shared.band, g.h.out - first_out);
   const int64_t tile_rows = (rows + 1) / 2, tile_cols = (g.w.out + 1) / 2;
   const int64_t channels = g.in_channels, runs = (channels + kRun - 1) / kRun;
   const int64_t x_rows = 4 * tile_rows + 2, x_cols = 4 * tile_cols + 2;

@@ -1,17 +1,17 @@
 // What the Winograd kernels share: the call, the weights' transform, one window's epilogue.
 //
 // Sums of patch elements could overflow, and an infinity would reach outputs that it does not
-// touch; a band with values beyond kModerate, infinity or NaN is left to the general kernel, and so
-// is the whole call where the weights or the bias hold such a value.
+// touch; an image with values beyond kModerate, infinity or NaN is left to the general kernel, and
+// so is the whole call where the weights or the bias hold such a value.
 #pragma once
 
+#include "cpu/derived_weights.h"
 #include "cpu/kernel.h"
 #include "cpu/kernels/forward_general.h"
 #include "cpu/kernels/phase_planes.h"
 #include "cpu/kernels/simd.h"
 #include "cpu/kernels/transpose.h"
 #include "cpu/kernels/windows.h"
-#include "cpu/plan.h"
 #include "cpu/scratch.h"
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
@@ -22,12 +22,18 @@ namespace {
 // fine.
 constexpr float kModerate = 281474976710656.0f;  // 2^48
 
+// Bytes of a band's transformed input: half of a small L2, the rest being weights and output.
+constexpr int64_t kWinogradBandBytes = int64_t{256} << 10;
+// Rows of a band at least: neighbouring bands transform the rows that both need.
+constexpr int64_t kWinogradMinBand = 4;
+
 struct WinogradShared {
-  const ForwardPlan& plan;  // its bands are the tasks
-  const float* weights;     // U
-  const float* bias;        // [padded]
-  int64_t padded;           // output channels, whole vectors
-  uint8_t* immoderate;      // [batch * bands], set where a band is left to the general kernel
+  int64_t band;          // pooled rows of a task
+  int64_t bands;         // of one image
+  const float* weights;  // U
+  const float* bias;     // [padded]
+  int64_t padded;        // output channels, whole vectors
+  uint8_t* immoderate;   // [batch * bands], set where an image is left to the general kernel
 };
 
 // A byte for every lane.
@@ -62,88 +68,120 @@ void write_strip(const From* from, int64_t padded, int64_t count, int64_t channe
   }
 }
 
-// The weights as [C][9][padded], output channels side by side, zeros past the last.
+// Whether no value is beyond kModerate, infinite or NaN. count: a multiple of the lanes.
+inline bool moderate(const float* values, int64_t count) {
+  RangeCheck<float> range(kModerate);
+  for (int64_t k = 0; k < count; k += kLanes<float>) range.see(load(values + k));
+  return range.passed();
+}
+
+// Runs `band` over all bands of all images, then the general kernel over the images that it
+// refuses. derived: U. band(args, shared, task): see the kernels.
 template <typename S>
-void weights_by_tap(const ForwardArgs& args, int64_t padded, float* to) {
+void run_winograd(const ForwardArgs& args, const ThreadPool& pool, const DerivedWeights& derived,
+                  void (*band)(const ForwardArgs&, const WinogradShared&, int64_t)) {
+  if (!derived.usable()) return forward_general(args, pool);
+  const Geometry& g = args.geometry;
+  const int64_t row_bytes = g.in_channels * 8 * g.w.out * int64_t{sizeof(float)};
+  int64_t rows = larger(kWinogradBandBytes / row_bytes - 1, kWinogradMinBand);
+  const int64_t bands = (g.h.out + rows - 1) / rows;
+  rows = (g.h.out + bands - 1) / bands;  // of equal height, rather than a thin last one
+  const int64_t padded = round_up(g.out_channels, kLanes<float>);
+  float* bias = static_cast<float*>(
+      scratch(Slot::kTransformed, padded * int64_t{sizeof(float)} + g.batch * bands));
+  uint8_t* immoderate = reinterpret_cast<uint8_t*>(bias + padded);
+  memset(bias, 0, padded * sizeof(float) + g.batch * bands);
+  for (int64_t oc = 0; oc < g.out_channels && args.bias; ++oc) {
+    bias[oc] = widen(static_cast<const S*>(args.bias)[oc * args.bias_stride]);
+  }
+  if (!moderate(bias, padded)) return forward_general(args, pool);
+  const WinogradShared shared{rows, bands, derived.data(), bias, padded, immoderate};
+  parallel_tasks(pool, g.batch * bands, [&](int64_t task) { band(args, shared, task); });
+  if (!memchr(immoderate, 1, g.batch * bands)) return;
+  for (int64_t n = 0; n < g.batch; ++n) {
+    immoderate[n] = memchr(immoderate + n * bands, 1, bands) != nullptr;
+  }
+  forward_general_bands<S, uint8_t>(args, pool, immoderate);
+}
+
+// The key and the size of the weight's memory, 0 where gaps would have to be compared too.
+inline DerivedKey derived_key(const ForwardArgs& args, const void* kernel, int64_t element,
+                              int64_t& bytes) {
   const Geometry& g = args.geometry;
   const Strides s = args.weight_strides;
-  const S* weight = static_cast<const S*>(args.weight);
-  if (padded != g.out_channels) memset(to, 0, g.in_channels * 9 * padded * sizeof(float));
+  const int64_t span = 1 + (g.out_channels - 1) * s.n + (g.in_channels_per_group() - 1) * s.c +
+                       (g.h.kernel - 1) * s.h + (g.w.kernel - 1) * s.w;
+  const int64_t count = g.out_channels * g.in_channels_per_group() * g.taps();
+  bytes = span == count ? count * element : 0;
+  return {kernel, args.weight, s, args.type, g.out_channels, g.in_channels, g.taps()};
+}
+
+// The taps of one vector of output channels as [C][9][lanes], zeros past the last.
+template <typename S>
+void weights_by_tap(const ForwardArgs& args, const S* weight, int64_t first, float* to) {
+  constexpr int kN = kLanes<float>;
+  const Geometry& g = args.geometry;
+  const Strides s = args.weight_strides;
+  const int64_t count = smaller<int64_t>(kN, g.out_channels - first);
+  weight += first * s.n;
+  if (count < kN) memset(to, 0, g.in_channels * 9 * kN * sizeof(float));
   if (s.w == 1 && s.h == 3 && s.c == 9) {
-    return transpose_matrix(weight, s.n, to, padded, g.out_channels, g.in_channels * 9);
+    return transpose_matrix(weight, s.n, to, kN, count, g.in_channels * 9);
   }
   for (int64_t c = 0; c < g.in_channels; ++c) {
-    for (int t = 0; t < 9; ++t, to += padded) {
+    for (int t = 0; t < 9; ++t, to += kN) {
       const S* from = weight + c * s.c + t / 3 * s.h + t % 3 * s.w;
-      for (int64_t oc = 0; oc < g.out_channels; ++oc) to[oc] = widen(from[oc * s.n]);
+      for (int64_t oc = 0; oc < count; ++oc) to[oc] = widen(from[oc * s.n]);
     }
   }
 }
 
 // U = G g G^T for every pair of channels, a vector of output channels at a time, in blocks of
-// Transform::kWide vectors as long as they are full, then of one. taps: [C][9][padded].
-template <typename Transform>
-void transform_weights(const float* taps, int64_t channels, int64_t padded, float* weights) {
+// Transform::kWide vectors as long as they are full, then of one. False: a value is beyond
+// kModerate.
+template <typename Transform, typename S>
+bool transform_weights(const ForwardArgs& args, const ThreadPool& pool, const S* weight,
+                       float* weights) {
   constexpr int kN = kLanes<float>;
   constexpr int kElements = Transform::kElements;
-  for (int64_t first = 0; first < padded; first += kN) {
-    const int64_t wide = Transform::kWide * kN;
+  const int64_t channels = args.geometry.in_channels;
+  const int64_t padded = round_up(args.geometry.out_channels, kN);
+  parallel_tasks(pool, padded / kN, [&](int64_t task) {
+    const int64_t first = task * kN, wide = Transform::kWide * kN;
     const bool in_wide = first / wide * wide + wide <= padded;
     const int64_t vectors = in_wide ? Transform::kWide : 1;
     const int64_t block = in_wide ? first / wide * wide : first;
     float* to = weights + block * kElements * channels + (first - block);
-    for (int64_t c = 0; c < channels; ++c) {
-      const float* from = taps + c * 9 * padded + first;
+    float* taps =
+        static_cast<float*>(scratch(Slot::kPlanes, channels * 9 * kN * int64_t{sizeof(float)}));
+    weights_by_tap<S>(args, weight, first, taps);
+    for (int64_t c = 0; c < channels; ++c, taps += 9 * kN) {
       Vector<float> k[3][3], u[kElements];
       FUSEDCNN_UNROLL
-      for (int t = 0; t < 9; ++t) k[t / 3][t % 3] = load(from + t * padded);
+      for (int t = 0; t < 9; ++t) k[t / 3][t % 3] = load(taps + t * kN);
       Transform::weights(k, u);
       FUSEDCNN_UNROLL
       for (int e = 0; e < kElements; ++e) {
         store(to + Transform::place(e, c, channels) * vectors * kN, u[e]);
       }
     }
-  }
-}
-
-// Runs `band` over all bands, and the general kernel over those that it refuses. checked: elements
-// from `shared.weights` on, the bias among them, in whole vectors.
-template <typename S>
-void run_winograd(const ForwardArgs& args, const ThreadPool& pool, const WinogradShared& shared,
-                  int64_t checked,
-                  void (*band)(const ForwardArgs&, const WinogradShared&, int64_t)) {
-  const int64_t bands = args.geometry.batch * shared.plan.bands(args.geometry);
-  RangeCheck<float> range(kModerate);  // so that no NaN arises here and none is passed on
-  for (int64_t k = 0; k < checked; k += kLanes<float>) range.see(load(shared.weights + k));
-  if (!range.passed()) return forward_general(args, pool);
-  memset(shared.immoderate, 0, bands);
-  parallel_tasks(pool, bands, [&](int64_t task) { band(args, shared, task); });
-  if (memchr(shared.immoderate, 1, bands)) {
-    forward_general_bands<S, uint8_t>(args, pool, shared.immoderate);
-  }
+  });
+  return moderate(weights, kElements * channels * padded);
 }
 
 template <typename Transform, typename S>
 void forward_winograd_typed(const ForwardArgs& args, const ThreadPool& pool) {
   const Geometry& g = args.geometry;
-  const ForwardPlan plan(g, sizeof(float), kLanes<float>);
-  const int64_t padded = round_up(g.out_channels, kLanes<float>);
-  const int64_t u_size = Transform::kElements * g.in_channels * padded;
-  const int64_t bands = g.batch * plan.bands(g);
-  const int64_t taps_size = g.in_channels * 9 * padded;
-  float* weights = static_cast<float*>(
-      scratch(Slot::kTransformed, (u_size + padded + taps_size) * sizeof(float) + bands));
-  float* bias = weights + u_size;
-  float* taps = bias + padded;
-  uint8_t* immoderate = reinterpret_cast<uint8_t*>(taps + taps_size);
-  weights_by_tap<S>(args, padded, taps);
-  transform_weights<Transform>(taps, g.in_channels, padded, weights);
-  for (int64_t oc = 0; oc < padded; ++oc) {
-    const bool real = args.bias && oc < g.out_channels;
-    bias[oc] = real ? widen(static_cast<const S*>(args.bias)[oc * args.bias_stride]) : 0.0f;
+  int64_t bytes;
+  const DerivedKey key = derived_key(
+      args, reinterpret_cast<const void*>(&Transform::template band<S>), sizeof(S), bytes);
+  DerivedWeights derived(
+      key, bytes, Transform::kElements * g.in_channels * round_up(g.out_channels, kLanes<float>));
+  if (!derived.filled()) {
+    derived.keep(transform_weights<Transform>(args, pool, static_cast<const S*>(derived.source()),
+                                              derived.data()));
   }
-  run_winograd<S>(args, pool, {plan, weights, bias, padded, immoderate}, u_size + padded,
-                  Transform::template band<S>);
+  run_winograd<S>(args, pool, derived, Transform::template band<S>);
 }
 
 template <typename Transform>

@@ -1,0 +1,119 @@
+#include "cpu/derived_weights.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <vector>
+
+namespace fusedcnn::cpu {
+
+struct DerivedEntry {
+  DerivedKey key;
+  int64_t bytes;
+  int64_t floats;
+  bool usable = false;
+  float* data;  // [floats], then the copy of the weight's bytes
+
+  DerivedEntry(const DerivedKey& key, int64_t bytes, int64_t floats)
+      : key(key), bytes(bytes), floats(floats) {
+    data =
+        static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>((size() + 63) / 64 * 64)));
+    if (!data) throw std::bad_alloc();
+  }
+  ~DerivedEntry() { std::free(data); }
+  DerivedEntry(const DerivedEntry&) = delete;
+  DerivedEntry& operator=(const DerivedEntry&) = delete;
+
+  int64_t size() const { return floats * int64_t{sizeof(float)} + bytes; }
+  void* copy() const { return data + floats; }
+};
+
+namespace {
+
+// Of all entries together: the 3x3 layers of a VGG-16 need 120 MB, those of small networks a few.
+constexpr int64_t kMostBytes = int64_t{128} << 20;
+
+// Entries are complete and never written while they are in here; least recently used first.
+struct Cache {
+  std::mutex mutex;
+  std::vector<std::shared_ptr<DerivedEntry>> entries;
+  int64_t bytes = 0;
+
+  // Takes the entry out, or returns null. The mutex is held.
+  std::shared_ptr<DerivedEntry> take(const DerivedKey& key) {
+    const auto at = std::find_if(entries.begin(), entries.end(),
+                                 [&](const auto& entry) { return entry->key == key; });
+    if (at == entries.end()) return nullptr;
+    std::shared_ptr<DerivedEntry> entry = std::move(*at);
+    entries.erase(at);
+    bytes -= entry->size();
+    return entry;
+  }
+
+  void put(std::shared_ptr<DerivedEntry> entry) {
+    bytes += entry->size();
+    entries.push_back(std::move(entry));
+    while (bytes > kMostBytes) {
+      bytes -= entries.front()->size();
+      entries.erase(entries.begin());
+    }
+  }
+};
+
+// Never destroyed: threads may still compute while the process ends.
+Cache& cache() {
+  static Cache& the_cache = *new Cache;
+  return the_cache;
+}
+
+}  // namespace
+
+DerivedWeights::DerivedWeights(const DerivedKey& key, int64_t bytes, int64_t floats)
+    : filled_(false) {
+  if (bytes > 0) {
+    Cache& all = cache();
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    entry_ = all.take(key);
+    if (entry_) all.put(entry_);  // now the most recently used
+  }
+  if (entry_ && entry_->bytes == bytes && entry_->floats == floats) {
+    filled_ = std::memcmp(entry_->copy(), key.weight, static_cast<size_t>(bytes)) == 0;
+    if (filled_) return;
+    // Stale. Its memory serves again unless another call is still reading it.
+    Cache& all = cache();
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    const std::shared_ptr<DerivedEntry> taken = all.take(key);
+    if (taken && taken != entry_) all.put(taken);  // another call has replaced it meanwhile
+    if (taken != entry_ || taken.use_count() > 2) entry_ = nullptr;
+  } else {
+    entry_ = nullptr;
+  }
+  if (!entry_) entry_ = std::make_shared<DerivedEntry>(key, bytes, floats);
+  // Deriving from the copy, not from the weight, keeps the two together even if another thread
+  // writes to the weight meanwhile.
+  if (bytes > 0) std::memcpy(entry_->copy(), key.weight, static_cast<size_t>(bytes));
+}
+
+DerivedWeights::~DerivedWeights() = default;
+
+float* DerivedWeights::data() const { return entry_->data; }
+
+const void* DerivedWeights::source() const {
+  return entry_->bytes > 0 ? entry_->copy() : entry_->key.weight;
+}
+
+bool DerivedWeights::usable() const { return entry_->usable; }
+
+void DerivedWeights::keep(bool usable) {
+  entry_->usable = usable;
+  filled_ = true;
+  if (entry_->bytes == 0 || entry_->size() > kMostBytes) return;
+  Cache& all = cache();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  all.take(entry_->key);  // an equal one, of another thread
+  all.put(entry_);
+}
+
+}  // namespace fusedcnn::cpu
