@@ -19,12 +19,16 @@ void check_launch(const char* name, int status, const char* doing) {
                            cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-const Device& current_device() {
+const Device& use_device(int index) {
   static std::mutex mutex;
   static std::map<int, Device> devices;  // a map keeps its elements where they are
-  int index = 0;
-  const auto ask = [](cudaError_t status) { check_launch("(none)", status, "before any"); };
-  ask(cudaGetDevice(&index));
+  const auto ask = [&](cudaError_t status) {
+    if (status == cudaSuccess) return;
+    throw std::runtime_error("fusedcnn: using CUDA device " + std::to_string(index) + ": " +
+                             cudaGetErrorString(status));
+  };
+  // This library has a CUDA runtime of its own, and every runtime remembers its own device.
+  ask(cudaSetDevice(index));
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = devices.find(index);
   if (found != devices.end()) return found->second;

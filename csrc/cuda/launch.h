@@ -20,7 +20,8 @@ inline int64_t blocks_for(int64_t tasks) {
 // cudaError_t, is success.
 void check_launch(const char* name, int status, const char* doing);
 
-// The current device's properties; asked once per device.
-const Device& current_device();
+// Makes device `index` the one that this thread's next launches run on, and returns its properties,
+// which are asked for once. Throws std::runtime_error.
+const Device& use_device(int index);
 
 }  // namespace fusedcnn::cuda

@@ -59,7 +59,11 @@ void fiber_entry(void* index) {
   Thread& me = block.state[reinterpret_cast<uintptr_t>(index)];
   fibers[static_cast<size_t>(me.index)]->started();
   for (;;) {
-    kernel_body(kernel_context);
+    try {
+      kernel_body(kernel_context);
+    } catch (const Failure& caught) {
+      failure = caught.what();
+    }
     current->state = Thread::State::kDone;
     ++block.done;
     leave_fiber();
@@ -154,10 +158,9 @@ void note_copy(const PendingCopy& copy) {
 
 Options& options() { return chosen; }
 
+// Caught where the fiber began, so that nothing on its stack is lost; run_thread() throws it again.
 void fail(const std::string& message) {
-  failure = current ? thread_text(current->index) + ": " + message : message;
-  if (current) leave_fiber();
-  throw Failure(failure);
+  throw Failure(current ? thread_text(current->index) + ": " + message : message);
 }
 
 void fail_access(const SharedArray& array, int64_t at, const char* what, int other) {
