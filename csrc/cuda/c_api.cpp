@@ -10,14 +10,14 @@
 // The kernels and what they were compiled for, as JSON. Valid for ever.
 FUSEDCNN_CUDA_API const char* fusedcnn_cuda_info() {
   static const std::string text = [] {
-    std::string json = "{\"toolkit\": \"" FUSEDCNN_CUDA_TOOLKIT "\", \"architectures\": \"" //
+    std::string json = "{\"toolkit\": \"" FUSEDCNN_CUDA_TOOLKIT "\", \"architectures\": \""  //
         FUSEDCNN_CUDA_ARCHITECTURES "\", \"kernels\": [";
     const fusedcnn::cuda::KernelList list = fusedcnn::cuda::kernels();
     for (int i = 0; i < list.count; ++i) {
       const fusedcnn::cuda::Kernel& kernel = list.kernels[i];
       json += std::string(i ? ", " : "") + "{\"pass\": \"" + name(kernel.pass) +
-              "\", \"name\": \"" + kernel.name + "\", \"exact\": " +
-              (kernel.exact ? "true" : "false") + "}";
+              "\", \"name\": \"" + kernel.name +
+              "\", \"exact\": " + (kernel.exact ? "true" : "false") + "}";
     }
     return json + "]}";
   }();

@@ -37,10 +37,9 @@ ForwardCall forward_call(const Geometry& g, const Tensor& input, const Tensor& w
     return empty_image(input, batched, g.batch, g.out_channels, g.h.out, g.w.out, type,
                        channels_last);
   };
-  ForwardCall call{
-      {},
-      empty_output(input.scalar_type()),
-      with_code ? empty_output(code_type(g)) : empty_vector(input, 0, code_type(g))};
+  ForwardCall call{{},
+                   empty_output(input.scalar_type()),
+                   with_code ? empty_output(code_type(g)) : empty_vector(input, 0, code_type(g))};
   ForwardArgs& args = call.args;
   args.geometry = g;
   args.type = check_type(input);
@@ -93,18 +92,18 @@ BackwardCall backward_call(const Tensor& grad_output, const Tensor& input, const
   const ScalarType scalar = input.scalar_type();
   const bool want_input = output_mask & 1, want_weight = output_mask & 2,
              want_bias = output_mask & 4;
-  BackwardCall call{
-      {},
-      want_input,
-      want_weight,
-      want_bias,
-      want_input ? empty_image(input, batched, g.batch, g.in_channels, g.h.in, g.w.in, scalar,
-                               is_channels_last(input))
-                 : empty_vector(input, 0, scalar),
-      want_weight ? empty_image(input, true, g.out_channels, g.in_channels_per_group(), g.h.kernel,
-                                g.w.kernel, scalar, is_channels_last(weight))
-                  : empty_vector(input, 0, scalar),
-      empty_vector(input, want_bias ? g.out_channels : 0, scalar)};
+  BackwardCall call{{},
+                    want_input,
+                    want_weight,
+                    want_bias,
+                    want_input ? empty_image(input, batched, g.batch, g.in_channels, g.h.in, g.w.in,
+                                             scalar, is_channels_last(input))
+                               : empty_vector(input, 0, scalar),
+                    want_weight
+                        ? empty_image(input, true, g.out_channels, g.in_channels_per_group(),
+                                      g.h.kernel, g.w.kernel, scalar, is_channels_last(weight))
+                        : empty_vector(input, 0, scalar),
+                    empty_vector(input, want_bias ? g.out_channels : 0, scalar)};
   BackwardArgs& args = call.args;
   args.geometry = g;
   args.type = type;

@@ -254,8 +254,8 @@ bool is_channels_last(const Tensor& tensor) {
   return true;
 }
 
-Tensor empty_image(const Tensor& like, bool batched, int64_t n, int64_t c, int64_t h, int64_t w, ScalarType type,
-                   bool channels_last) {
+Tensor empty_image(const Tensor& like, bool batched, int64_t n, int64_t c, int64_t h, int64_t w,
+                   ScalarType type, bool channels_last) {
   const int64_t sizes[] = {n, c, h, w};
   const int64_t contiguous[] = {c * h * w, h * w, w, 1};
   const int64_t last[] = {c * h * w, 1, w * c, c};
@@ -264,8 +264,8 @@ Tensor empty_image(const Tensor& like, bool batched, int64_t n, int64_t c, int64
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       4 - skip, sizes + skip, (channels_last ? last : contiguous) + skip,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      device.type, device.index, &handle));
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device.type,
+      device.index, &handle));
   return Tensor(handle);
 }
 

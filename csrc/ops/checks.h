@@ -38,12 +38,14 @@ Strides strides_of(const torch::stable::Tensor& tensor);
 // Whether torch's own layers would treat this 4-d tensor as channels_last.
 bool is_channels_last(const torch::stable::Tensor& tensor);
 
-// An uninitialised tensor on the device of `like`: [n, c, h, w], or [c, h, w] when `batched` is false;
-// dense, channels_last or contiguous.
-torch::stable::Tensor empty_image(const torch::stable::Tensor& like, bool batched, int64_t n, int64_t c, int64_t h, int64_t w,
+// An uninitialised tensor on the device of `like`: [n, c, h, w], or [c, h, w] when `batched` is
+// false; dense, channels_last or contiguous.
+torch::stable::Tensor empty_image(const torch::stable::Tensor& like, bool batched, int64_t n,
+                                  int64_t c, int64_t h, int64_t w,
                                   torch::headeronly::ScalarType type, bool channels_last);
 
 // An uninitialised contiguous tensor of one dimension on the device of `like`.
-torch::stable::Tensor empty_vector(const torch::stable::Tensor& like, int64_t size, torch::headeronly::ScalarType type);
+torch::stable::Tensor empty_vector(const torch::stable::Tensor& like, int64_t size,
+                                   torch::headeronly::ScalarType type);
 
 }  // namespace fusedcnn

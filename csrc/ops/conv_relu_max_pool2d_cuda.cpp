@@ -102,10 +102,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cuda(
     Session session(input);
     const Problem problem{call.args.geometry, call.args.type, call.args.wide_code};
     const auto run = [&](Pass pass, const BackwardArgs& args) {
-      session.run(pass, problem,
-                  [&](const cuda::Kernel& kernel, const cuda::Execution& execution) {
-                    kernel.backward(args, execution);
-                  });
+      session.run(pass, problem, [&](const cuda::Kernel& kernel, const cuda::Execution& execution) {
+        kernel.backward(args, execution);
+      });
     };
     if (call.run_grad_weight()) run(Pass::kGradWeight, call.weight_args());
     if (call.run_grad_input()) run(Pass::kGradInput, call.input_args());

@@ -13,12 +13,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from fusedcnn import _cuda
 from fusedcnn._ops import Geometry, below_autograd, forward_op, note_stock
 from fusedcnn.autograd import ConvReLUMaxPool2dFunction
 
 _INT64_MAX = 2**63 - 1
 # The backward kernels index one padded image with 32 bits; this leaves room for padding.
 _MAX_IMAGE_ELEMENTS = 2**31
+# The CUDA kernels' coordinates have 32 bits, of which they need a few for sums.
+_MAX_CUDA_EXTENT = 2**27
 
 # Asked once: torch 2.11's compiler cannot trace the question, and asking about autocast on other
 # devices (meta) is an error.
@@ -140,7 +143,12 @@ def pack_geometry(
 def _why_stock(input: Tensor) -> str | None:
     """Why the stock layers compute this call, or None where a fused kernel does."""
     device = input.device.type
-    if device != "cpu":
+    if device == "cuda":
+        if _cuda.reason is not None:
+            return f"no fused kernel for device type 'cuda': {_cuda.reason}"
+        if max(input.shape[-2:]) > _MAX_CUDA_EXTENT:
+            return f"CUDA images of more than {_MAX_CUDA_EXTENT} elements along an axis"
+    elif device != "cpu":
         return f"no fused kernel for device type '{device}' in this version"
     if input.layout != torch.strided:
         return f"no fused kernel for layout {input.layout}"

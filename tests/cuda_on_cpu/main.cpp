@@ -12,21 +12,26 @@
 namespace {
 
 constexpr char kUsage[] =
-    "usage: fusedcnn_cuda_selftest [--quick]\n"
+    "usage: fusedcnn_cuda_selftest [--quick] [--stop]\n"
     "  --quick  a quarter of the calls: every kernel, case, type and layout, but not each layout "
     "in\n"
-    "           each order of threads\n";
+    "           each order of threads\n"
+    "  --stop   ends with the first failure\n";
 
 }  // namespace
 
 int main(int count, char** arguments) {
   bool quick = false;
   for (int i = 1; i < count; ++i) {
-    if (std::string(arguments[i]) != "--quick") {
+    const std::string argument = arguments[i];
+    if (argument == "--quick") {
+      quick = true;
+    } else if (argument == "--stop") {
+      selftest::stop_at_first_failure();
+    } else {
       std::fputs(kUsage, stderr);
       return 2;
     }
-    quick = true;
   }
   selftest::test_machine();
   selftest::test_device();
