@@ -56,8 +56,8 @@ MUTANTS = [
     Mutant(
         "forward: no barrier between fetching a slice and using it",
         FORWARD,
-        "        sync_threads();\n        FUSEDCNN_UNROLL\n        for (int k = 0; k < kSlice; ++k) {",
-        "        FUSEDCNN_UNROLL\n        for (int k = 0; k < kSlice; ++k) {",
+        "        sync_threads();\n        FUSEDCNN_UNROLL\n        for (int k = 0; k < kSlice;",
+        "        FUSEDCNN_UNROLL\n        for (int k = 0; k < kSlice;",
     ),
     Mutant(
         "forward: no barrier between using a slice and fetching the next",
@@ -132,10 +132,10 @@ MUTANTS = [
         "shared_bytes<T>(Channels * Places) +",
     ),
     Mutant(
-        "forward: rows of the output at the columns' stride",
+        "forward: taps of the next row at the wrong stride",
         FORWARD,
-        "oh * args.output_strides.h + ow * args.output_strides.w;",
-        "oh * args.output_strides.w * w.out + ow * args.output_strides.w;",
+        "c * args.input_strides.c + dh * args.input_strides.h +",
+        "c * args.input_strides.c + dh * args.input_strides.w * w.in +",
     ),
     Mutant(
         "forward: each block does one task only",
@@ -216,10 +216,10 @@ MUTANTS = [
         "    FUSEDCNN_UNROLL",
     ),
     Mutant(
-        "grad_input: one tap too far down",
+        "grad_input: taps between the convolution's strides count",
         INPUT,
-        "return conv < axis.conv ? conv : -1;",
-        "return conv <= axis.conv ? conv : -1;",
+        "if (distance < 0 || distance % axis.stride) return -1;",
+        "if (distance < 0) return -1;",
     ),
     Mutant(
         "codes: 255 of a byte is taken for an element",

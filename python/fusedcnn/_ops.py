@@ -283,8 +283,8 @@ def build_info() -> dict[str, Any]:
         ``isas`` (each with ``name``, ``supported`` by this machine, ``selected`` and ``reason``);
         ``kernels`` (each with ``isa``, ``pass``, ``name``, ``supported`` and ``exact``, in order of
         preference); ``winograd`` (whether Winograd kernels may be chosen);
-        ``cuda`` (whether the CUDA kernels were ``built`` and are ``loaded``, the ``reason`` why not;
-        where loaded, ``toolkit``, ``architectures`` and ``kernels``);
+        ``cuda`` (whether the CUDA kernels were ``built`` and are ``loaded``, the ``reason`` why
+        not; where loaded, ``toolkit``, ``architectures`` and ``kernels``);
         ``devices`` (what computes the block on each device type); ``stock_calls`` (calls of this
         process that the stock layers computed, by reason).
     """
