@@ -122,7 +122,6 @@ print("loaded")
     assert process.stdout == "loaded\n", process.stderr
 
 
-@pytest.mark.slow
 def test_asking_for_cuda_without_a_compiler_fails(tmp_path):
     """FUSEDCNN_CUDA=ON and no nvcc: an error that names the switch."""
     cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
