@@ -75,6 +75,18 @@ else()
   message(STATUS "CUDA kernels: not built, FUSEDCNN_CUDA=${FUSEDCNN_CUDA}")
 endif()
 
+# What CUDA sources are compiled with.
+function(fusedcnn_compile_cuda target)
+  # -lineinfo lets profilers and compute-sanitizer name source lines; the code is the same.
+  target_compile_options(${target} PRIVATE
+    $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Werror=all-warnings -lineinfo
+      -Xcompiler=-Wall,-Wextra,-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=>)
+  if(FUSEDCNN_CUDA_VERBOSE)
+    # What scripts/check_cuda_build.py reads: registers and spills of every kernel.
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>)
+  endif()
+endfunction()
+
 if(FUSEDCNN_WITH_CUDA)
   # The kernels alone, or with the operators that CMakeLists.txt adds. The CUDA runtime is linked in,
   # so that no version of it has to be there, and is nobody else's.
@@ -87,13 +99,7 @@ if(FUSEDCNN_WITH_CUDA)
   target_link_libraries(fusedcnn_cuda PRIVATE fusedcnn_options ${CMAKE_DL_LIBS})
   target_link_options(fusedcnn_cuda PRIVATE
     LINKER:-z,defs LINKER:--exclude-libs,libcudart_static.a)
-  target_compile_options(fusedcnn_cuda PRIVATE
-    $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Werror=all-warnings
-      -Xcompiler=-Wall,-Wextra,-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=>)
-  if(FUSEDCNN_CUDA_VERBOSE)
-    # What scripts/check_cuda_build.py reads: registers and spills of every kernel.
-    target_compile_options(fusedcnn_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>)
-  endif()
+  fusedcnn_compile_cuda(fusedcnn_cuda)
   string(REPLACE ";" " " architectures "${CMAKE_CUDA_ARCHITECTURES}")
   set_source_files_properties(csrc/cuda/c_api.cpp PROPERTIES COMPILE_DEFINITIONS
     "FUSEDCNN_CUDA_TOOLKIT=\"${CMAKE_CUDA_COMPILER_VERSION}\";FUSEDCNN_CUDA_ARCHITECTURES=\"${architectures}\"")

@@ -3,7 +3,7 @@
     python scripts/check_cuda_build.py [--architectures 80 90] [--build FOLDER]
 
 Needs nvcc, cmake and ninja; neither a GPU nor torch. The kernels are linked alone, with every
-symbol resolved. Registers and spills are read from what ptxas says of each kernel; a spill sends
+symbol resolved, and so is the probe, which uses every instruction that device.h offers. Registers and spills are read from what ptxas says of each kernel; a spill sends
 accumulators through memory, which no test would notice. Kernels that may spill are listed below.
 """
 
@@ -49,7 +49,7 @@ def build(folder: Path, architectures: list[str]) -> str:
     log = ""
     # --clean-first: what was compiled before has said its piece in another log.
     for command in (configure, ["cmake", "--build", str(folder), "--target", "fusedcnn_cuda",
-                                "--clean-first"]):  # fmt: skip
+                                "fusedcnn_cuda_probe", "--clean-first"]):  # fmt: skip
         process = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
