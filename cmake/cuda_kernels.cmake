@@ -79,7 +79,8 @@ endif()
 function(fusedcnn_compile_cuda target)
   # -lineinfo lets profilers and compute-sanitizer name source lines; the code is the same.
   target_compile_options(${target} PRIVATE
-    $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Werror=all-warnings -lineinfo
+    $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Werror=all-warnings -Wno-deprecated-gpu-targets
+      -lineinfo
       -Xcompiler=-Wall,-Wextra,-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=>)
   if(FUSEDCNN_CUDA_VERBOSE)
     # What scripts/check_cuda_build.py reads: registers and spills of every kernel.

@@ -3,8 +3,9 @@
     python scripts/check_cuda_build.py [--architectures 80 90] [--build FOLDER]
 
 Needs nvcc, cmake and ninja; neither a GPU nor torch. The kernels are linked alone, with every
-symbol resolved, and so is the probe, which uses every instruction that device.h offers. Registers and spills are read from what ptxas says of each kernel; a spill sends
-accumulators through memory, which no test would notice. Kernels that may spill are listed below.
+symbol resolved, and so is the probe, which uses every instruction that device.h offers. Registers
+and spills are read from what ptxas says of each kernel; a spill sends accumulators through memory,
+which no test would notice. Kernels that may spill are listed below.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def kernels(log: str) -> list[Kernel]:
     names = subprocess.run(
         ["c++filt", "-p", *symbols], check=True, capture_output=True, text=True
     ).stdout.splitlines()
-    # "void fusedcnn::...::forward_general_kernel<float, ...>" -> "forward_general_kernel<float, ...>"
+    # "void fusedcnn::cuda::(anonymous namespace)::kernel<float>" -> "kernel<float>"
     short = {
         symbol: re.sub(r"fusedcnn::cuda::|\(anonymous namespace\)::|^void ", "", name)
         for symbol, name in zip(symbols, names, strict=True)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fusedcnn import _cuda, _ops, conv_relu_max_pool2d
+from fusedcnn.functional import _why_stock
 from geometries import BLOCKS, DTYPES, Block, by_name, dtype_name
 from reference import (
     BIAS,
@@ -27,6 +28,7 @@ from reference import (
     with_layout,
 )
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = _cuda._PATH.is_file()
@@ -71,6 +73,18 @@ def test_force_without_the_library():
     else:
         with pytest.raises(RuntimeError, match="CUDA kernels are not loaded"):
             _cuda.force("general").__enter__()
+
+
+def test_routing(monkeypatch):
+    """Tensors on CUDA go to the fused kernels exactly where these are loaded; by fake tensors."""
+    with FakeTensorMode():
+        input = torch.empty(1, 1, 4, 4, device="cuda")
+        wide = torch.empty(1, 1, 2**14, 2**14, device="cuda")
+    monkeypatch.setattr(_cuda, "reason", "for a test")
+    assert _why_stock(input) == "no fused kernel for device type 'cuda': for a test"
+    monkeypatch.setattr(_cuda, "reason", None)
+    assert _why_stock(input) is None
+    assert "pixels" in _why_stock(wide)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a library"], ids=["empty", "text"])
@@ -367,7 +381,7 @@ def test_more_elements_than_32_bits():
     assert (output[-1] == 9).all()
     assert output[:-1].count_nonzero() == 0
     output[-1].sum().backward()
-    assert input.grad[-1].sum().item() == 9 * 31 * 31
+    assert input.grad[-1].double().sum().item() == 9 * 31 * 31
     assert (weight.grad == 31 * 31).all()
 
 

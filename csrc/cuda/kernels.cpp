@@ -23,6 +23,7 @@ const char* why_not_general(const Problem& problem, const Target&) {
   if (g.in_channels_per_group() * g.taps() >= kLargest) {
     return "an output channel has 2^28 weights or more";
   }
+  if (g.outputs() >= kLargest) return "a channel has 2^28 pooled outputs or more";
   for (const Axis* axis : {&g.h, &g.w}) {
     for (const int64_t extent : {axis->in + axis->padding + axis->padding_after, axis->stride,
                                  axis->dilation, axis->pool_stride, axis->pool_dilation}) {

@@ -20,8 +20,9 @@ from fusedcnn.autograd import ConvReLUMaxPool2dFunction
 _INT64_MAX = 2**63 - 1
 # The backward kernels index one padded image with 32 bits; this leaves room for padding.
 _MAX_IMAGE_ELEMENTS = 2**31
-# The CUDA kernels' coordinates have 32 bits, of which they need a few for sums.
-_MAX_CUDA_EXTENT = 2**27
+# The CUDA kernels' coordinates and places within a channel have 32 bits; this leaves room for
+# padding, and for sums.
+_MAX_CUDA_PIXELS = 2**27
 
 # Asked once: torch 2.11's compiler cannot trace the question, and asking about autocast on other
 # devices (meta) is an error.
@@ -146,8 +147,8 @@ def _why_stock(input: Tensor) -> str | None:
     if device == "cuda":
         if _cuda.reason is not None:
             return f"no fused kernel for device type 'cuda': {_cuda.reason}"
-        if max(input.shape[-2:]) > _MAX_CUDA_EXTENT:
-            return f"CUDA images of more than {_MAX_CUDA_EXTENT} elements along an axis"
+        if math.prod(input.shape[-2:]) > _MAX_CUDA_PIXELS:
+            return f"CUDA images of more than {_MAX_CUDA_PIXELS} pixels"
     elif device != "cpu":
         return f"no fused kernel for device type '{device}' in this version"
     if input.layout != torch.strided:
