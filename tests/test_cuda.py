@@ -87,6 +87,25 @@ def test_routing(monkeypatch):
     assert "pixels" in _why_stock(wide)
 
 
+def test_tf32_follows_torch(monkeypatch):
+    """The library hears of torch's setting for convolutions when it changes, and only then."""
+    told = []
+
+    class Library:
+        fusedcnn_cuda_allow_tf32 = staticmethod(told.append)
+
+    monkeypatch.setattr(_cuda, "_library", Library)
+    monkeypatch.setattr(_cuda, "_tf32", False)
+    precision = torch.backends.cudnn.conv.fp32_precision
+    try:
+        for value in ("ieee", "ieee", "tf32", "tf32", "ieee"):
+            torch.backends.cudnn.conv.fp32_precision = value
+            _cuda.follow_tf32()
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = precision
+    assert told == [1, 0]
+
+
 @pytest.mark.parametrize("content", [b"", b"not a library"], ids=["empty", "text"])
 def test_import_works_when_the_library_cannot_be_loaded(tmp_path, content):
     """A broken file instead of the library, in a torch that says it has CUDA."""

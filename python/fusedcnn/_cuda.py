@@ -19,6 +19,7 @@ from fusedcnn import _C
 
 _PATH = Path(_C.__file__).with_name("libfusedcnn_cuda.so")
 _library: ctypes.CDLL | None = None
+_tf32 = False  # what the library has been told, and its own default
 
 # Why the CUDA kernels are not loaded, or None where they are.
 reason: str | None = None
@@ -47,6 +48,21 @@ def load() -> None:
         reason = f"{_PATH.name} cannot be loaded: {error}"
         return
     _library = library
+    follow_tf32()
+
+
+def follow_tf32() -> None:
+    """Let kernels round float32 operands to tf32 exactly where torch's own convolutions may.
+
+    That is ``torch.backends.cudnn.conv.fp32_precision == "tf32"``, which the older ``allow_tf32``
+    sets too. The operators cannot ask for it through the stable ABI, so every eager call hands it
+    on when it has changed. Compiled code runs with what the latest eager call found.
+    """
+    global _tf32
+    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    if allowed != _tf32:
+        _library.fusedcnn_cuda_allow_tf32(int(allowed))
+        _tf32 = allowed
 
 
 def info() -> dict[str, Any]:

@@ -275,7 +275,10 @@ def conv_relu_max_pool2d(
     needs_grad = torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if device_type == "cuda" and not compiling:
+        _cuda.follow_tf32()
+    if compiling:
         return forward_op(input, weight, bias, geometry, needs_grad)[0]
     if needs_grad:
         return ConvReLUMaxPool2dFunction.apply(input, weight, bias, geometry)
