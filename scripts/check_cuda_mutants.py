@@ -39,7 +39,6 @@ UNITS = {
         "forward_general.cu", "backward_weight_general.cu", "backward_input_general.cu",
     ],
 }  # fmt: skip
-SELFTEST = "tests/cuda_on_cpu/fusedcnn_cuda_selftest"
 SECONDS = 600  # that one self-test may take; a mutant that hangs is caught, too
 
 
@@ -235,20 +234,20 @@ class Build:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
-        commands = json.loads((self.folder / "compile_commands.json").read_text())
+        # Not what lies in the folder: it may hold objects of sources that are no more.
+        commands = {}
+        for entry in json.loads((self.folder / "compile_commands.json").read_text()):
+            command = shlex.split(entry["command"])
+            commands[command[command.index("-o") + 1]] = command
         self.compile = {
-            Path(entry["file"]).name: shlex.split(entry["command"])
-            for entry in commands
-            if Path(entry["file"]).suffix == ".cu"
+            Path(command[-1]).name: command
+            for target, command in commands.items()
+            if "fusedcnn_cuda_on_cpu.dir" in target and command[-1].endswith(".cu")
         }
-        self.objects = {
-            unit: self.folder / command[command.index("-o") + 1]
-            for unit, command in self.compile.items()
-        }
-        self.library = next(self.folder.glob("tests/cuda_on_cpu/libfusedcnn_cuda_on_cpu.a"))
-        self.selftest_objects = sorted(
-            self.folder.glob("tests/cuda_on_cpu/CMakeFiles/fusedcnn_cuda_selftest.dir/**/*.o")
-        )
+        self.library = self.folder / "tests/cuda_on_cpu/libfusedcnn_cuda_on_cpu.a"
+        self.selftest_objects = [
+            self.folder / target for target in commands if "fusedcnn_cuda_selftest.dir" in target
+        ]
 
 
 def plant(mutant: Mutant, folder: Path) -> None:
