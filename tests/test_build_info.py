@@ -26,8 +26,8 @@ def run_python(*arguments: str) -> str:
 def test_build_info():
     info = build_info()
     assert set(info) == {
-        "version", "compiler", "library", "torch", "isas", "kernels", "winograd", "devices",
-        "stock_calls",
+        "version", "compiler", "library", "torch", "isas", "kernels", "winograd", "cuda",
+        "devices", "stock_calls",
     }  # fmt: skip
     assert info["version"] == fusedcnn.__version__
     assert info["torch"] == torch.__version__

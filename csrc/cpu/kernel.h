@@ -3,9 +3,15 @@
 
 #include <cstdint>
 
+#include "core/arguments.h"
 #include "core/geometry.h"
 
 namespace fusedcnn::cpu {
+
+using fusedcnn::BackwardArgs;
+using fusedcnn::ForwardArgs;
+using fusedcnn::Pass;
+using fusedcnn::Problem;
 
 // The caller's thread pool. `run` calls body(begin, end, context) over disjoint ranges that cover
 // [0, tasks), possibly at the same time, and returns when all are done. What a task computes must
@@ -23,60 +29,6 @@ void parallel_tasks(const ThreadPool& pool, int64_t tasks, const Body& body) {
         for (int64_t task = begin; task < end; ++task) (*static_cast<const Body*>(context))(task);
       },
       const_cast<void*>(static_cast<const void*>(&body)));
-}
-
-// Pointers are to elements of `type`, except the code's. Tensors have the sizes of the geometry:
-// input [N, C, H, W], weight [OC, C/groups, KH, KW], bias [OC], output, grad_output and code
-// [N, OC, OH, OW]. `wide_code`: the code's elements are int32 instead of uint8.
-struct ForwardArgs {
-  Geometry geometry;
-  DataType type;
-  bool wide_code;
-  const void* input;
-  Strides input_strides;
-  const void* weight;
-  Strides weight_strides;
-  const void* bias;  // null: none
-  int64_t bias_stride;
-  void* output;
-  void* code;  // null: not wanted
-  // The code's too. Contiguous or channels_last, without gaps: what the operator allocates.
-  Strides output_strides;
-};
-
-// Any of the three gradients may be null: not wanted. Each is overwritten, not added to.
-struct BackwardArgs {
-  Geometry geometry;
-  DataType type;
-  bool wide_code;
-  const void* grad_output;
-  Strides grad_output_strides;
-  const void* code;
-  Strides code_strides;
-  const void* input;  // null allowed when grad_weight is null
-  Strides input_strides;
-  const void* weight;  // null allowed when grad_input is null
-  Strides weight_strides;
-  void* grad_input;
-  Strides grad_input_strides;
-  void* grad_weight;
-  Strides grad_weight_strides;
-  void* grad_bias;  // contiguous
-};
-
-// What selection may look at: enough to decide, nothing that changes from call to call.
-struct Problem {
-  Geometry geometry;
-  DataType type;
-  bool wide_code;
-};
-
-enum class Pass : int { kForward, kGradWeight, kGradInput };
-
-constexpr const char* name(Pass pass) {
-  return pass == Pass::kForward      ? "forward"
-         : pass == Pass::kGradWeight ? "grad_weight"
-                                     : "grad_input";
 }
 
 // One kernel of one ISA. `why_not` returns null where the kernel covers the problem and otherwise

@@ -47,6 +47,24 @@ const char* type_text(ScalarType type) {
   }
 }
 
+struct Device {
+  int32_t type, index;
+};
+
+Device device_of(const Tensor& tensor) {
+  Device device{};
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device.type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
+  return device;
+}
+
+std::string device_text(const Tensor& tensor) {
+  const Device device = device_of(tensor);
+  if (device.type == aoti_torch_device_type_cpu()) return "the CPU";
+  return (device.type == aoti_torch_device_type_cuda() ? "CUDA device " : "another device, ") +
+         std::to_string(device.index);
+}
+
 // a * b, or an error that names the tensor whose size does not fit.
 int64_t checked_product(int64_t a, int64_t b, const char* what) {
   int64_t product;
@@ -192,8 +210,16 @@ DataType check_type(const Tensor& input) {
   }
 }
 
+bool same_device(const Tensor& a, const Tensor& b) {
+  const Device first = device_of(a), second = device_of(b);
+  return first.type == second.type && first.index == second.index;
+}
+
 void check_like_input(const char* argument, const Tensor& tensor, const Tensor& input) {
-  if (!tensor.is_cpu()) fail(argument, ": expected a tensor on the CPU like input");
+  if (!same_device(tensor, input)) {
+    fail(argument, ": expected a tensor on ", device_text(input), " like input, got one on ",
+         device_text(tensor));
+  }
   if (tensor.scalar_type() != input.scalar_type()) {
     fail(argument, ": expected ", type_text(input.scalar_type()), " like input, got ",
          type_text(tensor.scalar_type()));
@@ -228,26 +254,28 @@ bool is_channels_last(const Tensor& tensor) {
   return true;
 }
 
-Tensor empty_image(bool batched, int64_t n, int64_t c, int64_t h, int64_t w, ScalarType type,
-                   bool channels_last) {
+Tensor empty_image(const Tensor& like, bool batched, int64_t n, int64_t c, int64_t h, int64_t w,
+                   ScalarType type, bool channels_last) {
   const int64_t sizes[] = {n, c, h, w};
   const int64_t contiguous[] = {c * h * w, h * w, w, 1};
   const int64_t last[] = {c * h * w, 1, w * c, c};
   const int skip = batched ? 0 : 1;
+  const Device device = device_of(like);
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       4 - skip, sizes + skip, (channels_last ? last : contiguous) + skip,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      aoti_torch_device_type_cpu(), 0, &handle));
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device.type,
+      device.index, &handle));
   return Tensor(handle);
 }
 
-Tensor empty_vector(int64_t size, ScalarType type) {
+Tensor empty_vector(const Tensor& like, int64_t size, ScalarType type) {
   const int64_t stride = 1;
+  const Device device = device_of(like);
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       1, &size, &stride, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      aoti_torch_device_type_cpu(), 0, &handle));
+      device.type, device.index, &handle));
   return Tensor(handle);
 }
 

@@ -19,10 +19,12 @@ constexpr size_t kPackedGeometrySize = 18;
 Geometry check_geometry(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
                         const std::vector<int64_t>& packed);
 
-// The common element type of tensors on the CPU. `other` may be undefined (null handle).
+// The element type of `input`. Throws when no kernel has it.
 DataType check_type(const torch::stable::Tensor& input);
 
-// Throws unless `tensor` is a strided CPU tensor of the same type as `input`.
+bool same_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b);
+
+// Throws unless `tensor` is on the device of `input` and of the same type.
 void check_like_input(const char* argument, const torch::stable::Tensor& tensor,
                       const torch::stable::Tensor& input);
 
@@ -36,12 +38,14 @@ Strides strides_of(const torch::stable::Tensor& tensor);
 // Whether torch's own layers would treat this 4-d tensor as channels_last.
 bool is_channels_last(const torch::stable::Tensor& tensor);
 
-// An uninitialised CPU tensor like `like` in rank: [n, c, h, w], or [c, h, w] when `batched` is
+// An uninitialised tensor on the device of `like`: [n, c, h, w], or [c, h, w] when `batched` is
 // false; dense, channels_last or contiguous.
-torch::stable::Tensor empty_image(bool batched, int64_t n, int64_t c, int64_t h, int64_t w,
+torch::stable::Tensor empty_image(const torch::stable::Tensor& like, bool batched, int64_t n,
+                                  int64_t c, int64_t h, int64_t w,
                                   torch::headeronly::ScalarType type, bool channels_last);
 
-// An uninitialised contiguous CPU tensor of one dimension.
-torch::stable::Tensor empty_vector(int64_t size, torch::headeronly::ScalarType type);
+// An uninitialised contiguous tensor of one dimension on the device of `like`.
+torch::stable::Tensor empty_vector(const torch::stable::Tensor& like, int64_t size,
+                                   torch::headeronly::ScalarType type);
 
 }  // namespace fusedcnn

@@ -4,6 +4,7 @@ from fusedcnn import backends
 from fusedcnn._ops import build_info
 from fusedcnn.autograd import ConvReLUMaxPool2dFunction
 from fusedcnn.functional import conv_relu_max_pool2d
+from fusedcnn.graphs import GraphedTrainStep
 from fusedcnn.model import FusedSimpleCNN, SimpleCNN
 from fusedcnn.modules import ConvReLUMaxPool2d
 from fusedcnn.training import train_step
@@ -14,6 +15,7 @@ __all__ = [
     "ConvReLUMaxPool2d",
     "ConvReLUMaxPool2dFunction",
     "FusedSimpleCNN",
+    "GraphedTrainStep",
     "SimpleCNN",
     "backends",
     "build_info",

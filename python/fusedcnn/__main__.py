@@ -21,6 +21,16 @@ def _print_info(info: dict) -> None:
               f"isa      {isa['name']:<9} selected on this machine")  # fmt: skip
         for pass_name, kernels in names.items():
             print(f"           {pass_name:<12} {', '.join(kernels)}")
+    cuda = info["cuda"]
+    if cuda["loaded"]:
+        names = {}
+        for kernel in cuda["kernels"]:
+            names.setdefault(kernel["pass"], []).append(kernel["name"])
+        print(f"cuda     {cuda['toolkit']:<9} for {', '.join(cuda['architectures'])}")
+        for pass_name, kernels in names.items():
+            print(f"           {pass_name:<12} {', '.join(kernels)}")
+    else:
+        print(f"cuda     {'built' if cuda['built'] else 'absent':<9} not loaded: {cuda['reason']}")
     for device, what in info["devices"].items():
         print(f"device   {device:<9} {what}")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 # The extension module's run path leads to libfusedcnn beside it, whose static initialisers register
 # torch.ops.fusedcnn.*; torch is imported first, so that it binds to this process's torch.
-from fusedcnn import _C
+from fusedcnn import _C, _cuda
 
 logger = logging.getLogger("fusedcnn")
 
@@ -192,8 +192,8 @@ def _dense_backward(
     )
     live = code != (-1 if code.dtype == torch.int32 else 255)
     element = torch.where(live, code, 0).long()
-    rows = torch.arange(out_h).view(-1, 1) * g.pool_stride_h - g.pool_padding_h
-    cols = torch.arange(out_w) * g.pool_stride_w - g.pool_padding_w
+    rows = torch.arange(out_h, device=code.device).view(-1, 1) * g.pool_stride_h - g.pool_padding_h
+    cols = torch.arange(out_w, device=code.device) * g.pool_stride_w - g.pool_padding_w
     rows = rows + element.div(g.pool_kernel_w, rounding_mode="floor") * g.pool_dilation_h
     cols = cols + element % g.pool_kernel_w * g.pool_dilation_w
     # Where no gradient flows the winner is meaningless; index 0 receives a zero.
@@ -283,6 +283,8 @@ def build_info() -> dict[str, Any]:
         ``isas`` (each with ``name``, ``supported`` by this machine, ``selected`` and ``reason``);
         ``kernels`` (each with ``isa``, ``pass``, ``name``, ``supported`` and ``exact``, in order of
         preference); ``winograd`` (whether Winograd kernels may be chosen);
+        ``cuda`` (whether the CUDA kernels were ``built`` and are ``loaded``, the ``reason`` why
+        not; where loaded, ``toolkit``, ``architectures`` and ``kernels``);
         ``devices`` (what computes the block on each device type); ``stock_calls`` (calls of this
         process that the stock layers computed, by reason).
     """
@@ -294,8 +296,10 @@ def build_info() -> dict[str, Any]:
         "isas": _C.isas(),
         "kernels": _C.kernels(),
         "winograd": _C.winograd_allowed(),
+        "cuda": _cuda.info(),
         "devices": {
             "cpu": "fused kernels",
+            "cuda": f"stock layers: {_cuda.reason}" if _cuda.reason else "fused kernels",
             "others": "stock layers: fusedcnn has no kernels for them in this version",
         },
         "stock_calls": dict(_stock_reasons),

@@ -13,12 +13,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from fusedcnn import _cuda
 from fusedcnn._ops import Geometry, below_autograd, forward_op, note_stock
 from fusedcnn.autograd import ConvReLUMaxPool2dFunction
 
 _INT64_MAX = 2**63 - 1
 # The backward kernels index one padded image with 32 bits; this leaves room for padding.
 _MAX_IMAGE_ELEMENTS = 2**31
+# The CUDA kernels' coordinates and places within a channel have 32 bits; this leaves room for
+# padding, and for sums.
+_MAX_CUDA_PIXELS = 2**27
 
 # Asked once: torch 2.11's compiler cannot trace the question, and asking about autocast on other
 # devices (meta) is an error.
@@ -140,7 +144,12 @@ def pack_geometry(
 def _why_stock(input: Tensor) -> str | None:
     """Why the stock layers compute this call, or None where a fused kernel does."""
     device = input.device.type
-    if device != "cpu":
+    if device == "cuda":
+        if _cuda.reason is not None:
+            return f"no fused kernel for device type 'cuda': {_cuda.reason}"
+        if math.prod(input.shape[-2:]) > _MAX_CUDA_PIXELS:
+            return f"CUDA images of more than {_MAX_CUDA_PIXELS} pixels"
+    elif device != "cpu":
         return f"no fused kernel for device type '{device}' in this version"
     if input.layout != torch.strided:
         return f"no fused kernel for layout {input.layout}"
@@ -266,7 +275,10 @@ def conv_relu_max_pool2d(
     needs_grad = torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if device_type == "cuda" and not compiling:
+        _cuda.follow_tf32()
+    if compiling:
         return forward_op(input, weight, bias, geometry, needs_grad)[0]
     if needs_grad:
         return ConvReLUMaxPool2dFunction.apply(input, weight, bias, geometry)

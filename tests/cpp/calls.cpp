@@ -1,42 +1,27 @@
 #include "calls.h"
 
-#include <atomic>
-#include <thread>
+#include <exception>
 
 #include "check.h"
 
 namespace selftest {
 namespace {
 
+using fusedcnn::BackwardArgs;
+using fusedcnn::ForwardArgs;
 using fusedcnn::Geometry;
+using fusedcnn::Pass;
 using fusedcnn::Strides;
-using fusedcnn::cpu::BackwardArgs;
-using fusedcnn::cpu::ForwardArgs;
-using fusedcnn::cpu::Pass;
 
-using TaskBody = void (*)(int64_t begin, int64_t end, void* context);
-
-void run_in_order(int64_t tasks, TaskBody body, void* context) { body(0, tasks, context); }
-
-void run_in_reverse(int64_t tasks, TaskBody body, void* context) {
-  for (int64_t task = tasks - 1; task >= 0; --task) body(task, task + 1, context);
-}
-
-void run_on_three_threads(int64_t tasks, TaskBody body, void* context) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t task = next++; task < tasks; task = next++) body(task, task + 1, context);
-  };
-  std::thread first(work), second(work), third(work);
-  first.join();
-  second.join();
-  third.join();
-}
-
-// In a thread of its own, whose scratch blocks are therefore new and no larger than asked for.
+// Whether body() threw nothing.
 template <typename Body>
-void on_new_thread(const Body& body) {
-  std::thread(body).join();
+bool completes(const std::string& what, const Body& body) {
+  try {
+    body();
+  } catch (const std::exception& error) {
+    return check(false, what + ": " + error.what());
+  }
+  return true;
 }
 
 Shape input_shape(const Geometry& g) { return {g.batch, g.in_channels, g.h.in, g.w.in}; }
@@ -46,10 +31,6 @@ Shape weight_shape(const Geometry& g) {
 Shape output_shape(const Geometry& g) { return {g.batch, g.out_channels, g.h.out, g.w.out}; }
 
 }  // namespace
-
-const Pool kPools[3] = {{"one thread", {run_in_order}},
-                        {"reverse order", {run_in_reverse}},
-                        {"three threads", {run_on_three_threads}}};
 
 bool run_forward(const Call& call, const Operands& operands, Forward* result,
                  const std::string& what, bool want_code) {
@@ -82,11 +63,12 @@ bool run_forward(const Call& call, const Operands& operands, Forward* result,
   args.output = output.data();
   args.code = want_code ? code.data() : nullptr;
   args.output_strides = output_strides;
-  on_new_thread([&] { call.kernel->forward(args, call.pool.pool); });
+  const bool completed = completes(what, [&] { call.kernel->forward(args, call.way); });
 
   result->output = values_of(type, output);
   if (want_code) result->code = code_values_of(wide, code);
-  return check(output.gaps_intact() && code.gaps_intact(), what + ": wrote between the elements");
+  return check(output.gaps_intact() && code.gaps_intact(), what + ": wrote between the elements") &&
+         completed;
 }
 
 bool run_backward(const Call& call, const Operands& operands, const std::vector<int32_t>& codes,
@@ -125,14 +107,15 @@ bool run_backward(const Call& call, const Operands& operands, const std::vector<
     args.grad_input = grad_input.data();
     args.grad_input_strides = grad_input.strides();
   }
-  on_new_thread([&] { call.kernel->backward(args, call.pool.pool); });
+  const bool completed = completes(what, [&] { call.kernel->backward(args, call.way); });
 
   *result = {};
   if (!weight_pass) result->input = values_of(type, grad_input);
   if (weight_pass && want_weight) result->weight = values_of(type, grad_weight);
   if (weight_pass && want_bias) result->bias = values_of(type, grad_bias);
   return check(grad_input.gaps_intact() && grad_weight.gaps_intact(),
-               what + ": wrote between the elements");
+               what + ": wrote between the elements") &&
+         completed;
 }
 
 }  // namespace selftest

@@ -4,29 +4,22 @@
 #include <string>
 #include <vector>
 
-#include "cpu/kernel.h"
+#include "backend.h"
 #include "reference.h"
 #include "tensor.h"
 
 namespace selftest {
 
-struct Pool {
-  const char* name;
-  fusedcnn::cpu::ThreadPool pool;
-};
-// One thread in order, one thread in reverse order, three threads.
-extern const Pool kPools[3];
-
 // How a kernel is called.
 struct Call {
-  const fusedcnn::cpu::Kernel* kernel;
-  fusedcnn::cpu::Problem problem;
+  const TestedKernel* kernel;
+  fusedcnn::Problem problem;
   Layout layout;
-  Pool pool;
+  int way;
 };
 
 // Each returns false, having counted a failure named `what`, when the kernel wrote between the
-// elements of a tensor.
+// elements of a tensor or threw.
 bool run_forward(const Call& call, const Operands& operands, Forward* result,
                  const std::string& what, bool want_code = true);
 

@@ -74,6 +74,7 @@ std::vector<Case> all_cases() {
       make("one_channel", {2, 1, 33}, {6}, {10}),
       make("many_channels", {1, 33, 31}, {6}, {7}),
       make("channels64", {1, 64, 48}, {8}, {8}),
+      make("outputs70", {1, 9, 70}, {5}, {4}),
       make("one_output", {2, 5, 1}, {8}, {10}),
       make("bands", {1, 48, 3}, {40}, {38}),
       make("many_images", {67, 2, 3}, {4}, {4}),

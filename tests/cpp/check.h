@@ -8,6 +8,9 @@ namespace selftest {
 // Counts the check and returns `ok`. Failures print `what`, the first few dozen of them.
 bool check(bool ok, const std::string& what);
 
+// From now on a failure ends the program, with 1.
+void stop_at_first_failure();
+
 int passed();
 int failed();
 

@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "cpu/select.h"
+#include "cpu_backend.h"
 #include "test_kernels.h"
 #include "test_select.h"
 
@@ -53,10 +54,11 @@ int main(int count, char** arguments) {
       continue;
     }
     selftest::test_conversions(isa);
-    selftest::test_exact(isa, quick);
-    selftest::test_special_values(isa);
-    selftest::test_optional_arguments(isa);
-    selftest::test_determinism(isa);
+    const selftest::Backend backend = selftest::cpu_backend(isa);
+    selftest::test_exact(backend, quick);
+    selftest::test_special_values(backend);
+    selftest::test_optional_arguments(backend);
+    selftest::test_determinism(backend);
   }
   selftest::check(found, "no ISA named " + only + " was compiled in");
   std::printf("%d passed, %d failed\n", selftest::passed(), selftest::failed());

@@ -18,10 +18,8 @@ namespace {
 
 using fusedcnn::DataType;
 using fusedcnn::Geometry;
-using fusedcnn::cpu::Isa;
-using fusedcnn::cpu::Kernel;
-using fusedcnn::cpu::Pass;
-using fusedcnn::cpu::Problem;
+using fusedcnn::Pass;
+using fusedcnn::Problem;
 
 constexpr DataType kTypes[] = {DataType::kFloat32, DataType::kFloat64, DataType::kBFloat16,
                                DataType::kFloat16};
@@ -130,10 +128,10 @@ void check_rounded(const Problem& problem, const Operands& operands, const Forwa
   check(difference.empty(), what + difference);
 }
 
-std::string describe(const Isa& isa, const Call& call, const std::string& data) {
-  return std::string(isa.name) + " " + name(call.kernel->pass) + " " + call.kernel->name + " " +
+std::string describe(const Backend& backend, const Call& call, const std::string& data) {
+  return backend.name + " " + name(call.kernel->pass) + " " + call.kernel->name + " " +
          name(call.problem.type) + (call.problem.wide_code ? " int32 code " : " byte code ") +
-         name(call.layout) + ", " + call.pool.name + ", " + data;
+         name(call.layout) + ", " + backend.ways[call.way] + ", " + data;
 }
 
 // Runs one kernel and checks all that it returns.
@@ -158,15 +156,15 @@ void check_call(const Call& call, const Operands& operands, const Forward& want,
   }
 }
 
-// Calls body(problem, kernel index) for every problem on `g` that a kernel of the ISA covers.
+// Calls body(problem, kernel index) for every problem on `g` that a kernel of the backend covers.
 template <typename Body>
-void for_covering_kernels(const Isa& isa, const Geometry& g, const Body& body) {
+void for_covering_kernels(const Backend& backend, const Geometry& g, const Body& body) {
   for (const DataType type : kTypes) {
     for (const bool wide : {false, true}) {
       if (!wide && g.window() > fusedcnn::kLargestByteWindow) continue;
       const Problem problem{g, type, wide};
-      for (int k = 0; k < isa.list.count; ++k) {
-        if (!isa.list.kernels[k].why_not(problem)) body(problem, k);
+      for (int k = 0; k < static_cast<int>(backend.kernels.size()); ++k) {
+        if (!backend.kernels[k].why_not(problem)) body(problem, k);
       }
     }
   }
@@ -174,34 +172,35 @@ void for_covering_kernels(const Isa& isa, const Geometry& g, const Body& body) {
 
 }  // namespace
 
-void test_exact(const Isa& isa, bool quick) {
-  std::vector<int> calls(isa.list.count);
+void test_exact(const Backend& backend, bool quick) {
+  std::vector<int> calls(backend.kernels.size());
+  const int ways = static_cast<int>(backend.ways.size());
   for (const Case& one : cases()) {
     const Operands operands = integer_operands(one.geometry);
     const Forward want = forward(one.geometry, operands);
     const Gradients grads = backward(one.geometry, operands, want.code);
     int turn = 0;
-    for_covering_kernels(isa, one.geometry, [&](const Problem& problem, int k) {
+    for_covering_kernels(backend, one.geometry, [&](const Problem& problem, int k) {
       ++calls[k];
       for (int layout = 0; layout < static_cast<int>(Layout::kCount); ++layout, ++turn) {
-        for (int pool = 0; pool < 3; ++pool) {
-          if (quick && (turn + pool) % 3 != 0) continue;
-          const Call call{&isa.list.kernels[k], problem, static_cast<Layout>(layout), kPools[pool]};
-          check_call(call, operands, want, grads, describe(isa, call, one.name));
+        for (int way = 0; way < ways; ++way) {
+          if (quick && (turn + way) % ways != 0) continue;
+          const Call call{&backend.kernels[k], problem, static_cast<Layout>(layout), way};
+          check_call(call, operands, want, grads, describe(backend, call, one.name));
         }
       }
     });
   }
-  for (int k = 0; k < isa.list.count; ++k) {
-    const Kernel& kernel = isa.list.kernels[k];
-    std::printf("  %-8s %-11s %-12s %d problems\n", isa.name, name(kernel.pass), kernel.name,
-                calls[k]);
-    check(calls[k] > 0, std::string(isa.name) + " " + name(kernel.pass) + " " + kernel.name +
+  for (int k = 0; k < static_cast<int>(backend.kernels.size()); ++k) {
+    const TestedKernel& kernel = backend.kernels[k];
+    std::printf("  %-8s %-11s %-12s %d problems\n", backend.name.c_str(), name(kernel.pass),
+                kernel.name.c_str(), calls[k]);
+    check(calls[k] > 0, backend.name + " " + name(kernel.pass) + " " + kernel.name +
                             ": no case is covered by this kernel; add one to cases.cpp");
   }
 }
 
-void test_special_values(const Isa& isa) {
+void test_special_values(const Backend& backend) {
   struct Data {
     const char* name;
     double rare;  // in one element of 20
@@ -226,11 +225,11 @@ void test_special_values(const Isa& isa) {
         if (want.code[i] < 0) operands.grad_output[i] = i % 2 ? kNan : kInfinity;
       }
       const Gradients grads = backward(g, operands, want.code);
-      for_covering_kernels(isa, g, [&](const Problem& problem, int k) {
+      for_covering_kernels(backend, g, [&](const Problem& problem, int k) {
         for (const Layout layout : {Layout::kContiguous, Layout::kPermuted}) {
-          const Call call{&isa.list.kernels[k], problem, layout, kPools[0]};
+          const Call call{&backend.kernels[k], problem, layout, 0};
           check_call(call, operands, want, grads,
-                     describe(isa, call, std::string(case_name) + " with " + data.name));
+                     describe(backend, call, std::string(case_name) + " with " + data.name));
         }
       });
     }
@@ -243,10 +242,10 @@ void test_special_values(const Isa& isa) {
       operands.grad_output[i] = i % 2 ? kNan : kInfinity;
     }
     const Gradients grads = backward(g, operands, want.code);
-    for_covering_kernels(isa, g, [&](const Problem& problem, int k) {
-      const Call call{&isa.list.kernels[k], problem, Layout::kContiguous, kPools[0]};
+    for_covering_kernels(backend, g, [&](const Problem& problem, int k) {
+      const Call call{&backend.kernels[k], problem, Layout::kContiguous, 0};
       const std::string what =
-          describe(isa, call, std::string(case_name) + " with NaN and infinite gradients");
+          describe(backend, call, std::string(case_name) + " with NaN and infinite gradients");
       if (call.kernel->pass == Pass::kForward) return;
       Gradients got;
       run_backward(call, operands, want.code, &got, what);
@@ -259,7 +258,7 @@ void test_special_values(const Isa& isa) {
   }
 }
 
-void test_optional_arguments(const Isa& isa) {
+void test_optional_arguments(const Backend& backend) {
   for (const char* case_name :
        {"no_images", "odd_map", "block2", "pool3", "groups2", "window256"}) {
     const Geometry g = case_named(case_name).geometry;
@@ -267,11 +266,12 @@ void test_optional_arguments(const Isa& isa) {
     operands.bias.clear();
     const Forward want = forward(g, operands);
     const Gradients grads = backward(g, operands, want.code);
-    for_covering_kernels(isa, g, [&](const Problem& problem, int k) {
-      const Call call{&isa.list.kernels[k], problem, Layout::kContiguous, kPools[2]};
+    for_covering_kernels(backend, g, [&](const Problem& problem, int k) {
+      const Call call{&backend.kernels[k], problem, Layout::kContiguous,
+                      static_cast<int>(backend.ways.size()) - 1};
       const DataType type = problem.type;
       if (call.kernel->pass == Pass::kForward) {
-        const std::string what = describe(isa, call, std::string(case_name) + " without bias");
+        const std::string what = describe(backend, call, std::string(case_name) + " without bias");
         Forward got;
         run_forward(call, operands, &got, what);
         const std::vector<double> with_code = got.output;
@@ -280,7 +280,7 @@ void test_optional_arguments(const Isa& isa) {
         run_forward(call, operands, &got, what, /*want_code=*/false);
         check(got.output == with_code, what + ": the same output without code");
       } else if (call.kernel->pass == Pass::kGradWeight) {
-        const std::string what = describe(isa, call, case_name);
+        const std::string what = describe(backend, call, case_name);
         Gradients got;
         run_backward(call, operands, want.code, &got, what, true, false);
         check_values(type, got.weight, grads.weight, what + ": grad_weight without grad_bias");
@@ -291,19 +291,20 @@ void test_optional_arguments(const Isa& isa) {
   }
 }
 
-void test_determinism(const Isa& isa) {
+void test_determinism(const Backend& backend) {
   for (const char* case_name : {"block1", "block2", "many_images", "pool3", "groups3_uneven"}) {
     const Geometry g = case_named(case_name).geometry;
     Random random(9);
     const Operands operands =
         draw_operands(g, [&] { return random.real(); }, [&] { return random.real(); });
     const std::vector<int32_t> code = forward(g, operands).code;
-    for_covering_kernels(isa, g, [&](const Problem& problem, int k) {
-      Forward forwards[3];
-      Gradients gradients[3];
-      for (int p = 0; p < 3; ++p) {
-        const Call call{&isa.list.kernels[k], problem, Layout::kContiguous, kPools[p]};
-        const std::string what = describe(isa, call, std::string(case_name) + " in floats");
+    for_covering_kernels(backend, g, [&](const Problem& problem, int k) {
+      const int ways = static_cast<int>(backend.ways.size());
+      std::vector<Forward> forwards(ways);
+      std::vector<Gradients> gradients(ways);
+      for (int p = 0; p < ways; ++p) {
+        const Call call{&backend.kernels[k], problem, Layout::kContiguous, p};
+        const std::string what = describe(backend, call, std::string(case_name) + " in floats");
         if (call.kernel->pass == Pass::kForward) {
           run_forward(call, operands, &forwards[p], what);
         } else {
@@ -313,7 +314,7 @@ void test_determinism(const Isa& isa) {
                   gradients[p].input == gradients[0].input &&
                   gradients[p].weight == gradients[0].weight &&
                   gradients[p].bias == gradients[0].bias,
-              what + ": differs from one thread");
+              what + ": differs from " + backend.ways[0]);
       }
     });
   }

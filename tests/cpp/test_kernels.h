@@ -1,20 +1,20 @@
-// Every kernel of one ISA against the reference.
+// Every kernel of one backend (an ISA of the CPU's, or CUDA) against the reference.
 #pragma once
 
-#include "cpu/select.h"
+#include "backend.h"
 
 namespace selftest {
 
-// All cases, types, codes, layouts and pools; `quick` takes each pool with some layouts only.
-void test_exact(const fusedcnn::cpu::Isa& isa, bool quick);
+// All cases, types, codes, layouts and ways; `quick` takes each way with some layouts only.
+void test_exact(const Backend& backend, bool quick);
 
 // NaN, infinities, negative zeros, ties, gradients where ReLU is off.
-void test_special_values(const fusedcnn::cpu::Isa& isa);
+void test_special_values(const Backend& backend);
 
 // Results that may be left out, and operands that are then null; expanded tensors.
-void test_optional_arguments(const fusedcnn::cpu::Isa& isa);
+void test_optional_arguments(const Backend& backend);
 
-// Float data: the same bits whatever the threads.
-void test_determinism(const fusedcnn::cpu::Isa& isa);
+// Float data: the same bits whatever the way.
+void test_determinism(const Backend& backend);
 
 }  // namespace selftest

@@ -1,0 +1,56 @@
+// The contract between selection and the CUDA kernels. Torch-free: raw pointers, sizes, a stream.
+#pragma once
+
+#include <cstdint>
+
+#include "core/arguments.h"
+#include "core/geometry.h"
+
+namespace fusedcnn::cuda {
+
+using fusedcnn::BackwardArgs;
+using fusedcnn::ForwardArgs;
+using fusedcnn::Pass;
+using fusedcnn::Problem;
+
+// The device that a call runs on.
+struct Device {
+  int capability;  // 10 * major + minor: 90 for sm_90
+  int multiprocessors;
+  int64_t shared_bytes;  // that one block can have
+};
+
+// What selection may look at besides the problem.
+struct Target {
+  Device device;
+  bool allow_tf32;  // torch's own convolutions may round float32 operands to tf32
+};
+
+// Where a kernel runs. `workspace`: as many bytes as the kernel's workspace_bytes asked for,
+// 256-byte aligned, of unspecified content, this call's own until its launches have run.
+struct Execution {
+  void* stream;  // a cudaStream_t
+  void* workspace;
+};
+
+// One kernel. `why_not` returns null where the kernel covers the problem and otherwise the reason
+// why it does not. Exactly one of `forward` and `backward` is set; a grad_weight kernel also
+// computes grad_bias. Both only launch: they neither wait nor allocate.
+struct Kernel {
+  const char* name;  // as in csrc/cpu where it is the same method: "general", ...
+  Pass pass;
+  bool exact;  // small integers give exact results, and equal outputs in a window tie
+  const char* (*why_not)(const Problem& problem, const Target& target);
+  // Bytes of device memory to work in; null: none. A function of the problem alone, as is the order
+  // of all sums: results depend on no device.
+  int64_t (*workspace_bytes)(const Problem& problem);
+  void (*forward)(const ForwardArgs& args, const Execution& execution);
+  void (*backward)(const BackwardArgs& args, const Execution& execution);
+};
+
+struct KernelList {
+  const Kernel* kernels;  // in order of preference, within each pass
+  int count;
+};
+
+}  // namespace fusedcnn::cuda

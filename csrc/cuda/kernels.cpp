@@ -1,0 +1,36 @@
+#include "cuda/kernels.h"
+
+#include <initializer_list>
+
+namespace fusedcnn::cuda {
+
+KernelList kernels() {
+  // name, pass, exact, why_not, workspace_bytes, forward, backward
+  static constexpr Kernel list[] = {
+      {"general", Pass::kForward, true, why_not_general, nullptr, forward_general, nullptr},
+      {"general", Pass::kGradWeight, true, why_not_general, grad_weight_general_workspace, nullptr,
+       grad_weight_general},
+      {"general", Pass::kGradInput, true, why_not_general, nullptr, nullptr, grad_input_general},
+  };
+  return {list, sizeof list / sizeof *list};
+}
+
+const char* why_not_general(const Problem& problem, const Target&) {
+  const Geometry& g = problem.geometry;
+  // Coordinates along an axis are 32-bit, and so are places among an output channel's weights;
+  // offsets and counts of elements are not. No coordinate is more than four extents away from 0.
+  constexpr int64_t kLargest = int64_t{1} << 28;
+  if (g.in_channels_per_group() * g.taps() >= kLargest) {
+    return "an output channel has 2^28 weights or more";
+  }
+  if (g.outputs() >= kLargest) return "a channel has 2^28 pooled outputs or more";
+  for (const Axis* axis : {&g.h, &g.w}) {
+    for (const int64_t extent : {axis->in + axis->padding + axis->padding_after, axis->stride,
+                                 axis->dilation, axis->pool_stride, axis->pool_dilation}) {
+      if (extent >= kLargest) return "an axis reaches over 2^28 elements or more, padding included";
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace fusedcnn::cuda

@@ -1,0 +1,17 @@
+// The entry points of the kernels, each defined in the .cu file of its kernel.
+#pragma once
+
+#include "cuda/kernel.h"
+
+namespace fusedcnn::cuda {
+
+// The one list of kernels: selection and tests read it. Within a pass, first come, first served.
+KernelList kernels();
+
+const char* why_not_general(const Problem& problem, const Target& target);
+void forward_general(const ForwardArgs& args, const Execution& execution);
+int64_t grad_weight_general_workspace(const Problem& problem);
+void grad_weight_general(const BackwardArgs& args, const Execution& execution);
+void grad_input_general(const BackwardArgs& args, const Execution& execution);
+
+}  // namespace fusedcnn::cuda

@@ -1,0 +1,48 @@
+// The host's side of launching: errors and device properties.
+#include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/launch.h"
+
+namespace fusedcnn::cuda {
+
+int64_t most_blocks() { return (int64_t{1} << 31) - 1; }
+
+void check_launch(const char* name, int status, const char* doing) {
+  if (status == cudaSuccess) return;
+  const auto error = static_cast<cudaError_t>(status);
+  throw std::runtime_error(std::string("fusedcnn: ") + doing + " CUDA kernel " + name + ": " +
+                           cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+}
+
+const Device& use_device(int index) {
+  static std::mutex mutex;
+  static std::map<int, Device> devices;  // a map keeps its elements where they are
+  const auto ask = [&](cudaError_t status) {
+    if (status == cudaSuccess) return;
+    throw std::runtime_error("fusedcnn: using CUDA device " + std::to_string(index) + ": " +
+                             cudaGetErrorString(status));
+  };
+  // This library has a CUDA runtime of its own, and every runtime remembers its own device.
+  ask(cudaSetDevice(index));
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = devices.find(index);
+  if (found != devices.end()) return found->second;
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    ask(cudaDeviceGetAttribute(&value, which, index));
+    return value;
+  };
+  Device device{};
+  device.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+                      attribute(cudaDevAttrComputeCapabilityMinor);
+  device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+  device.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return devices[index] = device;
+}
+
+}  // namespace fusedcnn::cuda

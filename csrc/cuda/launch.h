@@ -1,0 +1,27 @@
+// What a launch needs from the host, free of CUDA's own headers.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/kernel.h"
+
+namespace fusedcnn::cuda {
+
+// Blocks of one launch at most: kernels loop over what is left, so any number of tasks will do.
+// A function, so that a test can make it small.
+int64_t most_blocks();
+
+// The block count of a launch for `tasks` tasks, at least one.
+inline int64_t blocks_for(int64_t tasks) {
+  return tasks < 1 ? 1 : tasks < most_blocks() ? tasks : most_blocks();
+}
+
+// Throws std::runtime_error "fusedcnn: <doing> CUDA kernel <name>: <the error>" unless `status`, a
+// cudaError_t, is success.
+void check_launch(const char* name, int status, const char* doing);
+
+// Makes device `index` the one that this thread's next launches run on, and returns its properties,
+// which are asked for once. Throws std::runtime_error.
+const Device& use_device(int index);
+
+}  // namespace fusedcnn::cuda

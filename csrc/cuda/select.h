@@ -1,0 +1,22 @@
+// Chooses a kernel per problem.
+#pragma once
+
+#include <string>
+
+#include "cuda/kernel.h"
+
+namespace fusedcnn::cuda {
+
+// For tests and benchmarks: use only kernels of this name from now on, in every thread; an empty
+// string means "choose". Throws std::invalid_argument on a name that is not compiled in.
+void force(const std::string& kernel);
+std::string forced_kernel();
+
+// Whether kernels may round float32 operands to tf32 (default: no).
+void allow_tf32(bool allowed);
+bool tf32_allowed();
+
+// The first kernel of the pass that covers the problem, or null with `reason` saying why not.
+const Kernel* select(Pass pass, const Problem& problem, const Target& target, std::string* reason);
+
+}  // namespace fusedcnn::cuda

@@ -1,0 +1,108 @@
+"""Loads the CUDA kernels where this process's torch has CUDA, and says why where it has not.
+
+``libfusedcnn_cuda`` registers the CUDA implementations of ``torch.ops.fusedcnn.*``. Whether it can
+be loaded never decides whether ``import fusedcnn`` works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedcnn import _C
+
+_PATH = Path(_C.__file__).with_name("libfusedcnn_cuda.so")
+_library: ctypes.CDLL | None = None
+_tf32 = False  # what the library has been told, and its own default
+
+# Why the CUDA kernels are not loaded, or None where they are.
+reason: str | None = None
+
+
+def _why_not_load() -> str | None:
+    if not _PATH.is_file():
+        return "built without CUDA kernels (no CUDA compiler was found, or FUSEDCNN_CUDA=OFF)"
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    return None
+
+
+def load() -> None:
+    """Load the library if this process can use it; sets ``reason``. Called once, at import."""
+    global _library, reason
+    reason = _why_not_load()
+    if reason is not None:
+        return
+    try:
+        torch.ops.load_library(str(_PATH))
+        library = ctypes.CDLL(str(_PATH))
+        for function in ("info", "force", "forced"):
+            getattr(library, f"fusedcnn_cuda_{function}").restype = ctypes.c_char_p
+    except (OSError, RuntimeError, AttributeError) as error:
+        reason = f"{_PATH.name} cannot be loaded: {error}"
+        return
+    _library = library
+    follow_tf32()
+
+
+def follow_tf32() -> None:
+    """Let kernels round float32 operands to tf32 exactly where torch's own convolutions may.
+
+    That is ``torch.backends.cudnn.conv.fp32_precision == "tf32"``, which the older ``allow_tf32``
+    sets too. The operators cannot ask for it through the stable ABI, so every eager call hands it
+    on when it has changed. Compiled code runs with what the latest eager call found.
+    """
+    global _tf32
+    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    if allowed != _tf32:
+        _library.fusedcnn_cuda_allow_tf32(int(allowed))
+        _tf32 = allowed
+
+
+def info() -> dict[str, Any]:
+    """The ``cuda`` entry of :func:`fusedcnn.build_info`."""
+    result: dict[str, Any] = {
+        "built": _PATH.is_file(),
+        "loaded": _library is not None,
+        "reason": reason,
+        "toolkit": None,
+        "architectures": [],
+        "kernels": [],
+    }
+    if _library is not None:
+        result.update(json.loads(_library.fusedcnn_cuda_info().decode()))
+        result["architectures"] = result["architectures"].split()
+    return result
+
+
+@contextlib.contextmanager
+def force(kernel: str = "") -> Iterator[None]:
+    """Use only CUDA kernels of this name, process-wide; for tests and benchmarks.
+
+    Args:
+        kernel: a name from ``build_info()["cuda"]["kernels"]``, or "" to let fusedcnn choose. A
+            call that the forced kernel does not cover raises RuntimeError.
+
+    Raises:
+        RuntimeError: the CUDA kernels are not loaded.
+        ValueError: the name is unknown.
+    """
+    if _library is None:
+        raise RuntimeError(f"CUDA kernels are not loaded: {reason}")
+    before = _library.fusedcnn_cuda_forced()
+    refused = _library.fusedcnn_cuda_force(kernel.encode())
+    if refused is not None:
+        raise ValueError(refused.decode())
+    try:
+        yield
+    finally:
+        _library.fusedcnn_cuda_force(before)
+
+
+load()

@@ -1,0 +1,348 @@
+"""Fails unless the CUDA kernels' self-test on the CPU catches every fault that is planted here.
+
+Each mutant is one textual change of a kernel's source, of the kind that a GPU would answer with
+wrong numbers now and then, or never on the machine at hand. For each, only the changed unit is
+compiled anew and the self-test (tests/cuda_on_cpu) must fail. A mutant whose text no longer occurs,
+exactly once, in its file is an error too: adapt it, or it checks nothing.
+
+    python scripts/check_cuda_mutants.py BUILD_DIR [--only NAME] [--jobs N]
+
+BUILD_DIR is a build of the kernels alone (-DFUSEDCNN_KERNELS_ONLY=ON, Ninja), whose compile
+commands are used; it is not changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = ROOT / "csrc" / "cuda"
+FORWARD = "kernels/forward_general.h"
+WEIGHT = "kernels/backward_weight_general.h"
+INPUT = "kernels/backward_input_general.h"
+# Each kernel's unit; a header's mutants are compiled in all units that include it.
+UNITS = {
+    FORWARD: ["forward_general.cu"],
+    WEIGHT: ["backward_weight_general.cu"],
+    INPUT: ["backward_input_general.cu"],
+    "kernels/sizes.h": [
+        "forward_general.cu", "backward_weight_general.cu", "backward_input_general.cu",
+    ],
+}  # fmt: skip
+SECONDS = 600  # that one self-test may take; a mutant that hangs is caught, too
+
+
+class Mutant(NamedTuple):
+    """One fault: `new` in place of `old`, which occurs once in `file`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+MUTANTS = [
+    Mutant(
+        "forward: no barrier between fetching a slice and using it",
+        FORWARD,
+        "        sync_threads();\n        FUSEDCNN_UNROLL\n        for (int k = 0; k < kSlice;",
+        "        FUSEDCNN_UNROLL\n        for (int k = 0; k < kSlice;",
+    ),
+    Mutant(
+        "forward: no barrier between using a slice and fetching the next",
+        FORWARD,
+        "        sync_threads();\n        if ((k0 + kSlice) % kChain == 0",
+        "        if ((k0 + kSlice) % kChain == 0",
+    ),
+    Mutant(
+        "forward: no barrier before the products are pooled",
+        FORWARD,
+        "      sync_threads();\n\n      FUSEDCNN_UNROLL\n      for (int j = 0; j < kStates; ++j) {",
+        "      FUSEDCNN_UNROLL\n      for (int j = 0; j < kStates; ++j) {",
+    ),
+    Mutant(
+        "forward: the last maximum wins a tie",
+        FORWARD,
+        "if (value > best[j] || value != value",
+        "if (value >= best[j] || value != value",
+    ),
+    Mutant(
+        "forward: NaN is dropped",
+        FORWARD,
+        "value > best[j] || value != value || winner[j] < 0",
+        "value > best[j] || winner[j] < 0",
+    ),
+    Mutant(
+        "forward: the code counts columns by the wrong pitch",
+        FORWARD,
+        "winner[j] = ph * w.pool_kernel + pw;",
+        "winner[j] = ph * h.pool_kernel + pw;",
+    ),
+    Mutant(
+        "forward: ReLU lets 0 through as live",
+        FORWARD,
+        "const bool off = best[j] <= 0;",
+        "const bool off = best[j] < 0;",
+    ),
+    Mutant(
+        "forward: a window without elements gives 0",
+        FORWARD,
+        "const T value = off && winner[j] >= 0 ? T(0) : best[j];",
+        "const T value = off ? T(0) : best[j];",
+    ),
+    Mutant(
+        "forward: pixels right of the image are read",
+        FORWARD,
+        "if (inside(ih, h.in) && inside(iw, w.in)) {",
+        "if (inside(ih, h.in) && inside(iw, w.in + 1)) {",
+    ),
+    Mutant(
+        "forward: tile too short by one row where windows overlap",
+        FORWARD,
+        "tile.rows = (outputs - 1) * tile.step + (axis.pool_kernel - 1) * tile.spread + 1;",
+        "tile.rows = (outputs - 1) * tile.step + (axis.pool_kernel - 1) * tile.spread;",
+    ),
+    Mutant(
+        "forward: no guard at the last output channels",
+        FORWARD,
+        "          first_channel + r >= sizes.out_channels) {",
+        "          first_channel + r > sizes.out_channels) {",
+    ),
+    Mutant(
+        "forward: the bias of the neighbouring channel",
+        FORWARD,
+        "(channel_base + row0 + r) * args.bias_stride",
+        "(channel_base + row0 + (r ^ 1)) * args.bias_stride",
+    ),
+    Mutant(
+        "forward: a launch asks for too little shared memory",
+        FORWARD,
+        "shared_bytes<T>(Channels * kPitch) +",
+        "shared_bytes<T>(Channels * Places) +",
+    ),
+    Mutant(
+        "forward: taps of the next row at the wrong stride",
+        FORWARD,
+        "c * args.input_strides.c + dh * args.input_strides.h +",
+        "c * args.input_strides.c + dh * args.input_strides.w * w.in +",
+    ),
+    Mutant(
+        "forward: each block does one task only",
+        FORWARD,
+        "task < sizes.tasks; task += grid_blocks()) {",
+        "task < sizes.tasks; task += sizes.tasks) {",
+    ),
+    Mutant(
+        "grad_weight: no barrier between a list and its readers",
+        WEIGHT,
+        "        sync_warp();\n        const int end = list",
+        "        const int end = list",
+    ),
+    Mutant(
+        "grad_weight: no barrier before the next list",
+        WEIGHT,
+        "        sync_warp();  // the next list overwrites this one\n",
+        "",
+    ),
+    Mutant(
+        "grad_weight: the list's places count one lane too many",
+        WEIGHT,
+        "count_bits(live & ((1u << lane) - 1));",
+        "count_bits(live & ((2u << lane) - 1));",
+    ),
+    Mutant(
+        "grad_weight: slabs are added in place, in whatever order blocks run",
+        WEIGHT,
+        "(slab * sizes.groups * sizes.out_channels + oc) * sizes.row;",
+        "oc * sizes.row;",
+    ),
+    Mutant(
+        "grad_weight: the last image of a slab is left out",
+        WEIGHT,
+        "unit < last; ++unit) {",
+        "unit < last - 1; ++unit) {",
+    ),
+    Mutant(
+        "grad_weight: half of the lanes' biases",
+        WEIGHT,
+        "for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {",
+        "for (int lanes = kWarp / 4; lanes > 0; lanes /= 2) {",
+    ),
+    Mutant(
+        "grad_weight: gradients flow where ReLU is off",
+        WEIGHT,
+        "        if (code >= 0) {\n          const T gradient",
+        "        if (code >= -1) {\n          const T gradient",
+    ),
+    Mutant(
+        "grad_input: no barrier before the weights are overwritten",
+        INPUT,
+        "        sync_threads();  // the slice before is no longer read\n",
+        "",
+    ),
+    Mutant(
+        "grad_input: no barrier after the weights are fetched",
+        INPUT,
+        "        sync_threads();\n\n        T acc[kR];",
+        "        T acc[kR];",
+    ),
+    Mutant(
+        "grad_input: the first of several windows is missed",
+        INPUT,
+        "(bottom + axis.pool_stride - 1) / axis.pool_stride;",
+        "(bottom + axis.pool_stride) / axis.pool_stride;",
+    ),
+    Mutant(
+        "grad_input: the weights' pitch is the full slice's in a shorter one",
+        INPUT,
+        "load_row(weights + (t * slice_channels + r) * kR, weight);",
+        "load_row(weights + (t * sizes.slice_channels + r) * kR, weight);",
+    ),
+    Mutant(
+        "grad_input: pixels past the last image are written",
+        INPUT,
+        "    if (!real) continue;\n    FUSEDCNN_UNROLL",
+        "    FUSEDCNN_UNROLL",
+    ),
+    Mutant(
+        "grad_input: taps between the convolution's strides count",
+        INPUT,
+        "if (distance < 0 || distance % axis.stride) return -1;",
+        "if (distance < 0) return -1;",
+    ),
+    Mutant(
+        "codes: 255 of a byte is taken for an element",
+        "kernels/sizes.h",
+        "return code == kOff<uint8_t> ? -1 : code;",
+        "return code;",
+    ),
+]
+
+
+class Build:
+    """The compile and link commands of a finished build."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        # Not what lies in the folder: it may hold objects of sources that are no more.
+        commands = {}
+        for entry in json.loads((self.folder / "compile_commands.json").read_text()):
+            command = shlex.split(entry["command"])
+            commands[command[command.index("-o") + 1]] = command
+        self.compile = {
+            Path(command[-1]).name: command
+            for target, command in commands.items()
+            if "fusedcnn_cuda_on_cpu.dir" in target and command[-1].endswith(".cu")
+        }
+        self.library = self.folder / "tests/cuda_on_cpu/libfusedcnn_cuda_on_cpu.a"
+        self.selftest_objects = [
+            self.folder / target for target in commands if "fusedcnn_cuda_selftest.dir" in target
+        ]
+
+
+def plant(mutant: Mutant, folder: Path) -> None:
+    """Copy csrc with the one change into `folder`.
+
+    Raises:
+        SystemExit: the text does not occur once.
+    """
+    source = (CUDA / mutant.file).read_text()
+    count = source.count(mutant.old)
+    if count != 1:
+        sys.exit(f"{mutant.name}: expected its text once in csrc/cuda/{mutant.file}, found {count}")
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    (folder / "csrc" / "cuda" / mutant.file).write_text(source.replace(mutant.old, mutant.new))
+
+
+def build(build_: Build, mutant: Mutant | None, folder: Path) -> Path:
+    """The self-test with the mutant's units compiled from `folder`."""
+    program = folder / "selftest"
+    objects = []
+    for unit in UNITS[mutant.file] if mutant else []:
+        command = list(build_.compile[unit])
+        command[command.index("-o") + 1] = str(folder / f"{unit}.o")
+        # The self-test's time is next to nothing beside the compiler's.
+        command = ["-O1" if word == "-O3" else word for word in command]
+        command = [word.replace(str(ROOT / "csrc"), str(folder / "csrc")) for word in command]
+        drop = {"-MD", "-MT", "-MF"}
+        command = [
+            word
+            for previous, word in zip(["", *command], command, strict=False)
+            if word not in drop and previous not in drop - {"-MD"}
+        ]
+        subprocess.run(command, check=True, cwd=folder)
+        objects.append(folder / f"{unit}.o")
+    # What is linked first wins over the library's own copy of the unit.
+    subprocess.run(
+        ["c++", *map(str, [*build_.selftest_objects, *objects, build_.library]), "-o", program],
+        check=True,
+    )
+    return program
+
+
+def passes(program: Path) -> tuple[bool, str]:
+    """Whether the self-test passes, and the first thing that it says otherwise."""
+    try:
+        process = subprocess.run(
+            [program, "--quick", "--stop"],
+            capture_output=True, text=True, timeout=SECONDS, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return False, f"hangs: more than {SECONDS} s"
+    lines = [line for line in process.stdout.splitlines() if line.startswith("FAILED")]
+    said = lines[0] if lines else process.stderr.strip().splitlines()[:1]
+    return process.returncode == 0, str(said or f"exit status {process.returncode}")
+
+
+def check(build_: Build, mutant: Mutant | None) -> tuple[bool, str, float]:
+    """Whether the self-test passes with the mutant, what it says, and after how many seconds."""
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if mutant:
+            plant(mutant, folder)
+        passed, said = passes(build(build_, mutant, folder))
+    return passed, said, time.monotonic() - begin
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("build", type=Path, help="a build of the kernels alone, with Ninja")
+    parser.add_argument("--only", help="mutants whose name contains this")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    build_ = Build(options.build)
+    mutants = [m for m in MUTANTS if not options.only or options.only in m.name]
+    if not mutants:
+        sys.exit(f"--only: no mutant's name contains {options.only!r}")
+    passed, said, seconds = check(build_, None)
+    if not passed:
+        sys.exit(f"the self-test fails without any mutant: {said}")
+    print(f"without a mutant: passes, {seconds:.0f} s")
+    survivors = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = pool.map(lambda mutant: check(build_, mutant), mutants)
+        for mutant, (passed, said, seconds) in zip(mutants, results, strict=True):
+            print(f"{'SURVIVED' if passed else 'caught'} in {seconds:.0f} s: {mutant.name}")
+            if passed:
+                survivors.append(mutant.name)
+            else:
+                print(f"    {said[:200]}")
+    if survivors:
+        sys.exit(f"{len(survivors)} of {len(mutants)} mutants survived")
+    print(f"all {len(mutants)} mutants caught")
+
+
+if __name__ == "__main__":
+    main()

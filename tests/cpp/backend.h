@@ -1,0 +1,31 @@
+// What the tests of the kernels need to know of a backend: its kernels, and the ways to run them.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "core/arguments.h"
+
+namespace selftest {
+
+struct TestedKernel {
+  std::string name;
+  fusedcnn::Pass pass;
+  bool exact;  // small integers give exact results
+  // Null where the kernel covers the problem.
+  std::function<const char*(const fusedcnn::Problem&)> why_not;
+  // Exactly one of the two is set. `way` counts through Backend::ways. May throw std::exception,
+  // which fails the check.
+  std::function<void(const fusedcnn::ForwardArgs&, int way)> forward;
+  std::function<void(const fusedcnn::BackwardArgs&, int way)> backward;
+};
+
+struct Backend {
+  std::string name;
+  // Orders in which tasks or threads run; no result may depend on them.
+  std::vector<std::string> ways;
+  std::vector<TestedKernel> kernels;
+};
+
+}  // namespace selftest

@@ -1,0 +1,86 @@
+#include "cuda_backend.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "cuda/kernels.h"
+#include "machine.h"
+
+namespace selftest {
+namespace {
+
+using cuda_on_cpu::Order;
+using fusedcnn::cuda::Execution;
+using fusedcnn::cuda::Kernel;
+using fusedcnn::cuda::Target;
+
+struct Way {
+  const char* name;
+  Order order;
+  uint64_t seed;
+  bool late_copies;
+  int64_t most_blocks;  // few, so that blocks take several tasks; or one for every task
+};
+constexpr Way kWays[] = {
+    {"forward order, late copies", Order::kForward, 1, true, 1 << 30},
+    {"reverse order, early copies, 3 blocks", Order::kReverse, 1, false, 3},
+    {"run ahead, late copies, 5 blocks", Order::kRunAhead, 2, true, 5},
+    {"run ahead, early copies", Order::kRunAhead, 3, false, 1 << 30},
+};
+
+void use(const Way& way) {
+  cuda_on_cpu::Options& options = cuda_on_cpu::options();
+  options.order = way.order;
+  options.seed = way.seed;
+  options.late_copies = way.late_copies;
+  options.most_blocks = way.most_blocks;
+}
+
+// As many bytes as the kernel asks for and no more, each a part of a NaN.
+struct Workspace {
+  explicit Workspace(int64_t bytes) : data(std::malloc(static_cast<size_t>(bytes)), std::free) {
+    std::memset(data.get(), 0xff, static_cast<size_t>(bytes));
+  }
+  std::unique_ptr<void, void (*)(void*)> data;
+};
+
+// Runs the kernel's function with what it works in.
+template <typename Function, typename Args>
+void call(const Kernel& kernel, Function function, const Args& args, int way) {
+  use(kWays[way]);
+  const fusedcnn::Problem problem{args.geometry, args.type, args.wide_code};
+  const Workspace workspace(kernel.workspace_bytes ? kernel.workspace_bytes(problem) : 0);
+  function(args, Execution{nullptr, workspace.data.get()});
+}
+
+}  // namespace
+
+Backend cuda_backend() {
+  Backend backend{"cuda", {}, {}};
+  for (const Way& way : kWays) backend.ways.push_back(way.name);
+  const fusedcnn::cuda::KernelList list = fusedcnn::cuda::kernels();
+  for (int i = 0; i < list.count; ++i) {
+    const Kernel& kernel = list.kernels[i];
+    TestedKernel tested{kernel.name, kernel.pass, kernel.exact, nullptr, nullptr, nullptr};
+    tested.why_not = [&kernel](const fusedcnn::Problem& problem) {
+      return kernel.why_not(problem, Target{cuda_on_cpu::options().device, true});
+    };
+    if (kernel.forward) {
+      tested.forward = [&kernel](const fusedcnn::ForwardArgs& args, int way) {
+        // The operator launches nothing for an empty batch.
+        if (args.geometry.batch) call(kernel, kernel.forward, args, way);
+      };
+    } else {
+      tested.backward = [&kernel](const fusedcnn::BackwardArgs& args, int way) {
+        if (args.geometry.batch || kernel.pass == fusedcnn::Pass::kGradWeight) {
+          call(kernel, kernel.backward, args, way);
+        }
+      };
+    }
+    backend.kernels.push_back(tested);
+  }
+  return backend;
+}
+
+}  // namespace selftest

@@ -1,0 +1,10 @@
+// The CUDA kernels, run by the machine of machine.h in several orders of threads and blocks.
+#pragma once
+
+#include "backend.h"
+
+namespace selftest {
+
+Backend cuda_backend();
+
+}  // namespace selftest

@@ -1,0 +1,45 @@
+// Self-test of the CUDA kernels on a CPU: no GPU, no CUDA toolkit, no torch. Exits with 1 when a
+// check failed and with 2 on bad arguments.
+#include <cstdio>
+#include <string>
+
+#include "check.h"
+#include "cuda_backend.h"
+#include "test_device.h"
+#include "test_kernels.h"
+#include "test_machine.h"
+
+namespace {
+
+constexpr char kUsage[] =
+    "usage: fusedcnn_cuda_selftest [--quick] [--stop]\n"
+    "  --quick  a quarter of the calls: every kernel, case, type and layout, but not each layout "
+    "in\n"
+    "           each order of threads\n"
+    "  --stop   ends with the first failure\n";
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  bool quick = false;
+  for (int i = 1; i < count; ++i) {
+    const std::string argument = arguments[i];
+    if (argument == "--quick") {
+      quick = true;
+    } else if (argument == "--stop") {
+      selftest::stop_at_first_failure();
+    } else {
+      std::fputs(kUsage, stderr);
+      return 2;
+    }
+  }
+  selftest::test_machine();
+  selftest::test_device();
+  const selftest::Backend backend = selftest::cuda_backend();
+  selftest::test_exact(backend, quick);
+  selftest::test_special_values(backend);
+  selftest::test_optional_arguments(backend);
+  selftest::test_determinism(backend);
+  std::printf("%d passed, %d failed\n", selftest::passed(), selftest::failed());
+  return selftest::failed() ? 1 : 0;
+}
