@@ -62,8 +62,6 @@ struct Geometry {
 // Element strides of an [N, C, H, W] tensor; any values, zero included.
 struct Strides {
   int64_t n, c, h, w;
-
-  bool operator==(const Strides&) const = default;
 };
 
 // The code of a pooled output says which element of its window won, counted row by row

@@ -5,9 +5,22 @@
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <tuple>
 #include <vector>
 
 namespace fusedcnn::cpu {
+
+namespace {
+
+bool same(const DerivedKey& a, const DerivedKey& b) {
+  const auto all = [](const DerivedKey& k) {
+    return std::make_tuple(k.kernel, k.weight, k.strides.n, k.strides.c, k.strides.h, k.strides.w,
+                           k.type, k.out_channels, k.in_channels, k.taps);
+  };
+  return all(a) == all(b);
+}
+
+}  // namespace
 
 struct DerivedEntry {
   DerivedKey key;
@@ -44,7 +57,7 @@ struct Cache {
   // Takes the entry out, or returns null. The mutex is held.
   std::shared_ptr<DerivedEntry> take(const DerivedKey& key) {
     const auto at = std::find_if(entries.begin(), entries.end(),
-                                 [&](const auto& entry) { return entry->key == key; });
+                                 [&](const auto& entry) { return same(entry->key, key); });
     if (at == entries.end()) return nullptr;
     std::shared_ptr<DerivedEntry> entry = std::move(*at);
     entries.erase(at);

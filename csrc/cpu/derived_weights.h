@@ -17,8 +17,6 @@ struct DerivedKey {
   Strides strides;
   DataType type;
   int64_t out_channels, in_channels, taps;
-
-  bool operator==(const DerivedKey&) const = default;
 };
 
 // One call's hold on a derived array. The array is only taken over from an earlier call while the
