@@ -50,7 +50,7 @@ py::dict last_selected() {
   for (const cpu::Pass pass :
        {cpu::Pass::kForward, cpu::Pass::kGradWeight, cpu::Pass::kGradInput}) {
     const char* kernel = cpu::last_selected(pass);
-    names[cpu::name(pass)] = kernel ? py::object(py::str(kernel)) : py::object(py::none());
+    names[name(pass)] = kernel ? py::object(py::str(kernel)) : py::object(py::none());
   }
   return names;
 }
