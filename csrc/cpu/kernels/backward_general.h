@@ -1,8 +1,8 @@
 // The general backward kernels: gradients of weight, bias and input for every geometry.
 //
 // A pooled output passes its gradient to one convolution output, or to none where ReLU is off, so
-// both kernels walk the live pooled outputs of one output channel. Each comes with a gradient and
-// the place of a patch (plan.h) in the padded image: grad_weight adds gradient x patch
+// both kernels walk the list of live pooled outputs of one output channel. Each live entry is a
+// gradient and the place of a patch (plan.h) in the padded image: grad_weight adds gradient x patch
 // of the input to the channel's weights, grad_input adds gradient x weights to the patch. That is
 // a quarter of the dense work for a 2x2 pool, and less where ReLU is off.
 #pragma once
@@ -27,41 +27,34 @@ namespace {
 constexpr int kMaxRuns = 3;
 constexpr int kMaxVectors = 4;
 
-// acc[s][v] += sum over live outputs q of gradient[q] * image[place[q] + s * run_stride + v]
+// acc[s][v] += sum over entries of gradient[i] * image[place[i] + s * run_stride + v]
 // image: at the tile's first run; acc: [S][run], run elements apart.
 template <typename T, int S, int V>
-FUSEDCNN_NOINLINE void gather_patches(const T* image, int64_t run_stride, const LiveList<T>& list,
-                                      T* acc, int64_t run) {
+FUSEDCNN_NOINLINE void gather_patches(const T* image, int64_t run_stride, const uint32_t* place,
+                                      const T* gradient, int64_t entries, T* acc, int64_t run) {
   constexpr int kAtOnce = S * V >= 8 ? 1 : S * V >= 4 ? 2 : S * V >= 2 ? 4 : 8;
   // Unrolled by hand: GCC otherwise keeps the array in memory and clears it with `rep stos`.
   Vector<T> sum[kAtOnce][S][V];
   FUSEDCNN_UNROLL
   for (int j = 0; j < kAtOnce * S * V; ++j) sum[j / (S * V)][j / V % S][j % V] = Vector<T>{};
-  const uint32_t* place = list.place;
-  const T* gradient = list.gradient;
-  for (int64_t w = 0; w < list.words; ++w, place += 64, gradient += 64) {
-    uint64_t live = list.live[w];
-    for (int64_t left = kAtOnce > 1 ? __builtin_popcountll(live) : 0; left >= kAtOnce;
-         left -= kAtOnce) {
-      FUSEDCNN_UNROLL
-      for (int u = 0; u < kAtOnce; ++u, live &= live - 1) {
-        const int q = __builtin_ctzll(live);
-        const T* from = image + place[q];
-        const Vector<T> g = broadcast(gradient[q]);
-        FUSEDCNN_UNROLL
-        for (int j = 0; j < S * V; ++j) {
-          sum[u][j / V][j % V] += g * load(from + j / V * run_stride + j % V * kLanes<T>);
-        }
-      }
-    }
-    for (; live; live &= live - 1) {
-      const int q = __builtin_ctzll(live);
-      const T* from = image + place[q];
-      const Vector<T> g = broadcast(gradient[q]);
+  int64_t i = 0;
+  for (; i + kAtOnce <= entries; i += kAtOnce) {
+    FUSEDCNN_UNROLL
+    for (int u = 0; u < kAtOnce; ++u) {
+      const T* from = image + place[i + u];
+      const Vector<T> g = broadcast(gradient[i + u]);
       FUSEDCNN_UNROLL
       for (int j = 0; j < S * V; ++j) {
-        sum[0][j / V][j % V] += g * load(from + j / V * run_stride + j % V * kLanes<T>);
+        sum[u][j / V][j % V] += g * load(from + j / V * run_stride + j % V * kLanes<T>);
       }
+    }
+  }
+  for (; kAtOnce > 1 && i < entries; ++i) {
+    const T* from = image + place[i];
+    const Vector<T> g = broadcast(gradient[i]);
+    FUSEDCNN_UNROLL
+    for (int j = 0; j < S * V; ++j) {
+      sum[0][j / V][j % V] += g * load(from + j / V * run_stride + j % V * kLanes<T>);
     }
   }
   FUSEDCNN_UNROLL
@@ -74,30 +67,25 @@ FUSEDCNN_NOINLINE void gather_patches(const T* image, int64_t run_stride, const 
   }
 }
 
-// image[place[q] + s * run_stride + v] += gradient[q] * weight[s][v] for every live output q; of
-// the last vector of each run only the lanes set in `tail` change. weight: [S][run], run elements
-// apart.
+// image[place[i] + s * run_stride + v] += gradient[i] * weight[s][v]; of the last vector of each
+// run only the lanes set in `tail` change. weight: [S][run], run elements apart.
 template <typename T, int S, int V>
-FUSEDCNN_NOINLINE void scatter_patches(T* image, int64_t run_stride, const LiveList<T>& list,
-                                       const T* weight, int64_t run, Vector<Int<T>> tail) {
+FUSEDCNN_NOINLINE void scatter_patches(T* image, int64_t run_stride, const uint32_t* place,
+                                       const T* gradient, int64_t entries, const T* weight,
+                                       int64_t run, Vector<Int<T>> tail) {
   Vector<T> w[S][V];
   for (int s = 0; s < S; ++s) {
     for (int v = 0; v < V; ++v) w[s][v] = load(weight + s * run + v * kLanes<T>);
   }
-  const uint32_t* place = list.place;
-  const T* gradient = list.gradient;
-  for (int64_t word = 0; word < list.words; ++word, place += 64, gradient += 64) {
-    for (uint64_t live = list.live[word]; live; live &= live - 1) {
-      const int q = __builtin_ctzll(live);
-      T* to = image + place[q];
-      const Vector<T> g = broadcast(gradient[q]);
-      for (int s = 0; s < S; ++s) {
-        for (int v = 0; v < V; ++v) {
-          T* at = to + s * run_stride + v * kLanes<T>;
-          const Vector<T> old = load(at);
-          const Vector<T> sum = old + g * w[s][v];
-          store(at, v + 1 < V ? sum : tail ? sum : old);
-        }
+  for (int64_t i = 0; i < entries; ++i) {
+    T* to = image + place[i];
+    const Vector<T> g = broadcast(gradient[i]);
+    for (int s = 0; s < S; ++s) {
+      for (int v = 0; v < V; ++v) {
+        T* at = to + s * run_stride + v * kLanes<T>;
+        const Vector<T> old = load(at);
+        const Vector<T> sum = old + g * w[s][v];
+        store(at, v + 1 < V ? sum : tail ? sum : old);
       }
     }
   }
@@ -166,13 +154,14 @@ void grad_weight_typed(const BackwardArgs& args, const ThreadPool& pool) {
         T* sum = rows + oc * row;
         list.template build<S, C>(plan, args, n, group * out_channels + oc);
         T* bias = sum + row - kN;
-        store(bias, load(bias) + list.total);
+        store(bias, load(bias) + list.total());
         if (!args.grad_weight) continue;
         for (int64_t o = 0; o < plan.outer; ++o) {
           for_tiles(plan.segments, run / kN, [&]<int R, int V>(int64_t s, int64_t v) {
             gather_patches<T, R, V>(
                 image + o * plan.outer_stride + s * plan.segment_stride + v * kN,
-                plan.segment_stride, list, sum + (o * plan.segments + s) * run + v * kN, run);
+                plan.segment_stride, list.place, list.gradient, list.entries,
+                sum + (o * plan.segments + s) * run + v * kN, run);
           });
         }
       }
@@ -249,7 +238,7 @@ void grad_input_typed(const BackwardArgs& args, const ThreadPool& pool) {
         for_tiles(plan.segments, run / kN, [&]<int R, int V>(int64_t s, int64_t v) {
           const Vector<Int<T>> all = Vector<Int<T>>{} - 1;
           scatter_patches<T, R, V>(image + o * plan.outer_stride + s * plan.segment_stride + v * kN,
-                                   plan.segment_stride, list,
+                                   plan.segment_stride, list.place, list.gradient, list.entries,
                                    packed + oc * patch + (o * plan.segments + s) * run + v * kN,
                                    run, (v + V) * kN == run ? tail : all);
         });

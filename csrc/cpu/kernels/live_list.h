@@ -1,4 +1,4 @@
-// The pooled outputs of one output channel through which a gradient flows.
+// The list of pooled outputs of one output channel through which a gradient flows.
 #pragma once
 
 #include "cpu/kernel.h"
@@ -15,22 +15,21 @@ constexpr int64_t kChannelsAtOnce = 16;
 
 template <typename T>
 struct LiveList {
-  const T* gradient;  // [outputs] the gradient of every pooled output
-  uint32_t* place;    // [outputs] where its patch begins in the padded image; of dead ones anything
-  uint64_t* live;     // [words] one bit for each output, set where a gradient flows
-  int64_t words;      // of 64 outputs
-  Vector<T> total;    // sum of the live gradients, the bias's share, spread over the lanes
+  uint32_t* place;  // where each live output's patch begins in the padded image
+  T* gradient;      // its gradient
+  int64_t entries = 0;
 
   // Working memory is this thread's scratch: one list at a time per thread.
   explicit LiveList(const BackwardArgs& args) : outputs_(args.geometry.outputs()) {
-    words = (outputs_ + 63) / 64;
+    // Vectors are stored whole and zeros follow the list, so it runs over by up to two vectors.
+    const int64_t room = round_up(outputs_, 64) + 64;
     const int64_t channels = smaller(kChannelsAtOnce, args.geometry.out_channels);
-    live = static_cast<uint64_t*>(
-        scratch(Slot::kLists, words * (8 + 64 * int64_t{sizeof(uint32_t)}) +
+    gradient = static_cast<T*>(
+        scratch(Slot::kLists, room * (sizeof(T) + sizeof(uint32_t)) +
                                   channels * outputs_ * (sizeof(T) + sizeof(int32_t))));
-    dense_ = reinterpret_cast<T*>(live + words);
+    dense_ = gradient + room;
     place = reinterpret_cast<uint32_t*>(dense_ + channels * outputs_);
-    codes_ = place + 64 * words;
+    codes_ = place + room;
   }
 
   // Lists output channel `oc` of image n. C: the code's type.
@@ -38,14 +37,22 @@ struct LiveList {
   void build(const BackwardPlan& plan, const BackwardArgs& args, int64_t n, int64_t oc) {
     const bool fresh = n != image_ || oc < first_ || oc >= first_ + kChannelsAtOnce;
     if (fresh) image_ = n, first_ = oc;
-    gradient = in_order(args, static_cast<const S*>(args.grad_output), args.grad_output_strides, n,
-                        oc, dense_, fresh);
+    const T* grads = in_order(args, static_cast<const S*>(args.grad_output),
+                              args.grad_output_strides, n, oc, dense_, fresh);
     const C* codes = in_order(args, static_cast<const C*>(args.code), args.code_strides, n, oc,
                               reinterpret_cast<C*>(codes_), fresh);
-    total = Vector<T>{};
-    for (int64_t w = 0; w < words; ++w) {
-      list_word(plan, codes, args.geometry.window(), w, smaller<int64_t>(64, outputs_ - 64 * w));
+    compress(plan, codes, grads, args.geometry.window());
+  }
+
+  // Sum of the listed gradients, the bias's share, spread over the lanes.
+  Vector<T> total() const {
+    constexpr int kN = kLanes<T>;
+    Vector<T> sums[2] = {};
+    for (int64_t i = 0; i < entries; i += 2 * kN) {
+      sums[0] += load(gradient + i);
+      sums[1] += load(gradient + i + kN);
     }
+    return sums[0] + sums[1];
   }
 
  private:
@@ -53,48 +60,6 @@ struct LiveList {
   int64_t image_ = -1, first_ = -1;  // what dense_ and codes_ hold: kChannelsAtOnce from first_ on
   T* dense_;         // [channels][outputs] gradients in order, where they are not so already
   uint32_t* codes_;  // and the codes
-
-  // Outputs [64 * w, 64 * w + count).
-  template <typename C>
-  FUSEDCNN_INLINE void list_word(const BackwardPlan& plan, const C* codes, int64_t window,
-                                 int64_t w, int64_t count) {
-    const uint32_t* base = plan.base.get() + 64 * w;
-    const uint32_t* offset = plan.code_offset.get();
-    codes += 64 * w;
-    uint32_t* to = place + 64 * w;
-    const T* grads = gradient + 64 * w;
-    uint64_t mask = 0;
-#if defined(__AVX512BW__)
-    if constexpr (sizeof(T) == 4 && sizeof(C) == 1) {
-      const __mmask64 some = ~uint64_t{0} >> (64 - count);
-      mask = _mm512_mask_cmpneq_epi8_mask(some, _mm512_maskz_loadu_epi8(some, codes),
-                                          _mm512_set1_epi8(-1));
-      live[w] = mask;
-      const __m512i table = _mm512_loadu_si512(offset);
-      for (int64_t q = 0; q < count; q += 16) {
-        const __mmask16 in_range = static_cast<__mmask16>(some >> q);
-        const __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(in_range, codes + q));
-        // Gathering costs more than all the rest; common windows fit a register.
-        const __m512i from = window <= 16
-                                 ? _mm512_permutexvar_epi32(code, table)
-                                 : _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), in_range,
-                                                               code, offset, sizeof(uint32_t));
-        const __m512i start = _mm512_maskz_loadu_epi32(in_range, base + q);
-        _mm512_storeu_si512(to + q, _mm512_add_epi32(start, from));
-        total += (Vector<T>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> q), grads + q);
-      }
-      return;
-    }
-#endif
-    (void)window;
-    for (int64_t q = 0; q < count; ++q) {
-      const bool alive = codes[q] != kOff<C>;
-      to[q] = base[q] + offset[alive ? codes[q] : 0];
-      mask |= uint64_t{alive} << q;
-      reinterpret_cast<T*>(&total)[q % kLanes<T>] += alive ? grads[q] : T(0);
-    }
-    live[w] = mask;
-  }
 
   // One channel's pooled outputs as one run of `To`: where they are, or copied into `buffer`
   // ([kChannelsAtOnce][outputs]; `fresh`: it holds other channels).
@@ -122,6 +87,46 @@ struct LiveList {
       }
     }
     return buffer;
+  }
+
+  template <typename C>
+  void compress(const BackwardPlan& plan, const C* codes, const T* grads, int64_t window) {
+    const uint32_t* base = plan.base.get();
+    const uint32_t* offset = plan.code_offset.get();
+    int64_t count = 0, q = 0;
+#if defined(__AVX512F__)
+    // Sixteen outputs at a time, the live ones moved together in a register.
+    if constexpr (sizeof(T) == 4 && sizeof(C) == 1) {
+      const __m512i table = _mm512_loadu_si512(offset);
+      for (; q + 16 <= outputs_; q += 16) {
+        const __m512i code =
+            _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + q)));
+        const __mmask16 live = _mm512_cmpneq_epi32_mask(code, _mm512_set1_epi32(kOff<C>));
+        // Gathering costs more than all the rest; common windows fit a register.
+        const __m512i from = window <= 16
+                                 ? _mm512_permutexvar_epi32(code, table)
+                                 : _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), live, code,
+                                                               offset, sizeof(uint32_t));
+        const __m512i at = _mm512_add_epi32(_mm512_loadu_si512(base + q), from);
+        _mm512_storeu_si512(place + count, _mm512_maskz_compress_epi32(live, at));
+        _mm512_storeu_ps(gradient + count,
+                         _mm512_maskz_compress_ps(live, _mm512_loadu_ps(grads + q)));
+        count += __builtin_popcount(live);
+      }
+    }
+#endif
+    (void)window;
+    // Branch-free: a dead output's entry is overwritten by the next.
+    for (; q < outputs_; ++q) {
+      const C code = codes[q];
+      const bool live = code != kOff<C>;
+      place[count] = base[q] + offset[live ? code : 0];
+      gradient[count] = grads[q];
+      count += live;
+    }
+    entries = count;
+    store(gradient + count, Vector<T>{});
+    store(gradient + count + kLanes<T>, Vector<T>{});
   }
 };
 
