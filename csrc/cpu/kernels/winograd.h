@@ -7,6 +7,7 @@
 
 #include "cpu/derived_weights.h"
 #include "cpu/kernel.h"
+#include "cpu/kernels/ahead.h"
 #include "cpu/kernels/forward_general.h"
 #include "cpu/kernels/phase_planes.h"
 #include "cpu/kernels/simd.h"
@@ -73,6 +74,14 @@ inline bool moderate(const float* values, int64_t count) {
   RangeCheck<float> range(kModerate);
   for (int64_t k = 0; k < count; k += kLanes<float>) range.see(load(values + k));
   return range.passed();
+}
+
+// Fetches the next image during `steps` steps of a band; with several bands, by each its share.
+template <typename S>
+Ahead next_image(const ForwardArgs& args, int64_t n, int64_t steps) {
+  const Geometry& g = args.geometry;
+  return Ahead::of(static_cast<const S*>(args.input), args.input_strides, g.in_channels, g.h.in,
+                   g.w.in, n, g.batch, steps);
 }
 
 // Runs `band` over all bands of all images, then the general kernel over the images that it
