@@ -174,7 +174,7 @@ void forward_winograd1d_typed(const ForwardArgs& args, const ThreadPool& pool) {
   const Geometry& g = args.geometry;
   int64_t bytes;
   const DerivedKey key =
-      derived_key(args, reinterpret_cast<const void*>(&winograd1d_band<S>), sizeof(S), bytes);
+      derived_key(args, reinterpret_cast<const void*>(&winograd1d_band<S>), bytes);
   const int64_t size = round_up(12 * g.in_channels * g.out_channels, kLanes<float>);
   DerivedWeights derived(key, bytes, size);
   if (!derived.filled()) {
