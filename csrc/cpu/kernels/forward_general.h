@@ -160,7 +160,11 @@ void pool_row(const ForwardPlan& plan, const Geometry& g, const Accumulator<S>* 
     memcpy(values, &best, sizeof best);
     memcpy(bytes, &codes, sizeof codes);
     const int64_t count = smaller<int64_t>(kN, g.w.out - k);
-    for (int64_t i = 0; i < count; ++i) output[(k + i) * stride] = narrow<S>(values[i]);
+    if (stride == 1) {
+      convert_run(values, output + k, count);
+    } else {
+      for (int64_t i = 0; i < count; ++i) output[(k + i) * stride] = narrow<S>(values[i]);
+    }
     if (!code) continue;
     for (int64_t i = 0; i < count; ++i) code[(k + i) * stride] = bytes[i];
   }
