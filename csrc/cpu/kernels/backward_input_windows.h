@@ -205,12 +205,14 @@ void grad_input_windows_typed(const BackwardArgs& args, const ThreadPool& pool) 
   const int64_t reached = 2 * g.h.out + 2;  // rows of the padded input that some window sees
   const int64_t width =
       larger<int64_t>(0, smaller(g.w.in, cols - g.w.padding));  // and columns of the input
-  parallel_tasks(pool, g.batch, [&](int64_t n) {
+  const int64_t splits = g.batch < kSmallBatch ? blocks : 1;
+  parallel_tasks(pool, g.batch * splits, [&](int64_t task) {
+    const int64_t n = task / splits, first = task % splits * (blocks / splits);
     const Windows windows = read_windows<S>(args, n);
     float* done = static_cast<float*>(scratch(Slot::kPatch, 4 * pitch * sizeof(float)));
     float* carry = done + 2 * pitch;
     auto ahead = BackwardAhead::of<S, uint8_t>(args, n, false, blocks * g.h.out);
-    for (int64_t block = 0; block < blocks; ++block) {
+    for (int64_t block = first; block < first + blocks / splits; ++block) {
       const Strides strides = args.grad_input_strides;
       const int64_t channels = channels_of(block);
       S* image = static_cast<S*>(args.grad_input) + n * strides.n + block * kChannels * strides.c;

@@ -128,9 +128,12 @@ void grad_weight_windows_typed(const BackwardArgs& args, const ThreadPool& pool)
 
   float* sums =
       static_cast<float*>(scratch(Slot::kPartials, partials.count * blocks * row * sizeof(float)));
-  parallel_tasks(pool, partials.count, [&](int64_t partial) {
+  const int64_t splits = g.batch < kSmallBatch ? blocks : 1;
+  parallel_tasks(pool, partials.count * splits, [&](int64_t task) {
+    const int64_t partial = task / splits;
+    const int64_t begin = task % splits * (blocks / splits), end = begin + blocks / splits;
     float* own = sums + partial * blocks * row;
-    memset(own, 0, blocks * row * sizeof(float));
+    memset(own + begin * row, 0, (end - begin) * row * sizeof(float));
     float* planes =
         static_cast<float*>(scratch(Slot::kPlanes, channels * rows * cols * sizeof(float)));
     float* patches =
@@ -148,7 +151,7 @@ void grad_weight_windows_typed(const BackwardArgs& args, const ThreadPool& pool)
                         patches + r * g.w.out * patch + c * 16, patch);
           }
         }
-        for (int64_t block = 0; block < blocks; ++block) {
+        for (int64_t block = begin; block < end; ++block) {
           const int64_t oc = block * kWeightLanes;
           const int64_t lanes = smaller<int64_t>(kWeightLanes, g.out_channels - oc);
           const __mmask16 some = static_cast<__mmask16>((1u << lanes) - 1);
