@@ -4,6 +4,7 @@ from fusedcnn import backends
 from fusedcnn._ops import build_info
 from fusedcnn.autograd import ConvReLUMaxPool2dFunction
 from fusedcnn.functional import conv_relu_max_pool2d
+from fusedcnn.fuse import FuseResult, fuse, unfuse
 from fusedcnn.model import FusedSimpleCNN, SimpleCNN
 from fusedcnn.modules import ConvReLUMaxPool2d
 from fusedcnn.training import train_step
@@ -13,10 +14,13 @@ __version__: str = build_info()["version"]
 __all__ = [
     "ConvReLUMaxPool2d",
     "ConvReLUMaxPool2dFunction",
+    "FuseResult",
     "FusedSimpleCNN",
     "SimpleCNN",
     "backends",
     "build_info",
     "conv_relu_max_pool2d",
+    "fuse",
     "train_step",
+    "unfuse",
 ]
