@@ -1,6 +1,6 @@
 """Conv2d + bias + ReLU + MaxPool2d in one pass, forward and backward, for PyTorch."""
 
-from fusedcnn import backends
+from fusedcnn import _registrations, backends  # noqa: F401
 from fusedcnn._ops import build_info
 from fusedcnn.autograd import ConvReLUMaxPool2dFunction
 from fusedcnn.functional import conv_relu_max_pool2d

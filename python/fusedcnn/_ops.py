@@ -64,14 +64,14 @@ class Geometry(NamedTuple):
 # ---- fake tensors --------------------------------------------------------------------------------
 
 
-def _stock_forward(input: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
-    """The stock layers for a packed geometry: the meaning of the operator in plain torch."""
+def stock_conv(input: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
+    """The stock convolution for a packed geometry."""
     if g.padding_top == g.padding_bottom and g.padding_left == g.padding_right:
         padding = (g.padding_top, g.padding_left)
     else:
         input = F.pad(input, (g.padding_left, g.padding_right, g.padding_top, g.padding_bottom))
         padding = (0, 0)
-    out = F.conv2d(
+    return F.conv2d(
         input,
         weight,
         bias,
@@ -80,8 +80,12 @@ def _stock_forward(input: Tensor, weight: Tensor, bias: Tensor | None, g: Geomet
         (g.dilation_h, g.dilation_w),
         g.groups,
     )
+
+
+def _stock_forward(input: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
+    """The stock layers for a packed geometry: the meaning of the operator in plain torch."""
     return F.max_pool2d(
-        F.relu(out),
+        F.relu(stock_conv(input, weight, bias, g)),
         (g.pool_kernel_h, g.pool_kernel_w),
         (g.pool_stride_h, g.pool_stride_w),
         (g.pool_padding_h, g.pool_padding_w),
@@ -90,7 +94,8 @@ def _stock_forward(input: Tensor, weight: Tensor, bias: Tensor | None, g: Geomet
     )
 
 
-def _code_dtype(g: Geometry) -> torch.dtype:
+def code_dtype(g: Geometry) -> torch.dtype:
+    """What codes are stored in."""
     wide = g.pool_kernel_h * g.pool_kernel_w > _LARGEST_BYTE_WINDOW
     return torch.int32 if wide else torch.uint8
 
@@ -99,7 +104,7 @@ def _code_dtype(g: Geometry) -> torch.dtype:
 def _(input, weight, bias, geometry, with_code):
     g = Geometry(*geometry)
     output = _stock_forward(input, weight, bias, g)
-    dtype = _code_dtype(g)
+    dtype = code_dtype(g)
     code = torch.empty_like(output, dtype=dtype) if with_code else output.new_empty(0, dtype=dtype)
     return output, code
 
