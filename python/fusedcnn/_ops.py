@@ -146,10 +146,11 @@ def select_grads(grads: tuple[Tensor, Tensor, Tensor], mask: int) -> list[Tensor
 
 
 def _setup_forward(ctx, inputs, output):
-    input, weight, _bias, geometry, with_code = inputs
-    if not with_code:
-        raise RuntimeError("with_code: expected True where gradients are needed, got False")
-    ctx.save_for_backward(input, weight, output[1])
+    input, weight, bias, geometry, with_code = inputs
+    # A program exported under no_grad has no codes, and may be run with gradients all the same:
+    # the backward then computes them, at the price of another forward.
+    saved = (output[1], None) if with_code else (None, bias)
+    ctx.save_for_backward(input, weight, *saved)
     ctx.geometry = geometry
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -159,7 +160,9 @@ def _backward(ctx, grad_output, _grad_code):
     mask = output_mask(ctx.needs_input_grad)
     if grad_output is None or not mask:
         return None, None, None, None, None
-    input, weight, code = ctx.saved_tensors
+    input, weight, code, bias = ctx.saved_tensors
+    if code is None:
+        _, code = forward_op(input, weight, bias, ctx.geometry, True)
     grads = backward_op(grad_output, input, weight, code, ctx.geometry, mask)
     return *select_grads(grads, mask), None, None
 
@@ -272,7 +275,12 @@ _stock_reasons: dict[str, int] = {}
 
 
 def note_stock(reason: str) -> None:
-    """Record that a call was computed by the stock layers, and why; logs each reason once."""
+    """Record that a call was computed by the stock layers, and why; logs each reason once.
+
+    Not while a graph is captured: torch.compile would break it at the log line.
+    """
+    if torch.compiler.is_compiling():
+        return
     count = _stock_reasons.get(reason, 0)
     _stock_reasons[reason] = count + 1
     if count == 0:  # once each: a training loop would repeat it at every step

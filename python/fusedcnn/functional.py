@@ -124,7 +124,8 @@ def pack_geometry(
         stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding,
         pool_dilation, ceil_mode,
     ]  # fmt: skip
-    pack = _pack
+    # torch.compile looks into the function, not into its cache, and would warn of that.
+    pack = _pack.__wrapped__ if torch.compiler.is_compiling() else _pack
     for i, value in enumerate(arguments):
         kind = type(value)
         if kind is int or kind is bool or kind is str or value is None:
