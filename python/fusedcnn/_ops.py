@@ -200,8 +200,8 @@ def _dense_backward(
     )
     live = code != (-1 if code.dtype == torch.int32 else 255)
     element = torch.where(live, code, 0).long()
-    rows = torch.arange(out_h).view(-1, 1) * g.pool_stride_h - g.pool_padding_h
-    cols = torch.arange(out_w) * g.pool_stride_w - g.pool_padding_w
+    rows = torch.arange(out_h, device=code.device).view(-1, 1) * g.pool_stride_h - g.pool_padding_h
+    cols = torch.arange(out_w, device=code.device) * g.pool_stride_w - g.pool_padding_w
     rows = rows + element.div(g.pool_kernel_w, rounding_mode="floor") * g.pool_dilation_h
     cols = cols + element % g.pool_kernel_w * g.pool_dilation_w
     # Where no gradient flows the winner is meaningless; index 0 receives a zero.
