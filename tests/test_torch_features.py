@@ -392,6 +392,17 @@ def test_symbolic_tracing():
     assert any(node.target is conv_relu_max_pool2d for node in traced.graph.nodes)
 
 
+def test_torchscript():
+    """Deprecated, and still about: traced without gradients, scripted after unfuse."""
+    model, images = fusedcnn.FusedSimpleCNN().eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, (images,))
+        assert torch.equal(traced(images), model(images))
+        assert "fusedcnn::conv_relu_max_pool2d" in str(traced.inlined_graph)
+    stock = fusedcnn.unfuse(model)
+    assert torch.equal(torch.jit.script(stock)(images), stock(images))
+
+
 def test_data_parallel_and_swa():
     """Wrappers that copy or average modules."""
     model = fusedcnn.FusedSimpleCNN().eval()

@@ -140,9 +140,16 @@ def output_mask(needs_input_grad: tuple[bool, ...]) -> int:
     return need_input * GRAD_INPUT + need_weight * GRAD_WEIGHT + need_bias * GRAD_BIAS
 
 
-def select_grads(grads: tuple[Tensor, Tensor, Tensor], mask: int) -> list[Tensor | None]:
+def select_grads(
+    grads: tuple[Tensor, Tensor, Tensor], mask: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The backward operator's results with None for the gradients that were not asked for."""
-    return [grad if mask & (1 << i) else None for i, grad in enumerate(grads)]
+    grad_input, grad_weight, grad_bias = grads
+    return (
+        grad_input if mask & GRAD_INPUT else None,
+        grad_weight if mask & GRAD_WEIGHT else None,
+        grad_bias if mask & GRAD_BIAS else None,
+    )
 
 
 def _setup_forward(ctx, inputs, output):
