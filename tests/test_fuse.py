@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import sys
 
 import fusedcnn
+import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
 from fusedcnn import ConvReLUMaxPool2d
 from fusedcnn.folding import ConvBatchNormReLUMaxPool2d
+from hypothesis import strategies
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
@@ -611,6 +614,79 @@ def test_sequentials_in_what_cannot_be_traced():
     assert_equal(run(fused, images), run(model, images))
     wrapped = nn.Sequential(model, nn.Flatten())
     assert blocks(fusedcnn.fuse(wrapped)) == 2
+
+
+WRAPPERS = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "data parallel": nn.DataParallel,
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_wrapped_models(wrapper, inplace):
+    """What wraps a model cannot be traced; the model inside is fused."""
+    model = WRAPPERS[wrapper](with_integers(LeNet())).eval()
+    images = integers((2, 1, 28, 28))
+    expected = model(images)
+    fused = fusedcnn.fuse(model, inplace=inplace)
+    assert blocks(fused) == 2
+    assert torch.equal(fused(images), expected)
+    assert blocks(fusedcnn.unfuse(fused)) == 0
+
+
+def test_graph_modules():
+    """Modules in them are replaced; calls in their own forward are left alone."""
+    model = with_integers(nn.Sequential(*block(channels=(1, 4)))).eval()
+    traced = torch.fx.symbolic_trace(model)
+    fused = fusedcnn.fuse(traced)
+    assert blocks(fused) == 1
+    images = integers((2, 1, 8, 8))
+    assert torch.equal(fused(images), model(images))
+    _, report = fusedcnn.fuse(torch.fx.symbolic_trace(LeNet()), report=True)
+    assert [r.fused for r in report] == [False, False]
+    assert all("GraphModule" in r.reason for r in report)
+
+
+@hypothesis.given(strategies.data())
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_random_models(data):
+    """Layers in any order and nesting, some of them twice: equal to the bit, fused or not."""
+    seed = data.draw(strategies.integers(0, 2**16))
+    torch.manual_seed(seed)
+    makers = {
+        "conv": lambda: nn.Conv2d(2, 2, 3, padding=1, bias=seed % 2 == 0),
+        "relu": nn.ReLU,
+        "relu_": lambda: nn.ReLU(inplace=True),
+        "pool": lambda: nn.MaxPool2d(3, 1, 1),
+        "half": lambda: nn.MaxPool2d(2),
+        "norm": lambda: nn.BatchNorm2d(2),
+        "identity": nn.Identity,
+        "dropout": nn.Dropout,
+    }
+    kinds = strategies.sampled_from(["conv", "relu", "pool", *makers])
+    names = data.draw(strategies.lists(kinds, max_size=12))
+    hypothesis.assume(names.count("half") <= 3 and names.count("conv") <= 5)
+    layers = []
+    for name in names:
+        old = [layer for layer in layers if isinstance(layer, (nn.ReLU, nn.MaxPool2d))]
+        if old and name in ("relu", "pool") and data.draw(strategies.booleans()):
+            layers.append(old[-1])  # the very module once more
+        else:
+            layers.append(makers[name]())
+    cuts = sorted(data.draw(strategies.lists(strategies.integers(0, len(layers)), max_size=3)))
+    parts = [layers[a:b] for a, b in itertools.pairwise([0, *cuts, len(layers)])]
+    model = nn.Sequential(*(nn.Sequential(*part) for part in parts))
+    # float64 and weights of at most 1: five layers of integers times powers of 4 stay exact.
+    model = with_integers(model).double().eval()
+    images = integers((2, 2, 8, 8)).double()
+    fused, report = fusedcnn.fuse(model, report=True)
+    assert blocks(fused) == sum(r.fused for r in report)
+    hypothesis.event(f"{blocks(fused)} blocks")
+    assert torch.equal(fused(images.clone()), model(images.clone()))
+    assert repr(fusedcnn.unfuse(fused)) == repr(model)
+    assert list(fused.state_dict()) == list(model.state_dict())
 
 
 class Indexing(nn.Module):

@@ -238,7 +238,8 @@ def analyse(model: nn.Module) -> Analysis:
     if _why_untraceable(copied, opaque):
         # Some forward cannot be followed. Asked alone, each says whether it is the one.
         for path, module in modules.items():
-            reason = _why_untraceable(module, None)
+            leaf = path and Tracer(set()).is_leaf_module(module, path)
+            reason = "" if leaf else _why_untraceable(module, None)
             if reason:
                 opaque.add(path)
                 found.untraceable[path] = reason
@@ -247,8 +248,6 @@ def analyse(model: nn.Module) -> Analysis:
 
 
 def _why_untraceable(module: nn.Module, opaque: set[str] | None) -> str:
-    if fx.Tracer().is_leaf_module(module, "") or isinstance(module, _LEAVES):
-        return ""
     try:
         for training in (True, False):
             module.train(training)

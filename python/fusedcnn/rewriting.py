@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from fusedcnn.chains import Tracer, optional_parameters, shadow
@@ -44,8 +43,8 @@ class RewrittenForward:
 
 def why_not_rewritable(module: nn.Module) -> str:
     """Why a module's forward cannot be rewritten; empty where it can."""
-    if isinstance(module, (fx.GraphModule, torch.jit.ScriptModule)):
-        return f"it is a {type(module).__name__}"
+    if isinstance(module, fx.GraphModule):
+        return "it is a GraphModule, whose class torch.fx has made"
     if isinstance(module, RewrittenForward):
         return "it has been rewritten before: call fusedcnn.unfuse first"
     if "forward" in vars(module):
