@@ -1,6 +1,6 @@
 """What test_parallel.py starts with torchrun: a check of gradients in two processes.
 
-torchrun --nproc-per-node 2 tests/distributed_worker.py ddp|fsdp|ddp_compiled
+torchrun --nproc-per-node 2 tests/distributed_worker.py ddp|ddp_compiled|fsdp|dtensor
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -23,6 +25,23 @@ from train_cifar10 import CountingCrossEntropy
 
 # Gradients of 7 images in float64: sums of at most 7 * 1,024 terms in two orders.
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}
+
+
+def check_dtensor() -> None:
+    """A batch sharded over the processes, parameters on both, as distribute_module leaves them."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    block = fusedcnn.ConvReLUMaxPool2d(3, 4, 3, padding=1).double()
+    sharded = distribute_module(copy.deepcopy(block), mesh)
+    images = torch.randn(6, 3, 8, 8).double()
+    ours = sharded(distribute_tensor(images, mesh, [Shard(0)]))
+    theirs = block(images)
+    torch.testing.assert_close(ours.full_tensor(), theirs, **CLOSE)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    for one, other in zip(sharded.parameters(), block.parameters(), strict=True):
+        torch.testing.assert_close(one.grad.full_tensor(), other.grad, **CLOSE)
+    assert any("DTensor" in reason for reason in fusedcnn.build_info()["stock_calls"])
 
 
 def check(kind: str) -> None:
@@ -54,9 +73,11 @@ def check(kind: str) -> None:
                 torch.testing.assert_close(whole.detach(), other.detach(), **CLOSE, msg=name)
     total = processes.total(criterion.loss_sum)
     assert total > 0
-    print(f"rank {dist.get_rank()} of {dist.get_world_size()}: {kind} agrees", file=sys.stderr)
 
 
 if __name__ == "__main__":
+    kind = sys.argv[1]
     with joined(torch.device("cpu")):
-        check(sys.argv[1])
+        check_dtensor() if kind == "dtensor" else check(kind)
+        who = f"rank {dist.get_rank()} of {dist.get_world_size()}"
+        print(f"{who}: {kind} agrees", file=sys.stderr)

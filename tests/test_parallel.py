@@ -40,7 +40,7 @@ def torchrun(*arguments: object, timeout: float = 240) -> subprocess.CompletedPr
 
 
 @needs_gloo
-@pytest.mark.parametrize("kind", ["ddp", "ddp_compiled", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "ddp_compiled", "fsdp", "dtensor"])
 def test_gradients_are_those_of_one_process_on_the_whole_batch(kind):
     pytest.importorskip("tqdm")
     done = torchrun(ROOT / "tests/distributed_worker.py", kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -130,8 +131,8 @@ def pack_geometry(
         pool_padding, pool_dilation, ceil_mode,
     )  # fmt: skip
     # torch.compile looks into functions, not into their caches, and would warn of one.
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
+    cached = not torch.compiler.is_compiling()
+    if cached:
         try:
             same, geometry = _packed[given]
             # The very objects of an earlier call, as a module's attributes and a program's
@@ -140,7 +141,6 @@ def pack_geometry(
                 return geometry
         except (KeyError, TypeError):  # TypeError: a list, which has no hash
             pass
-    pack = _pack.__wrapped__ if compiling else _pack
     arguments = list(given[1:])
     for i, value in enumerate(arguments):
         kind = type(value)
@@ -150,22 +150,32 @@ def pack_geometry(
             arguments[i] = value = tuple(value)
         # Anything else but plain integers in a tuple is looked at afresh every time.
         if not (type(value) is tuple and all(type(v) is int for v in value)):
-            pack = _pack.__wrapped__
-    geometry = pack(tuple(kernel_size), *arguments)
-    if pack is _pack and list not in map(type, given):
+            cached = False
+    if not cached:
+        return tuple(_pack.__wrapped__(tuple(kernel_size), *arguments))
+    geometry = _pack(tuple(kernel_size), *arguments)
+    if list not in map(type, given):
         if len(_packed) >= 1024:
             _packed.clear()
         _packed[given] = given[1:], tuple(geometry)
     return tuple(geometry)
 
 
-def _why_stock(input: Tensor) -> str | None:
+def _is_dtensor(tensor: Tensor) -> bool:
+    # Without importing it: where nobody has, there is none.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _why_stock(input: Tensor, weight: Tensor) -> str | None:
     """Why the stock layers compute this call, or None where a fused kernel does."""
     if not input.is_cpu:
         device = input.device.type
         return f"no fused kernel for device type '{device}' in this version"
     if input.layout != torch.strided:
         return f"no fused kernel for layout {input.layout}"
+    if type(input) is not Tensor and (_is_dtensor(input) or _is_dtensor(weight)):
+        return "a DTensor, whose sharding the fused operator does not know"
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms"
     if forward_ad._current_level >= 0:
@@ -274,7 +284,7 @@ def conv_relu_max_pool2d(
         pool_dilation=pool_dilation,
         ceil_mode=ceil_mode,
     )
-    reason = _why_stock(input)
+    reason = _why_stock(input, weight)
     if reason is not None:
         note_stock(reason)
         pool = {
