@@ -20,8 +20,8 @@ from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
+from counting import CountingCrossEntropy
 from processes import described_by_environment, joined
-from train_cifar10 import CountingCrossEntropy
 
 # Gradients of 7 images in float64: sums of at most 7 * 1,024 terms in two orders.
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}

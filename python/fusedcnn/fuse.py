@@ -78,9 +78,9 @@ def fuse(model, *, inplace=False, report=False):
     Forwards are followed by torch.fx in training and in evaluation mode. One that it cannot follow
     is left alone; ``nn.Sequential`` and other modules inside are fused nevertheless, provided that
     it calls them and does not take them apart. What forward decides by an attribute (a flag, say)
-    must not change afterwards. Where a function call has to go, the instance gets a
-    class derived from its own with the traced forward: attributes that forward reads (plain
-    numbers, flags and strings) cannot be set afterwards without :func:`unfuse`.
+    must not change afterwards. Where a function call has to go, the instance gets a class derived
+    from its own with the traced forward: attributes that forward reads (plain numbers, flags and
+    strings) cannot be set afterwards without :func:`unfuse`.
 
     A chain is left alone, with a reason in the report, when a value in between is used elsewhere;
     hooks sit on an inner module or on one that the value in between enters or leaves; the pool
