@@ -180,7 +180,10 @@ def _why_stock(input: Tensor, weight: Tensor) -> str | None:
         return "torch.func transforms"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    if input.numel() > _MAX_IMAGE_ELEMENTS and math.prod(input.shape[-3:]) > _MAX_IMAGE_ELEMENTS:
+    # The whole batch is quicker to look at, but must not bound a symbolic batch size.
+    if (torch.compiler.is_compiling() or input.numel() > _MAX_IMAGE_ELEMENTS) and (
+        math.prod(input.shape[-3:]) > _MAX_IMAGE_ELEMENTS
+    ):
         return f"images of more than {_MAX_IMAGE_ELEMENTS} elements"
     return None
 
