@@ -7,6 +7,7 @@ limit, at which the test fails.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 
@@ -21,8 +22,13 @@ LOOKS = 300
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(restore_threads):
+def _one_thread_and_no_garbage_collection(restore_threads):
+    """Collections cost more the more tests have run before, and fall on whoever allocates."""
     torch.set_num_threads(1)
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def ratio_of_minima(ours: Callable[[], object], theirs: Callable[[], object], bar: float) -> float:
