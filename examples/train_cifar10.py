@@ -7,6 +7,7 @@ Usage::
     python examples/train_cifar10.py --data cifar-10-batches-bin       # on CIFAR-10
     python examples/train_cifar10.py --data cifar-10-batches-bin --model stock
     python examples/train_cifar10.py --resume runs/cifar10-fused-seed0 --epochs 20
+    torchrun --nproc-per-node 2 examples/train_cifar10.py --data cifar-10-batches-bin
 
 CIFAR-10's "binary version" is at https://www.cs.toronto.edu/~kriz/cifar.html.
 
@@ -17,6 +18,10 @@ seeds 0, 1, 2, one thread of an AMD EPYC (Zen 5, AVX-512), torch 2.13: test accu
 The recipe is plain: Adam, cross-entropy, pixels normalised per channel, no augmentation. Under one
 seed both models start from the same parameters, see the same batches and draw the same dropout
 masks; what is left between them is rounding, and time.
+
+Under torchrun the processes share each batch (``--batch-size`` images in all) and average their
+gradients, which are those of one process on the whole batch; only the dropout masks differ. The
+first process writes the files.
 
 The output folder (``--output``) receives
 
@@ -64,6 +69,8 @@ from command_line import (
     parse_arguments,
     prepare_output,
 )
+from counting import CountingCrossEntropy
+from processes import Processes, described_by_environment, joined
 from torch import Tensor, nn
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -90,39 +97,25 @@ class StoppedError(RuntimeError):
 # ---- model ---------------------------------------------------------------------------------------
 
 
-class CountingCrossEntropy(nn.Module):
-    """Cross-entropy that also adds up loss and correct answers, where the logits pass by anyway.
-
-    The sums stay on the device: reading them waits for it, so that is done rarely.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.loss_sum = torch.zeros((), device=device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=device)
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        loss = F.cross_entropy(logits, labels)
-        with torch.no_grad():
-            self.loss_sum += loss * len(labels)
-            self.correct += (logits.argmax(1) == labels).sum()
-        return loss
-
-    def set(self, loss_sum: float, correct: int) -> None:
-        """Start from these sums."""
-        self.loss_sum.fill_(loss_sum)
-        self.correct.fill_(correct)
-
-
 class Run:
     """A training run: the model and all else that a checkpoint holds."""
 
-    def __init__(self, settings: Settings, data: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        data: dict[str, Any],
+        device: torch.device,
+        processes: Processes = Processes(),  # noqa: B008 (it is frozen)
+    ) -> None:
         self.settings = settings
+        self.processes = processes
         self.data = data
         self.device = device
         torch.manual_seed(settings.seed)
         self.model = MODELS[settings.model]().to(device)
+        self.parallel = processes.wrap(self.model)
+        if not processes.first:  # the same parameters, but other dropout masks
+            torch.manual_seed(settings.seed + 1_000_003 * processes.rank)
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=settings.lr, fused=device.type in ("cpu", "cuda")
         )
@@ -140,7 +133,7 @@ class Run:
         return {
             "settings": asdict(self.settings),
             "data": self.data,
-            "environment": environment(self.device),
+            "environment": environment(self.device, self.processes),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": {
@@ -150,8 +143,8 @@ class Run:
             },
             "epoch": self.epoch,
             "step": self.step,
-            "loss_sum": self.criterion.loss_sum.item(),
-            "correct": self.criterion.correct.item(),
+            "loss_sum": self.processes.total(self.criterion.loss_sum).item(),
+            "correct": self.processes.total(self.criterion.correct).item(),
             "seconds": self.seconds,
             "history": self.history,
         }
@@ -161,23 +154,25 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         random = state["random"]
-        torch.set_rng_state(random["cpu"])
-        if self.device.type == "cuda" and random["cuda"] is not None:
-            torch.cuda.set_rng_state(random["cuda"], self.device)
+        if self.processes.first:  # the others' dropout starts anew
+            torch.set_rng_state(random["cpu"])
+            if self.device.type == "cuda" and random["cuda"] is not None:
+                torch.cuda.set_rng_state(random["cuda"], self.device)
+            self.criterion.set(state["loss_sum"], state["correct"])
         self.epoch_start = random["epoch_start"]
         self.shuffle.set_state(self.epoch_start)
         self.epoch, self.step = state["epoch"], state["step"]
-        self.criterion.set(state["loss_sum"], state["correct"])
         self.seconds = state["seconds"]
         self.history = list(state["history"])
 
 
-def environment(device: torch.device) -> dict[str, str | int]:
+def environment(device: torch.device, processes: Processes) -> dict[str, str | int]:
     """What may change the last bits of a result besides the settings."""
     return {
         "torch": str(torch.__version__),  # a subclass of str, which weights_only would refuse
         "device": device.type,
         "threads": torch.get_num_threads(),
+        "processes": processes.size,
     }
 
 
@@ -196,7 +191,8 @@ def train_epoch(run: Run, data: Batches, after_step: Callable[[], None]) -> dict
     order = torch.randperm(len(data), generator=run.shuffle).to(run.device)
     batches = order.split(size)
     done = min(run.step * size, len(data))
-    run.model.train()
+    seen = done  # by this process's sums, which the first has taken over from a checkpoint
+    run.parallel.train()
     # Set anew at every pause, so that pauses do not count.
     started = time.perf_counter()
     with tqdm(
@@ -205,16 +201,22 @@ def train_epoch(run: Run, data: Batches, after_step: Callable[[], None]) -> dict
         desc=f"epoch {run.epoch + 1}/{run.settings.epochs}",
         unit=" images",
         leave=False,
-        disable=None,  # no bar where stderr is a file
+        # No bar where stderr is a file.
+        disable=None if run.processes.first else True,
     ) as bar:
         for index in batches[run.step :]:
-            images, labels = data.gather(index)
-            fusedcnn.train_step(run.model, run.criterion, run.optimizer, images, labels)
+            share = run.processes.share(index)
+            if run.processes.size > 1:
+                # The average over the processes is then the mean over the batch.
+                run.criterion.divisor = len(index) / run.processes.size
+            images, labels = data.gather(share)
+            fusedcnn.train_step(run.parallel, run.criterion, run.optimizer, images, labels)
             run.step += 1
             done += len(index)
+            seen += len(share)
             # Twenty looks at the running sums an epoch: each waits for the device.
             if not bar.disable and run.step % max(1, len(batches) // 20) == 0:
-                loss, accuracy = run.criterion.loss_sum / done, run.criterion.correct / done
+                loss, accuracy = run.criterion.loss_sum / seen, run.criterion.correct / seen
                 sums = {"loss": f"{loss:.4f}", "accuracy": f"{accuracy:.2%}"}
                 bar.set_postfix(sums, refresh=False)
                 bar.update(done - bar.n)
@@ -222,7 +224,8 @@ def train_epoch(run: Run, data: Batches, after_step: Callable[[], None]) -> dict
             run.seconds += now - started
             after_step()
             started = time.perf_counter()
-    loss_sum, correct = run.criterion.loss_sum.item(), run.criterion.correct.item()
+    loss_sum = run.processes.total(run.criterion.loss_sum).item()
+    correct = run.processes.total(run.criterion.correct).item()
     run.seconds += time.perf_counter() - started  # the device has finished only now
     return {
         "train_loss": loss_sum / len(data),
@@ -273,7 +276,7 @@ def train(run: Run, train_data: Batches, test_data: Batches, output: Path, every
 
     def after_step() -> None:
         if every and run.step % every == 0:
-            check(run.criterion.loss_sum.item())
+            check(run.processes.total(run.criterion.loss_sum).item())
             save(run, output)
 
     # So that a run killed in its first epoch can be resumed as well, and so that the metrics
@@ -292,9 +295,12 @@ def train(run: Run, train_data: Batches, test_data: Batches, output: Path, every
 
 
 def save(run: Run, output: Path) -> None:
-    """Write the checkpoint, then the metrics that belong to it."""
+    """Write the checkpoint, then the metrics that belong to it; all processes have to call."""
+    state = run.state_dict()
+    if not run.processes.first:
+        return
     with writing(output):
-        save_checkpoint(output / CHECKPOINT, run.state_dict())
+        save_checkpoint(output / CHECKPOINT, state)
         write_atomically(output / "metrics.csv", metrics_csv(run.history))
 
 
@@ -399,8 +405,8 @@ def resume(run: Run, plan: Plan) -> None:
     except Exception as error:  # whatever odd content makes torch raise
         raise CheckpointError(f"{path} does not fit this model: {first_line(error)}") from error
     print(f"resumed {path}: {run.epoch} epochs and {run.step} steps are done")
-    before = {**state["environment"], "model": state["settings"]["model"]}
-    now = {**environment(run.device), "model": run.settings.model}
+    before = {"processes": 1, **state["environment"], "model": state["settings"]["model"]}
+    now = {**environment(run.device, run.processes), "model": run.settings.model}
     for name, value in now.items():
         if before.get(name) != value:
             print(
@@ -416,13 +422,21 @@ def run_training(arguments: Sequence[str] | None) -> None:
             raise UsageError(f"{package} is missing: pip install 'fusedcnn[examples]'")
     options = parse_arguments(arguments)
     plan = make_plan(options)
-    settings = plan.settings
     prepare_output(plan.output)
     if "threads" in options:
         torch.set_num_threads(options.threads)
-    default_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = getattr(options, "device", default_device)
+    local_rank = described_by_environment().local_rank
+    default_device = torch.device("cuda", local_rank) if torch.cuda.is_available() else "cpu"
+    device = torch.device(getattr(options, "device", default_device))
+    with joined(device) as processes:
+        run_process(plan, device, processes, options.checkpoint_steps)
 
+
+def run_process(
+    plan: Plan, device: torch.device, processes: Processes, checkpoint_steps: int
+) -> None:
+    """Do this process's part of it: all of it, unless torchrun has started several."""
+    settings = plan.settings
     data = load_data(settings)
     mean, std = channel_statistics(data.train.images)
     train_data = Batches(data.train, mean, std, device)
@@ -436,22 +450,25 @@ def run_training(arguments: Sequence[str] | None) -> None:
         "mean": mean,
         "std": std,
     }
-    run = Run(settings, about, device)
+    run = Run(settings, about, device, processes)
+    processes.wait()  # nothing is written before all have looked at what is there
     if plan.checkpoint is not None:
         resume(run, plan)
-    else:
+    elif processes.first:
         with writing(plan.output):
             for old in ("curves.png", "predictions.png"):  # of the run that --overwrite replaces
                 (plan.output / old).unlink(missing_ok=True)
 
+    workers = "" if processes.size == 1 else f"{processes.size} processes, "
     print(
-        f"{type(run.model).__name__} on {device}, {torch.get_num_threads()} threads; "
+        f"{type(run.model).__name__} on {device}, {workers}{torch.get_num_threads()} threads; "
         f"{data.source}: {len(train_data)} training and {len(test_data)} test images"
     )
     if run.epoch >= settings.epochs:
         print(f"nothing to train: {run.epoch} of --epochs {settings.epochs} are done")
-    train(run, train_data, test_data, plan.output, options.checkpoint_steps)
-    draw(run, data, test_data, plan.output)
+    train(run, train_data, test_data, plan.output, checkpoint_steps)
+    if processes.first:
+        draw(run, data, test_data, plan.output)
     print(f"checkpoint.pt, metrics.csv, curves.png and predictions.png are in {plan.output}")
 
 

@@ -173,12 +173,18 @@ def test_hessian_vector_product():
 # ---- the registered operators -------------------------------------------------------------------
 
 
-def test_the_operator_without_a_code_cannot_be_differentiated():
-    """It says so; by then the winners are lost."""
+def test_the_operator_without_a_code_can_be_differentiated():
+    """As in a program that was exported under no_grad: the backward finds the winners itself."""
     block = BLOCKS[0]
     leaves = operands(block)
-    with pytest.raises(RuntimeError, match="with_code"):
-        torch.ops.fusedcnn.conv_relu_max_pool2d(*leaves, block.pack(), False)
+    results = []
+    for with_code in (True, False):
+        output, _ = torch.ops.fusedcnn.conv_relu_max_pool2d(*leaves, block.pack(), with_code)
+        results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+    forward = torch.ops.fusedcnn.conv_relu_max_pool2d
+    assert torch.autograd.gradgradcheck(lambda *t: forward(*t, block.pack(), False)[0], leaves)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -1,9 +1,10 @@
 """Conv2d + bias + ReLU + MaxPool2d in one pass, forward and backward, for PyTorch."""
 
-from fusedcnn import backends
+from fusedcnn import _registrations, backends  # noqa: F401
 from fusedcnn._ops import build_info
 from fusedcnn.autograd import ConvReLUMaxPool2dFunction
 from fusedcnn.functional import conv_relu_max_pool2d
+from fusedcnn.fuse import FuseResult, fuse, unfuse
 from fusedcnn.graphs import GraphedTrainStep
 from fusedcnn.model import FusedSimpleCNN, SimpleCNN
 from fusedcnn.modules import ConvReLUMaxPool2d
@@ -14,11 +15,14 @@ __version__: str = build_info()["version"]
 __all__ = [
     "ConvReLUMaxPool2d",
     "ConvReLUMaxPool2dFunction",
+    "FuseResult",
     "FusedSimpleCNN",
     "GraphedTrainStep",
     "SimpleCNN",
     "backends",
     "build_info",
     "conv_relu_max_pool2d",
+    "fuse",
     "train_step",
+    "unfuse",
 ]

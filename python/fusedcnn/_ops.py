@@ -64,14 +64,14 @@ class Geometry(NamedTuple):
 # ---- fake tensors --------------------------------------------------------------------------------
 
 
-def _stock_forward(input: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
-    """The stock layers for a packed geometry: the meaning of the operator in plain torch."""
+def stock_conv(input: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
+    """The stock convolution for a packed geometry."""
     if g.padding_top == g.padding_bottom and g.padding_left == g.padding_right:
         padding = (g.padding_top, g.padding_left)
     else:
         input = F.pad(input, (g.padding_left, g.padding_right, g.padding_top, g.padding_bottom))
         padding = (0, 0)
-    out = F.conv2d(
+    return F.conv2d(
         input,
         weight,
         bias,
@@ -80,8 +80,12 @@ def _stock_forward(input: Tensor, weight: Tensor, bias: Tensor | None, g: Geomet
         (g.dilation_h, g.dilation_w),
         g.groups,
     )
+
+
+def _stock_forward(input: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
+    """The stock layers for a packed geometry: the meaning of the operator in plain torch."""
     return F.max_pool2d(
-        F.relu(out),
+        F.relu(stock_conv(input, weight, bias, g)),
         (g.pool_kernel_h, g.pool_kernel_w),
         (g.pool_stride_h, g.pool_stride_w),
         (g.pool_padding_h, g.pool_padding_w),
@@ -90,7 +94,8 @@ def _stock_forward(input: Tensor, weight: Tensor, bias: Tensor | None, g: Geomet
     )
 
 
-def _code_dtype(g: Geometry) -> torch.dtype:
+def code_dtype(g: Geometry) -> torch.dtype:
+    """What codes are stored in."""
     wide = g.pool_kernel_h * g.pool_kernel_w > _LARGEST_BYTE_WINDOW
     return torch.int32 if wide else torch.uint8
 
@@ -99,7 +104,7 @@ def _code_dtype(g: Geometry) -> torch.dtype:
 def _(input, weight, bias, geometry, with_code):
     g = Geometry(*geometry)
     output = _stock_forward(input, weight, bias, g)
-    dtype = _code_dtype(g)
+    dtype = code_dtype(g)
     code = torch.empty_like(output, dtype=dtype) if with_code else output.new_empty(0, dtype=dtype)
     return output, code
 
@@ -135,16 +140,24 @@ def output_mask(needs_input_grad: tuple[bool, ...]) -> int:
     return need_input * GRAD_INPUT + need_weight * GRAD_WEIGHT + need_bias * GRAD_BIAS
 
 
-def select_grads(grads: tuple[Tensor, Tensor, Tensor], mask: int) -> list[Tensor | None]:
+def select_grads(
+    grads: tuple[Tensor, Tensor, Tensor], mask: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The backward operator's results with None for the gradients that were not asked for."""
-    return [grad if mask & (1 << i) else None for i, grad in enumerate(grads)]
+    grad_input, grad_weight, grad_bias = grads
+    return (
+        grad_input if mask & GRAD_INPUT else None,
+        grad_weight if mask & GRAD_WEIGHT else None,
+        grad_bias if mask & GRAD_BIAS else None,
+    )
 
 
 def _setup_forward(ctx, inputs, output):
-    input, weight, _bias, geometry, with_code = inputs
-    if not with_code:
-        raise RuntimeError("with_code: expected True where gradients are needed, got False")
-    ctx.save_for_backward(input, weight, output[1])
+    input, weight, bias, geometry, with_code = inputs
+    # A program exported under no_grad has no codes, and may be run with gradients all the same:
+    # the backward then computes them, at the price of another forward.
+    saved = (output[1], None) if with_code else (None, bias)
+    ctx.save_for_backward(input, weight, *saved)
     ctx.geometry = geometry
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -154,7 +167,9 @@ def _backward(ctx, grad_output, _grad_code):
     mask = output_mask(ctx.needs_input_grad)
     if grad_output is None or not mask:
         return None, None, None, None, None
-    input, weight, code = ctx.saved_tensors
+    input, weight, code, bias = ctx.saved_tensors
+    if code is None:
+        _, code = forward_op(input, weight, bias, ctx.geometry, True)
     grads = backward_op(grad_output, input, weight, code, ctx.geometry, mask)
     return *select_grads(grads, mask), None, None
 
@@ -267,7 +282,12 @@ _stock_reasons: dict[str, int] = {}
 
 
 def note_stock(reason: str) -> None:
-    """Record that a call was computed by the stock layers, and why; logs each reason once."""
+    """Record that a call was computed by the stock layers, and why; logs each reason once.
+
+    Not while a graph is captured: torch.compile would break it at the log line.
+    """
+    if torch.compiler.is_compiling():
+        return
     count = _stock_reasons.get(reason, 0)
     _stock_reasons[reason] = count + 1
     if count == 0:  # once each: a training loop would repeat it at every step

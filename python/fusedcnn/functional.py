@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -92,6 +93,9 @@ def _pack(
     )  # fmt: skip
 
 
+_packed: dict[tuple, tuple[tuple, tuple[int, ...]]] = {}
+
+
 def pack_geometry(
     kernel_size: Sequence[int],
     stride: int | Sequence[int] = 1,
@@ -104,8 +108,10 @@ def pack_geometry(
     pool_padding: int | Sequence[int] = 0,
     pool_dilation: int | Sequence[int] = 1,
     ceil_mode: bool = False,
-) -> Geometry:
+) -> tuple[int, ...]:
     """Pack the arguments of the block into the operators' ``geometry``.
+
+    A plain tuple of the fields of :class:`Geometry`: faster to read for torch than a named one.
 
     Args:
         kernel_size: (KH, KW) of the weight; decides what ``padding="same"`` means.
@@ -124,11 +130,22 @@ def pack_geometry(
         RuntimeError: a list of another length, an unknown padding string, ``"same"`` with a stride.
             Ranges are checked by the operator, which knows the sizes.
     """
-    arguments = [
-        stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding,
-        pool_dilation, ceil_mode,
-    ]  # fmt: skip
-    pack = _pack
+    given = (
+        kernel_size, stride, padding, dilation, groups, pool_kernel_size, pool_stride,
+        pool_padding, pool_dilation, ceil_mode,
+    )  # fmt: skip
+    # torch.compile looks into functions, not into their caches, and would warn of one.
+    cached = not torch.compiler.is_compiling()
+    if cached:
+        try:
+            same, geometry = _packed[given]
+            # The very objects of an earlier call, as a module's attributes and a program's
+            # constants are: equal ones may be of another type.
+            if all(map(operator.is_, given[1:], same)):
+                return geometry
+        except (KeyError, TypeError):  # TypeError: a list, which has no hash
+            pass
+    arguments = list(given[1:])
     for i, value in enumerate(arguments):
         kind = type(value)
         if kind is int or kind is bool or kind is str or value is None:
@@ -137,27 +154,45 @@ def pack_geometry(
             arguments[i] = value = tuple(value)
         # Anything else but plain integers in a tuple is looked at afresh every time.
         if not (type(value) is tuple and all(type(v) is int for v in value)):
-            pack = _pack.__wrapped__
-    return pack(tuple(kernel_size), *arguments)
+            cached = False
+    if not cached:
+        return tuple(_pack.__wrapped__(tuple(kernel_size), *arguments))
+    geometry = _pack(tuple(kernel_size), *arguments)
+    if list not in map(type, given):
+        if len(_packed) >= 1024:
+            _packed.clear()
+        _packed[given] = given[1:], tuple(geometry)
+    return tuple(geometry)
 
 
-def _why_stock(input: Tensor) -> str | None:
+def _is_dtensor(tensor: Tensor) -> bool:
+    # Without importing it: where nobody has, there is none.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _why_stock(input: Tensor, weight: Tensor) -> str | None:
     """Why the stock layers compute this call, or None where a fused kernel does."""
-    device = input.device.type
-    if device == "cuda":
+    if not input.is_cpu:
+        device = input.device.type
+        if device != "cuda":
+            return f"no fused kernel for device type '{device}' in this version"
         if _cuda.reason is not None:
             return f"no fused kernel for device type 'cuda': {_cuda.reason}"
         if math.prod(input.shape[-2:]) > _MAX_CUDA_PIXELS:
             return f"CUDA images of more than {_MAX_CUDA_PIXELS} pixels"
-    elif device != "cpu":
-        return f"no fused kernel for device type '{device}' in this version"
     if input.layout != torch.strided:
         return f"no fused kernel for layout {input.layout}"
+    if type(input) is not Tensor and (_is_dtensor(input) or _is_dtensor(weight)):
+        return "a DTensor, whose sharding the fused operator does not know"
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    if math.prod(input.shape[-3:]) > _MAX_IMAGE_ELEMENTS:
+    # The whole batch is quicker to look at, but must not bound a symbolic batch size.
+    if (torch.compiler.is_compiling() or input.numel() > _MAX_IMAGE_ELEMENTS) and (
+        math.prod(input.shape[-3:]) > _MAX_IMAGE_ELEMENTS
+    ):
         return f"images of more than {_MAX_IMAGE_ELEMENTS} elements"
     return None
 
@@ -239,7 +274,7 @@ def conv_relu_max_pool2d(
             ceil_mode=ceil_mode,
         )
     _check_tensors(input, weight, bias)  # what the lines below need; the operator checks the rest
-    device_type = input.device.type
+    device_type = "cpu" if input.is_cpu else input.device.type  # the first is quicker
     if (
         device_type in _AUTOCAST_DEVICES
         and torch.is_autocast_enabled(device_type)
@@ -261,7 +296,7 @@ def conv_relu_max_pool2d(
         pool_dilation=pool_dilation,
         ceil_mode=ceil_mode,
     )
-    reason = _why_stock(input)
+    reason = _why_stock(input, weight)
     if reason is not None:
         note_stock(reason)
         pool = {
@@ -306,7 +341,7 @@ def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _check_like(argument: str, tensor: Tensor, input: Tensor) -> None:
-    if tensor.device != input.device:
+    if not (tensor.is_cpu and input.is_cpu) and tensor.device != input.device:
         raise RuntimeError(
             f"{argument}: expected device {input.device} like input, got {tensor.device}"
         )

@@ -1,0 +1,97 @@
+"""What torch's tools ask of an operator besides computing it: a decomposition, and its flops.
+
+The decomposition turns the fused operator into stock ones wherever a program is taken apart for
+somebody who does not know it: `torch.onnx.export` finds it in torch's table without being told, and
+so does `ExportedProgram.run_decompositions` when given it. torch.compile keeps the operator whole.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._decomp import register_decomposition
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+
+from fusedcnn._ops import (
+    GRAD_INPUT,
+    GRAD_WEIGHT,
+    Geometry,
+    code_dtype,
+    forward_op,
+    stock_conv,
+)
+
+
+@register_decomposition(forward_op)
+def decomposed(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int], with_code: bool
+) -> tuple[Tensor, Tensor]:
+    """The forward operator in stock operations, its code included."""
+    g = Geometry(*geometry)
+    plane = F.relu(stock_conv(input, weight, bias, g))
+    output, index = torch.ops.aten.max_pool2d_with_indices(
+        plane,
+        [g.pool_kernel_h, g.pool_kernel_w],
+        [g.pool_stride_h, g.pool_stride_w],
+        [g.pool_padding_h, g.pool_padding_w],
+        [g.pool_dilation_h, g.pool_dilation_w],
+        bool(g.ceil_mode),
+    )
+    dtype = code_dtype(g)
+    if not with_code:
+        return output, output.new_empty(0, dtype=dtype)
+    # From the winner's place in the plane to its place in the window; off where there is no winner
+    # above 0, and on where it is NaN.
+    rows, cols = (torch.arange(size, device=input.device) for size in output.shape[-2:])
+    row = index // plane.shape[-1] - (rows * g.pool_stride_h - g.pool_padding_h).view(-1, 1)
+    col = index % plane.shape[-1] - (cols * g.pool_stride_w - g.pool_padding_w)
+    code = row // g.pool_dilation_h * g.pool_kernel_w + col // g.pool_dilation_w
+    off = -1 if dtype == torch.int32 else 255
+    return output, torch.where(output <= 0, off, code).to(dtype)
+
+
+# Counted as torch counts its convolutions: multiply-adds as two, as if the backward were dense, so
+# that a model's figure is the same fused and unfused. ReLU and pool count nothing there.
+
+
+def _conv_shapes(input, weight, geometry):
+    g = Geometry(*geometry)
+    sizes = (input[-2] + g.padding_top + g.padding_bottom, input[-1] + g.padding_left
+             + g.padding_right)  # fmt: skip
+    out = [
+        (size - dilation * (kernel - 1) - 1) // stride + 1
+        for size, dilation, kernel, stride in zip(
+            sizes,
+            (g.dilation_h, g.dilation_w),
+            weight[-2:],
+            (g.stride_h, g.stride_w),
+            strict=True,
+        )
+    ]
+    batch = input[0] if len(input) == 4 else 1
+    return [batch, input[-3], *sizes], [batch, weight[0], *out]
+
+
+@register_flop_formula(torch.ops.fusedcnn.conv_relu_max_pool2d)
+def forward_flops(input, weight, bias, geometry, with_code, *, out_shape=None, **_) -> int:
+    """Those of the convolution."""
+    padded, out = _conv_shapes(input, weight, geometry)
+    return conv_flop_count(padded, list(weight), out, transposed=False)
+
+
+@register_flop_formula(torch.ops.fusedcnn.conv_relu_max_pool2d_backward)
+def backward_flops(
+    grad_output, input, weight, code, geometry, output_mask, *, out_shape=None, **_
+) -> int:
+    """Those of the convolution's backward: each of the two large gradients as much as forward."""
+    padded, out = _conv_shapes(input, weight, geometry)
+    count = 0
+    if output_mask & GRAD_INPUT:
+        count += conv_flop_count(out, list(weight), padded, transposed=True)
+    if output_mask & GRAD_WEIGHT:
+        # The convolution of input with grad_output, images and channels changing places.
+        batch, channels = padded[:2]
+        grad_weight = [channels, weight[0], *weight[2:]]
+        count += conv_flop_count([channels, batch], [out[1], batch, *out[2:]], grad_weight)
+    return count

@@ -1,0 +1,87 @@
+"""The fused block with a BatchNorm2d between convolution and ReLU, folded into the convolution."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedcnn._ops import note_stock
+from fusedcnn.functional import conv_relu_max_pool2d
+from fusedcnn.modules import ConvReLUMaxPool2d
+
+
+class FoldedBatchNorm2d(nn.BatchNorm2d):
+    """A BatchNorm2d that a :class:`ConvBatchNormReLUMaxPool2d` computes: it passes its input on.
+
+    It keeps its parameters, statistics and place, and with them its ``state_dict`` keys.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the input, which is normalised already."""
+        return input
+
+
+class ConvBatchNormReLUMaxPool2d(ConvReLUMaxPool2d):
+    """Conv2d, BatchNorm2d, ReLU and MaxPool2d, in one pass in evaluation mode.
+
+    Equivalent to::
+
+        nn.Sequential(conv, batch_norm, nn.ReLU(), pool)
+
+    In evaluation mode the normalisation is folded into weight and bias at every call, from the
+    current parameters and statistics: nothing goes stale, and gradients reach the convolution's and
+    the normalisation's own parameters. In training mode, where it normalises by the batch, the
+    stock layers compute the block and update the statistics; ``build_info()["stock_calls"]`` and a
+    debug line say so.
+
+    Made by :func:`fusedcnn.fuse`; ``batch_norm`` is not a child of this module but stays where it
+    stood, as a :class:`FoldedBatchNorm2d`.
+    """
+
+    def set_batch_norm(self, norm: nn.BatchNorm2d) -> None:
+        """Fold ``norm``, without making it a child: its keys are those of where it stands."""
+        vars(self)["batch_norm"] = norm
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the pooled output [N, OC, OH, OW]."""
+        norm = self.batch_norm
+        if norm.training:
+            note_stock("BatchNorm2d in training mode")
+            output = self._conv_forward(input, self.weight, self.bias)
+            return F.max_pool2d(
+                F.relu(nn.BatchNorm2d.forward(norm, output)),
+                self.pool_kernel_size,
+                self.pool_stride,
+                self.pool_padding,
+                self.pool_dilation,
+                self.ceil_mode,
+            )
+        norm._check_input_dim(input)  # no [C, H, W], as in training mode
+        scale = torch.rsqrt(norm.running_var + norm.eps)
+        if norm.weight is not None:
+            scale = scale * norm.weight
+        bias = -norm.running_mean * scale
+        if norm.bias is not None:
+            bias = bias + norm.bias
+        if self.bias is not None:
+            bias = bias + self.bias * scale
+        weight = self.weight * scale.view(-1, 1, 1, 1)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return conv_relu_max_pool2d(
+            input,
+            weight.to(self.weight.dtype),
+            bias.to(self.weight.dtype),
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            pool_kernel_size=self.pool_kernel_size,
+            pool_stride=self.pool_stride,
+            pool_padding=self.pool_padding,
+            pool_dilation=self.pool_dilation,
+            ceil_mode=self.ceil_mode,
+        )

@@ -1,0 +1,83 @@
+"""What test_parallel.py starts with torchrun: a check of gradients in two processes.
+
+torchrun --nproc-per-node 2 tests/distributed_worker.py ddp|ddp_compiled|fsdp|dtensor
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import fusedcnn
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from counting import CountingCrossEntropy
+from processes import described_by_environment, joined
+
+# Gradients of 7 images in float64: sums of at most 7 * 1,024 terms in two orders.
+CLOSE = {"rtol": 1e-11, "atol": 1e-11}
+
+
+def check_dtensor() -> None:
+    """A batch sharded over the processes, parameters on both, as distribute_module leaves them."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    block = fusedcnn.ConvReLUMaxPool2d(3, 4, 3, padding=1).double()
+    sharded = distribute_module(copy.deepcopy(block), mesh)
+    images = torch.randn(6, 3, 8, 8).double()
+    ours = sharded(distribute_tensor(images, mesh, [Shard(0)]))
+    theirs = block(images)
+    torch.testing.assert_close(ours.full_tensor(), theirs, **CLOSE)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    for one, other in zip(sharded.parameters(), block.parameters(), strict=True):
+        torch.testing.assert_close(one.grad.full_tensor(), other.grad, **CLOSE)
+    assert any("DTensor" in reason for reason in fusedcnn.build_info()["stock_calls"])
+
+
+def check(kind: str) -> None:
+    """Compare with one process on the whole batch, over three steps of SGD with momentum."""
+    torch.manual_seed(0)
+    model = fusedcnn.FusedSimpleCNN().double()
+    model.classifier[3] = nn.Identity()
+    alone = copy.deepcopy(model)
+    processes = described_by_environment()
+    if kind == "fsdp":
+        for block in (model.features[0], model.features[3], model.classifier):
+            fully_shard(block)
+        parallel = fully_shard(model)
+    else:
+        parallel = processes.wrap(model)
+    if kind == "ddp_compiled":
+        parallel = torch.compile(parallel, backend="aot_eager")
+    criterion = CountingCrossEntropy(torch.device("cpu"))
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, alone)]
+    for n in (7, 4, 1):  # an odd batch, an even one, and one that leaves a process without images
+        images, labels = torch.randn(n, 3, 32, 32).double(), torch.randint(10, (n,))
+        criterion.divisor = n / processes.size
+        share = processes.share(torch.arange(n))
+        fusedcnn.train_step(parallel, criterion, optimizers[0], images[share], labels[share])
+        fusedcnn.train_step(alone, F.cross_entropy, optimizers[1], images, labels)
+        for (name, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+            for one, other in ((ours, theirs), (ours.grad, theirs.grad)):
+                whole = one.full_tensor() if kind == "fsdp" else one
+                torch.testing.assert_close(whole.detach(), other.detach(), **CLOSE, msg=name)
+    total = processes.total(criterion.loss_sum)
+    assert total > 0
+
+
+if __name__ == "__main__":
+    kind = sys.argv[1]
+    with joined(torch.device("cpu")):
+        check_dtensor() if kind == "dtensor" else check(kind)
+        who = f"rank {dist.get_rank()} of {dist.get_world_size()}"
+        print(f"{who}: {kind} agrees", file=sys.stderr)

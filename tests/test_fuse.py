@@ -1,0 +1,402 @@
+"""fuse and unfuse: what is found, what it becomes, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+
+import fusedcnn
+import hypothesis
+import pytest
+import torch
+import torch.nn.functional as F
+from fusedcnn import ConvReLUMaxPool2d
+from fusedcnn.folding import ConvBatchNormReLUMaxPool2d
+from fusing import LeNet, assert_equal, assert_fused, block, blocks, integers, run, with_integers
+from hypothesis import strategies
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("exact")
+
+
+# ---- what is found -------------------------------------------------------------------------------
+
+
+def test_sequential():
+    model = nn.Sequential(*block(), nn.Conv2d(4, 4, 1), nn.ReLU(), *block(channels=(4, 5)))
+    fused = assert_fused(model, 2, (2, 3, 8, 8))
+    kinds = [type(m) for m in fused]
+    middle = [nn.Conv2d, nn.ReLU]
+    three = [ConvReLUMaxPool2d, nn.Identity, nn.Identity]
+    assert kinds == three + middle + three
+
+
+def test_nested_sequentials():
+    """Also where a chain's parts lie in different ones."""
+    conv, relu, pool = block()
+    model = nn.Sequential(
+        nn.Sequential(nn.Sequential(conv, relu), nn.Sequential(pool)),
+        nn.Sequential(nn.Sequential(*block(channels=(4, 2)))),
+    )
+    assert_fused(model, 2, (1, 3, 9, 8))
+
+
+def test_every_option_of_the_layers():
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, (3, 2), 2, (2, 1), (1, 2), 2, False, "reflect"),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d((3, 2), (1, 2), (1, 0), (2, 1), ceil_mode=True),
+    )
+    assert_fused(model, 1, (2, 4, 17, 16))
+
+
+def test_relu_in_front_of_everything_else_is_found_alone():
+    """No pool, no ReLU, another pool, something in between: no chains, no rows in the report."""
+    for layers in (
+        [nn.Conv2d(3, 4, 3), nn.ReLU()],
+        [nn.Conv2d(3, 4, 3), nn.MaxPool2d(2)],
+        [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AvgPool2d(2)],
+        [nn.Conv2d(3, 4, 3), nn.ReLU6(), nn.MaxPool2d(2)],
+        [nn.Conv2d(3, 4, 3), nn.Dropout(), nn.ReLU(), nn.MaxPool2d(2)],
+        [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.MaxPool2d(2)],
+        [nn.ReLU(), nn.MaxPool2d(2)],
+        [nn.Linear(3, 4)],
+    ):
+        model = nn.Sequential(*layers).eval()
+        fused, report = fusedcnn.fuse(model, report=True)
+        assert report == []
+        assert repr(fused) == repr(model)
+
+
+def test_pool_before_relu():
+    assert_fused(
+        nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()), 1, (2, 3, 8, 8)
+    )
+
+
+def test_pool_before_relu_at_ties():
+    """Equal maxima, zeros and NaN: both orders send the gradient to the same element."""
+    conv = nn.Conv2d(1, 1, 1, bias=False)
+    nn.init.ones_(conv.weight)
+    windows = torch.tensor(
+        [[1.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [-1.0, -1.0, -1.0, -1.0],
+         [0.0, -1.0, 0.0, -2.0], [float("nan"), 3.0, 1.0, 1.0], [2.0, 3.0, 3.0, 1.0]]
+    )  # fmt: skip
+    images = windows.view(6, 1, 2, 2)
+    results = []
+    for order in ([nn.ReLU(), nn.MaxPool2d(2)], [nn.MaxPool2d(2), nn.ReLU()]):
+        stock = nn.Sequential(conv, *order)
+        for model in (stock, fusedcnn.fuse(stock)):
+            leaf = images.clone().requires_grad_()
+            output = model(leaf)
+            output.backward(torch.ones_like(output))
+            results.append(torch.cat([output.detach().flatten(), leaf.grad.flatten()]))
+        assert blocks(fusedcnn.fuse(stock)) == 1
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0, equal_nan=True)
+
+
+RELUS = {
+    "F.relu": F.relu,
+    "F.relu inplace": lambda x: F.relu(x, inplace=True),
+    "F.relu_": F.relu_,
+    "torch.relu": torch.relu,
+    "torch.relu_": torch.relu_,
+    "Tensor.relu": lambda x: x.relu(),
+    "Tensor.relu_": lambda x: x.relu_(),
+    "nn.functional as keyword": lambda x: F.relu(input=x),
+}
+POOLS = {
+    "F.max_pool2d": lambda x: F.max_pool2d(x, 2),
+    "all arguments": lambda x: F.max_pool2d(x, (3, 2), (2, 1), (1, 0), 1, True),
+    "keywords": lambda x: F.max_pool2d(input=x, kernel_size=3, stride=2, padding=1),
+    "torch.max_pool2d": lambda x: torch.max_pool2d(x, 2),
+    "torch.max_pool2d with stride": lambda x: torch.max_pool2d(x, 3, [1, 2]),
+}
+
+
+class Functional(nn.Module):
+    def __init__(self, relu, pool):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.relu, self.pool = relu, pool
+
+    def forward(self, images):
+        return self.pool(self.relu(self.conv(images))).flatten(1) * 2
+
+
+@pytest.mark.parametrize("relu", RELUS)
+@pytest.mark.parametrize("pool", POOLS)
+def test_function_calls(relu, pool):
+    fused = assert_fused(Functional(RELUS[relu], POOLS[pool]), 1, (2, 3, 9, 8))
+    assert isinstance(fused, Functional)
+
+
+def test_lenet():
+    """Dropout in training and not in evaluation, by the mode at the time of the call."""
+    fused = assert_fused(LeNet(), 2, (3, 1, 28, 28))
+    images = integers((3, 1, 28, 28))
+    assert not torch.equal(fused.train()(images), fused(images))
+    assert torch.equal(fused.eval()(images), fused(images))
+
+
+class Attributes(nn.Module):
+    """Modules in attributes, one ReLU for all, a ModuleList, and a branch by mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3)])
+        self.relu, self.pool = nn.ReLU(), nn.MaxPool2d(2)
+
+    def forward(self, images):
+        for conv in self.convs:
+            images = self.relu(conv(images))
+            if conv is not self.convs[1]:
+                images = self.pool(images)
+        return images + 1 if self.training else images
+
+
+def test_attributes_and_a_shared_relu():
+    """One of the ReLU's calls stays, so that forward is rewritten to leave out the others."""
+    fused = assert_fused(Attributes(), 2, (1, 3, 26, 26))
+    assert isinstance(fused.relu, nn.ReLU)
+    assert isinstance(fused.pool, nn.Identity)
+
+
+class Unit(nn.Module):
+    def __init__(self, *channels):
+        super().__init__()
+        self.conv = nn.Conv2d(*channels, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(channels[1])
+
+    def forward(self, images):
+        return F.relu(self.bn(self.conv(images)), inplace=True)
+
+
+def test_across_module_boundaries():
+    """As in GoogLeNet: normalisation and ReLU in a unit, the pool in its parent."""
+    model = nn.Sequential(Unit(3, 4), nn.MaxPool2d(2), Unit(4, 4), Unit(4, 2), nn.MaxPool2d(2))
+    fused = assert_fused(model.eval(), 2, (2, 3, 8, 8))
+    assert type(fused[2]) is Unit
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("pool_first", [True, False])
+def test_batch_norm_is_folded(affine, bias, pool_first):
+    """Convolution, normalisation: all parameters keep their keys and receive their gradients."""
+    end = [nn.MaxPool2d(2), nn.ReLU()] if pool_first else [nn.ReLU(), nn.MaxPool2d(2)]
+    conv = nn.Conv2d(3, 4, 3, padding=1, bias=bias, padding_mode="circular")
+    model = nn.Sequential(conv, nn.BatchNorm2d(4, affine=affine), *end).eval()
+    fused = assert_fused(model, 1, (2, 3, 8, 8))
+    assert isinstance(fused[0], ConvBatchNormReLUMaxPool2d)
+    with pytest.raises(ValueError, match="4D"):
+        fused(integers((3, 8, 8)))
+
+
+def test_folded_batch_norm_goes_on_training():
+    """One optimizer made before, statistics included; then evaluated by the new values."""
+    stock = nn.Sequential(*block(nn.BatchNorm2d(4)), nn.Flatten(), nn.Linear(64, 3)).double().eval()
+    results = []
+    images, labels = torch.randn(8, 3, 8, 8).double(), torch.randint(3, (8,))
+    for fusing in (False, True):
+        model = copy.deepcopy(stock)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        if fusing:
+            model = fusedcnn.fuse(model)
+            assert blocks(model) == 1
+        model.train()
+        for _ in range(3):
+            fusedcnn.train_step(model, F.cross_entropy, optimizer, images, labels)
+        model.eval()
+        results.append([*model.state_dict().values(), model(images).detach()])
+    # Three steps of sums of at most 8 * 64 float64 terms of order 1.
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    reasons = fusedcnn.build_info()["stock_calls"]
+    assert reasons["BatchNorm2d in training mode"] >= 3
+
+
+def test_training_continues_with_the_same_optimizer():
+    """The parameters are the ones that Adam knows; steps before and after the fusing."""
+    results = []
+    for fusing in (False, True):
+        torch.manual_seed(1)
+        model = fusedcnn.SimpleCNN()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        images, labels = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
+        fusedcnn.train_step(model, F.cross_entropy, optimizer, images, labels)
+        if fusing:
+            model = fusedcnn.fuse(model)
+            assert blocks(model) == 2
+        for _ in range(3):
+            fusedcnn.train_step(model, F.cross_entropy, optimizer, images, labels)
+        results.append(model.state_dict())
+    assert results[0].keys() == results[1].keys()
+    for name, expected in results[0].items():
+        # Adam turns a gradient's rounding, some 1e-6 of it, into as much of a step of 1e-3, and
+        # where a gradient is itself rounding, into a whole step: three of them.
+        assert (results[1][name] - expected).abs().max() <= 3e-3
+        assert (results[1][name] - expected).abs().mean() <= 3e-6
+
+
+def test_copies_and_pickles_of_a_rewritten_forward():
+    model = with_integers(LeNet()).eval()
+    fused = fusedcnn.fuse(model)
+    images = integers((2, 1, 28, 28))
+    for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert torch.equal(twin(images), model(images))
+        assert blocks(twin) == 2
+        assert isinstance(twin, LeNet)
+        with torch.no_grad():
+            twin.conv1.weight.zero_()
+        assert not torch.equal(twin(images), fused(images))
+        assert repr(fusedcnn.unfuse(twin)) == repr(model)
+
+
+def test_copies_of_a_folded_batch_norm():
+    """The copy folds its own normalisation, not the original's."""
+    model = with_integers(nn.Sequential(*block(nn.BatchNorm2d(4)))).eval()
+    fused = fusedcnn.fuse(model)
+    images = integers((2, 3, 8, 8))
+    for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert torch.equal(twin(images), model(images))
+        twin[1].bias.data += 1
+        assert not torch.equal(twin(images), model(images))
+    assert torch.equal(fused(images), model(images))
+
+
+def test_inplace():
+    model = with_integers(LeNet()).eval()
+    images = integers((2, 1, 28, 28))
+    expected = model(images)
+    assert fusedcnn.fuse(model, inplace=True) is model
+    assert blocks(model) == 2
+    assert torch.equal(model(images), expected)
+    assert fusedcnn.unfuse(model, inplace=True) is model
+    assert type(model) is LeNet
+    assert blocks(model) == 0
+    assert torch.equal(model(images), expected)
+
+
+def test_fusing_again_changes_nothing():
+    fused = fusedcnn.fuse(LeNet())
+    again, report = fusedcnn.fuse(fused, report=True)
+    assert report == []
+    assert repr(again) == repr(fused)
+    assert repr(fusedcnn.unfuse(again)) == repr(LeNet())
+
+
+WRAPPERS = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "data parallel": nn.DataParallel,
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_wrapped_models(wrapper, inplace):
+    """What wraps a model cannot be traced; the model inside is fused."""
+    model = WRAPPERS[wrapper](with_integers(LeNet())).eval()
+    images = integers((2, 1, 28, 28))
+    expected = model(images)
+    fused = fusedcnn.fuse(model, inplace=inplace)
+    assert blocks(fused) == 2
+    assert torch.equal(fused(images), expected)
+    assert blocks(fusedcnn.unfuse(fused)) == 0
+
+
+def test_graph_modules():
+    """Modules in them are replaced; calls in their own forward are left alone."""
+    model = with_integers(nn.Sequential(*block(channels=(1, 4)))).eval()
+    traced = torch.fx.symbolic_trace(model)
+    fused = fusedcnn.fuse(traced)
+    assert blocks(fused) == 1
+    images = integers((2, 1, 8, 8))
+    assert torch.equal(fused(images), model(images))
+    _, report = fusedcnn.fuse(torch.fx.symbolic_trace(LeNet()), report=True)
+    assert [r.fused for r in report] == [False, False]
+    assert all("GraphModule" in r.reason for r in report)
+
+
+@hypothesis.given(strategies.data())
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_random_models(data):
+    """Layers in any order and nesting, some of them twice: equal to the bit, fused or not."""
+    seed = data.draw(strategies.integers(0, 2**16))
+    torch.manual_seed(seed)
+    makers = {
+        "conv": lambda: nn.Conv2d(2, 2, 3, padding=1, bias=seed % 2 == 0),
+        "relu": nn.ReLU,
+        "relu_": lambda: nn.ReLU(inplace=True),
+        "pool": lambda: nn.MaxPool2d(3, 1, 1),
+        "half": lambda: nn.MaxPool2d(2),
+        "norm": lambda: nn.BatchNorm2d(2),
+        "identity": nn.Identity,
+        "dropout": nn.Dropout,
+    }
+    kinds = strategies.sampled_from(["conv", "relu", "pool", *makers])
+    names = data.draw(strategies.lists(kinds, max_size=12))
+    hypothesis.assume(names.count("half") <= 3 and names.count("conv") <= 5)
+    layers = []
+    for name in names:
+        old = [m for m in layers if isinstance(m, nn.ReLU) or getattr(m, "stride", 0) == 1]
+        if old and name in ("relu", "pool") and data.draw(strategies.booleans()):
+            layers.append(old[-1])  # the very module once more
+        else:
+            layers.append(makers[name]())
+    cuts = sorted(data.draw(strategies.lists(strategies.integers(0, len(layers)), max_size=3)))
+    parts = [layers[a:b] for a, b in itertools.pairwise([0, *cuts, len(layers)])]
+    model = nn.Sequential(*(nn.Sequential(*part) for part in parts))
+    # float64 and weights of at most 1: five layers of integers times powers of 4 stay exact.
+    model = with_integers(model).double().eval()
+    images = integers((2, 2, 8, 8)).double()
+    fused, report = fusedcnn.fuse(model, report=True)
+    assert blocks(fused) == sum(r.fused for r in report)
+    hypothesis.event(f"{blocks(fused)} blocks")
+    assert torch.equal(fused(images.clone()), model(images.clone()))
+    assert repr(fusedcnn.unfuse(fused)) == repr(model)
+    assert list(fused.state_dict()) == list(model.state_dict())
+
+
+# ---- unfuse --------------------------------------------------------------------------------------
+
+
+def test_unfuse_the_simple_cnn():
+    """A model that was written fused: the stock layers stand where Identity stood."""
+    fused = fusedcnn.FusedSimpleCNN().eval()
+    stock = fusedcnn.unfuse(fused)
+    reference = fusedcnn.SimpleCNN().eval()
+    assert repr(stock.features) == repr(reference.features)
+    assert list(stock.state_dict()) == list(fused.state_dict())
+    reference.load_state_dict(stock.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(stock(images), reference(images))
+    assert blocks(fusedcnn.fuse(stock)) == 2
+    assert blocks(fused) == 2
+
+
+def test_unfuse_blocks_without_identities():
+    """They call the stock functions under the same keys."""
+    fused = with_integers(nn.Sequential(ConvReLUMaxPool2d(3, 4, 3), nn.Flatten()))
+    stock = fusedcnn.unfuse(fused)
+    assert type(stock[0]).__name__ == "StockConvReLUMaxPool2d"
+    assert type(fused[0]) is ConvReLUMaxPool2d
+    assert list(stock.state_dict()) == list(fused.state_dict())
+    images = integers((2, 3, 8, 8))
+    assert_equal(run(stock, images), run(fused, images))
+    assert not any(
+        "fusedcnn" in str(n.target) for n in torch.export.export(stock, (images,)).graph.nodes
+    )
+    alone = fusedcnn.unfuse(with_integers(ConvReLUMaxPool2d(3, 4, 3)))
+    assert type(alone).__name__ == "StockConvReLUMaxPool2d"
+
+
+def test_unfuse_refuses_hooks():
+    fused = fusedcnn.fuse(nn.Sequential(*block()))
+    fused[0].register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match=r"no hooks on fused blocks, got some on '0'"):
+        fusedcnn.unfuse(fused, inplace=True)
+    assert blocks(fused) == 1

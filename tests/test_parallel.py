@@ -1,0 +1,197 @@
+"""Many processes and many threads: DDP, FSDP2, DataLoader workers, fork, Python threads."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import csv
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fusedcnn
+import pytest
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from fusedcnn import conv_relu_max_pool2d
+from torch.utils.data import DataLoader, Dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+
+needs_gloo = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="this torch has no gloo",
+)
+
+
+def torchrun(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Two processes on this machine; at a free port, and ended with the test."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environ,
+    )
+
+
+@needs_gloo
+@pytest.mark.parametrize("kind", ["ddp", "ddp_compiled", "fsdp", "dtensor"])
+def test_gradients_are_those_of_one_process_on_the_whole_batch(kind):
+    pytest.importorskip("tqdm")
+    done = torchrun(ROOT / "tests/distributed_worker.py", kind)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rank in range(2):
+        assert f"rank {rank} of 2: {kind} agrees" in done.stderr
+
+
+@needs_gloo
+def test_train_cifar10_under_torchrun(tmp_path):
+    """The example as it is: both train, one speaks and writes; resumed by one process alone."""
+    pytest.importorskip("tqdm")
+    pytest.importorskip("matplotlib")
+    example, output = ROOT / "examples/train_cifar10.py", tmp_path / "run"
+    small = ["--train-images", 61, "--test-images", 20, "--batch-size", 16, "--output", output]
+    done = torchrun(example, *small, "--epochs", 2, "--checkpoint-steps", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("epoch 1/2") == 1
+    assert done.stdout.count("2 processes") == 1
+    files = {"checkpoint.pt", "metrics.csv", "curves.png", "predictions.png"}
+    assert {path.name for path in output.iterdir()} == files
+    with open(output / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    for row in rows:  # means over all 61 images: counts are whole numbers
+        correct = float(row["train_accuracy"]) * 61
+        assert abs(correct - round(correct)) < 1e-4
+        assert 2 < float(row["train_loss"]) < 2.7  # near ln 10 at first
+
+    bad = torchrun(example, *small)
+    assert bad.returncode != 0
+    assert "holds a run already" in bad.stderr
+
+    alone = subprocess.run(
+        [sys.executable, str(example), "--resume", str(output), "--epochs", "3", "--threads", "1"],
+        capture_output=True,
+        text=True,
+    )
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    assert "note: processes was 2, is 1" in alone.stdout
+
+
+# ---- fork ----------------------------------------------------------------------------------------
+
+
+def case(seed: int) -> list[torch.Tensor]:
+    """Operands of different sizes; integers, so that every kernel's result is exact."""
+    generator = torch.Generator().manual_seed(seed)
+    channels, size = 3 + seed % 5, 8 + 3 * (seed % 7)
+    shapes = ((1 + seed % 4, channels, size, size + 1), (16, channels, 3, 3), (16,))
+    return [torch.randint(-2, 3, s, generator=generator).float() for s in shapes]
+
+
+def forward_and_backward(seed: int) -> list[torch.Tensor]:
+    leaves = [t.requires_grad_() for t in case(seed)]
+    output = conv_relu_max_pool2d(*leaves, padding=1)
+    output.backward(torch.ones_like(output))
+    return [output.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def expected(seed: int) -> list[torch.Tensor]:
+    leaves = [t.requires_grad_() for t in case(seed)]
+    output = F.max_pool2d(F.relu(F.conv2d(*leaves, padding=1)), 2)
+    output.backward(torch.ones_like(output))
+    return [output.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def agrees(seed: int) -> bool:
+    pairs = zip(forward_and_backward(seed), expected(seed), strict=True)
+    return all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+class Features(Dataset):
+    """Computes with the fused block in the worker."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, seed: int) -> torch.Tensor:
+        return torch.tensor([seed, agrees(seed)])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_data_loader_workers(method, exact):
+    """Workers of a parent that has used the block already, and its threads."""
+    assert all(agrees(seed) for seed in range(3))
+    loader = DataLoader(
+        Features(), batch_size=4, num_workers=2, multiprocessing_context=method, timeout=120,
+        worker_init_fn=_without_winograd,
+    )  # fmt: skip
+    rows = torch.cat(list(loader))
+    assert rows.tolist() == [[seed, 1] for seed in range(12)]
+    assert agrees(5)
+
+
+def _without_winograd(_worker: int) -> None:
+    fusedcnn.backends.winograd.enabled = False
+
+
+def _in_child(queue) -> None:
+    torch.set_num_threads(1)  # GNU OpenMP's threads do not survive a fork; see torch's notes
+    queue.put([agrees(seed) for seed in range(6)])
+
+
+def test_fork(exact):
+    """A forked child computes right; the parent goes on."""
+    assert agrees(0)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(queue,))
+    child.start()
+    assert queue.get(timeout=120) == [True] * 6
+    child.join(60)
+    assert child.exitcode == 0
+    assert agrees(1)
+
+
+# ---- threads -------------------------------------------------------------------------------------
+
+
+def test_python_threads(exact):
+    """Eight threads at once, each with sizes of its own, forward and backward."""
+    wanted = {seed: expected(seed) for seed in range(16)}
+
+    def work(thread: int) -> int:
+        wrong = 0
+        for turn in range(20):
+            seed = (thread * 3 + turn) % 16
+            wrong += not all(
+                torch.equal(ours, theirs)
+                for ours, theirs in zip(forward_and_backward(seed), wanted[seed], strict=True)
+            )
+        return wrong
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, range(8))) == [0] * 8
+
+
+def test_python_threads_share_a_model():
+    """Hogwild: one model, eight threads; every output is that of a call alone, to the bit."""
+    model = fusedcnn.FusedSimpleCNN().eval()
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        alone = [model(images), model(images[:1])]
+
+    def work(thread: int) -> bool:
+        with torch.no_grad():
+            return all(
+                torch.equal(model(images[: 4 if thread % 2 else 1]), alone[1 - thread % 2])
+                for _ in range(20)
+            )
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
