@@ -137,6 +137,9 @@ class Visit:
         paths = [str(self.site), os.environ.get("PYTHONPATH", "")]
         compiler = self.tools.get("nvcc")
         chosen = {"CUDACXX": compiler} if compiler and "CUDACXX" not in os.environ else {}
+        # cmake looks for ninja there.
+        folders = dict.fromkeys(str(Path(tool).parent) for tool in self.tools.values() if tool)
+        chosen["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), *folders])
         return (
             os.environ
             | chosen

@@ -6,9 +6,11 @@ import contextlib
 import importlib
 import json
 
+import fusedcnn
 import pytest
 import torch
-from bench_scripts import BENCHMARKS, run_json, run_script
+from bench_scripts import BENCHMARKS, answers_to, run_json, run_script
+from fusedcnn import _C
 
 QUICK = ["--batch-sizes", "2", "--min-time", "0.001", "--rounds", "2", "--threads", "1"]
 
@@ -171,6 +173,97 @@ def test_cases_beyond_the_time_limit_are_listed(tmp_path):
     assert "training, batch 2: NOT RUN: --time-limit was over" in process.stdout
 
 
+# ---- profile_kernels.py --------------------------------------------------------------------------
+
+
+def test_profile_rates_are_of_the_limits(module):
+    limits = {"gemm_gflops": 1e5, "copy_gbps": 4e3}
+    # 1 GFLOP at 100 TFLOP/s takes 10 us, 80 MB at 4 TB/s 20 us.
+    rates = module("profile_kernels").rates(40.0, 10**9, 8 * 10**7, limits)
+    assert rates["gflops"] == pytest.approx(25_000)
+    assert rates["gbps"] == pytest.approx(2_000)
+    assert rates["gemm_fraction"] == pytest.approx(0.25)
+    assert rates["copy_fraction"] == pytest.approx(0.5)
+    assert rates["floor_us"] == pytest.approx(20)
+    assert rates["times_floor"] == pytest.approx(2)
+
+
+@pytest.fixture
+def profiler(module, monkeypatch):
+    """profile_kernels.py with the CPU's kernels in the place of the GPU's."""
+    script = module("profile_kernels")
+    isa = next(i["name"] for i in fusedcnn.build_info()["isas"] if i["selected"])
+    kernels = [k for k in fusedcnn.build_info()["kernels"] if k["isa"] == isa]
+
+    class Library:
+        @staticmethod
+        def fusedcnn_cuda_force(name):
+            _C.force("", name.decode())
+
+    monkeypatch.setattr(script._cuda, "_library", Library)
+    monkeypatch.setattr(script._cuda, "info", lambda: {"kernels": kernels})
+    monkeypatch.setattr(script._cuda, "follow_tf32", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    yield script
+    _C.force("", "")
+
+
+def test_profile_checks_and_times_every_kernel(profiler, capsys):
+    options = profiler.Options(
+        device=torch.device("cpu"), blocks=["simplecnn-1"], batch_sizes=[3],
+        precisions=["float32"], layouts=["channels_last"], min_time=1e-3, rounds=2,
+        time_limit=None, launches=False, json=None,
+    )  # fmt: skip
+    report = profiler.run(options)
+    assert report["status"] == "right"
+    kernels = profiler._cuda.info()["kernels"]
+    for name, of_pass in (("forward+code", "forward"), ("grad_weight", "grad_weight")):
+        rows = {row["kernel"]: row for row in report["rows"] if row["pass"] == name}
+        assert list(rows) == ["(chosen)", *(k["name"] for k in kernels if k["pass"] == of_pass)]
+        for row in rows.values():
+            assert row["status"] in ("timed", "not covered")
+            if row["status"] == "timed":
+                limits = report["limits"]["float32"]
+                rate = 2 * 3 * 16 * 32 * 32 * 27 / row["median_us"] / 1e3
+                assert row["gemm_fraction"] == pytest.approx(rate / limits["gemm_gflops"])
+        assert rows["general"]["status"] == rows["(chosen)"]["status"] == "timed"
+    forward = next(row for row in report["rows"] if row["pass"] == "forward")
+    # Images, weight, bias and pooled outputs, four bytes each.
+    assert forward["bytes"] == 4 * (3 * 3 * 32 * 32 + 16 * 27 + 16 + 3 * 16 * 16 * 16)
+    profiler.print_report(report)
+    assert "of GEMM" in capsys.readouterr().out
+
+
+def test_profile_stops_at_its_time_limit(profiler):
+    options = profiler.Options(
+        device=torch.device("cpu"), blocks=["simplecnn-1"], batch_sizes=[3],
+        precisions=["float32"], layouts=["contiguous"], min_time=1e-3, rounds=2,
+        time_limit=1e-9, launches=False, json=None,
+    )  # fmt: skip
+    report = profiler.run(options)
+    assert report["status"] == "incomplete"
+    assert [one["block"] for one in report["not_run"]] == ["simplecnn-1"]
+
+
+PROFILE_BAD_ARGUMENTS = {
+    "the CPU": (["--device", "cpu"], "--device: expected cuda or cuda:N, got 'cpu'"),
+    "no device": (["--device", "gpu"], "--device: expected cuda or cuda:N, got 'gpu'"),
+    "no such GPU": (["--device", "cuda:99"], "CUDA devices here"),
+    "block": (["--blocks", "block3"], "--blocks"),
+    "precision": (["--precisions", "int8"], "--precisions"),
+    "batch": (["--batch-sizes", "0"], "--batch-sizes: expected an integer from 1"),
+}
+
+
+def test_profile_refuses_bad_arguments(tmp_path):
+    arguments = {name: arguments for name, (arguments, _) in PROFILE_BAD_ARGUMENTS.items()}
+    answers = answers_to("profile_kernels", tmp_path, arguments)
+    for name, (_, text) in PROFILE_BAD_ARGUMENTS.items():
+        status, errors = answers[name]
+        assert status == 2, name
+        assert text in errors
+
+
 # ---- on a GPU ------------------------------------------------------------------------------------
 
 
@@ -190,3 +283,17 @@ def test_a_run_on_a_gpu(tmp_path, precision):
     for result in report["results"]:
         assert [row["status"] for row in result["contenders"]] == ["timed"] * 6
         assert {one["own"] for one in result["like_with_like"]} == {"fused", "fused-graph"}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_profile_on_a_gpu(tmp_path):
+    arguments = ["--batch-sizes", "64", "--min-time", "0.001", "--rounds", "2"]
+    _, report = run_json("profile_kernels", tmp_path, *arguments)
+    assert report["status"] == "right"
+    assert set(report["limits"]) == {"float32", "tf32", "bfloat16"}
+    for row in report["rows"]:
+        if row["status"] == "timed":
+            # The kernels' names are what the profiler must have seen.
+            assert any(row["pass"].split("+")[0] in one["name"] for one in row["launches"])
+            assert row["times_floor"] > 0
