@@ -209,8 +209,12 @@ def sanitize(tool: str, limit: float) -> Callable[[Visit], list[list[str]]]:
 
 
 def cuda_tests() -> list[str]:
-    """The files with tests marked cuda: the others may need packages that are not there."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    """The files with tests marked cuda: the others may need packages that are not there.
+
+    The benchmarks' come last: they are slow, and say least of the kernels.
+    """
+    files = (ROOT / "tests").glob("test_*.py")
+    files = sorted(files, key=lambda file: ("bench" in file.name, file.name))
     return [str(file) for file in files if "mark.cuda" in file.read_text()]
 
 
@@ -262,14 +266,14 @@ def stages(precisions: Iterable[str]) -> list[Stage]:
     builds = ("nvcc", "c++", "cmake", "ninja")
     sanitizers = [("memcheck", 50.0), ("racecheck", 50.0), ("initcheck", 40.0)]
     return [
-        Stage("build", "the package, for this GPU", 180, build_package, builds, ("torch",),
+        Stage("build", "the package, for this GPU", 240, build_package, builds, ("torch",),
               group="build"),
-        Stage("build-tests", "the programs without torch", 180, build_tests, builds, group="build"),
+        Stage("build-tests", "the programs without torch", 240, build_tests, builds, group="build"),
         Stage("probe", "what the kernels rest on, function by function", 30,
               lambda v: [[program(v, "fusedcnn_cuda_probe")]], after=("build-tests",)),
         Stage("gputest", "every kernel against the naive reference, exactly", 60,
               lambda v: [[program(v, "fusedcnn_cuda_gputest")]], after=("build-tests",)),
-        Stage("pytest", "tests marked cuda", 120,
+        Stage("pytest", "tests marked cuda", 150,
               lambda v: [[sys.executable, "-m", "pytest", "-m", "cuda", "-q", "--durations=10",
                           "-p", "no:cacheprovider", *cuda_tests()]],
               packages=("pytest", "numpy"), after=("build",),
@@ -445,6 +449,25 @@ def line(name: str, result: dict[str, Any]) -> str:
     return f"{name:<16} {result['status']:<8} {result['seconds']:6.1f} s{reason}"
 
 
+def digest(results: dict[str, dict[str, Any]]) -> list[str]:
+    """What was measured, and the end of what failed; visit.json and visit.log have all of it."""
+    lines = []
+    for name, result in results.items():
+        if result["status"] == "failed":
+            lines += [f"{name}: ...", *result.get("output_end", "")[-800:].splitlines()]
+        report = result.get("report", {})
+        for one in report.get("results", []):
+            ratio = one["speedup"] and f"{one['speedup']['ratio']:.2f} x {one['best_peer']}"
+            lines.append(f"{name}: {one['case']}, batch {one['batch']}: {one['own']} {ratio}")
+        lines += [
+            f"{name}: {row['precision']}, {row['block']}, {row['pass']}, {row['kernel']}: "
+            f"{row['median_us']:.1f} us, {row['times_floor']:.2f} x its floor"
+            for row in report.get("rows", [])
+            if row["status"] == "timed"
+        ]
+    return lines
+
+
 def prepare(work: Path, site: Path) -> None:
     """For a build by cmake alone: the Python files, and a CMake package for torch's pybind11."""
     torch = importlib.util.find_spec("torch")
@@ -560,6 +583,8 @@ def run(plan: list[Stage], visit: Visit) -> int:
         result = visit.results[stage.name]
         counts[result["status"]] += 1
         print(line(stage.name, result))
+    for text in digest(visit.results):
+        print(text)
     told = ", ".join(f"{count} {status}" for status, count in counts.items())
     print(f"{told}; {seconds:.0f} s; {visit.out / 'visit.json'}")
     return 0 if counts["passed"] == len(plan) else 1

@@ -55,6 +55,16 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+ROW = {
+    "precision": "tf32", "block": "simplecnn-1", "pass": "forward", "kernel": "general",
+    "status": "timed", "median_us": 5.0, "times_floor": 1.5,
+}  # fmt: skip
+RESULT = {
+    "case": "block1-forward", "batch": 4, "own": "fused-graph", "best_peer": "eager-graph",
+    "speedup": {"ratio": 3.0},
+}  # fmt: skip
+
+
 def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
@@ -114,7 +124,8 @@ def test_bad_arguments(arguments, answer, monkeypatch):
 def test_a_failing_stage_stops_only_those_that_need_it(script, visit, capsys):
     stage = script.Stage
     report = visit.out / "r.json"
-    write = f"open({str(report)!r}, 'w').write('{{\"rows\": [1]}}')"
+    text = json.dumps({"rows": [ROW], "results": [RESULT]})
+    write = f"open({str(report)!r}, 'w').write({text!r})"
     plan = [
         stage("first", "", 20, lambda v: [python("print('made')"), python("exit(7)"), python("")]),
         stage("needs it", "", 20, lambda v: [python("")], after=("first",)),
@@ -131,12 +142,15 @@ def test_a_failing_stage_stops_only_those_that_need_it(script, visit, capsys):
     assert statuses["needs it"] == ("not run", "needs stage first, which was failed")
     assert statuses["other"] == statuses["after"] == ("passed", "")
     assert statuses["says so"][0] == statuses["no such"][0] == "failed"
-    assert stages["other"]["report"] == {"rows": [1]}
+    assert stages["other"]["report"] == json.loads(text)
     assert not report.exists()
     log = (visit.out / "visit.log").read_text()
     assert "==== first" in log
     assert "\nmade\n" in log
-    assert "2 passed, 3 failed, 1 not run" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 passed, 3 failed, 1 not run" in printed
+    assert "other: block1-forward, batch 4: fused-graph 3.00 x eager-graph\n" in printed
+    assert "other: tf32, simplecnn-1, forward, general: 5.0 us, 1.50 x its floor\n" in printed
 
 
 def test_a_stage_beyond_its_limit_is_ended_with_its_children(script, visit):
@@ -211,7 +225,7 @@ def test_without_the_build_backend_cmake_builds_alone(script, visit):
 
 def test_stages_come_after_those_that_they_need(script):
     plan = {stage.name: stage for stage in script.stages(["float32", "tf32", "bfloat16"])}
-    assert all(0 < stage.limit <= 180 for stage in plan.values())
+    assert all(0 < stage.limit < 570 for stage in plan.values())
     for stage in plan.values():
         assert set(stage.after) <= set(plan)
         assert list(plan).index(stage.name) > max(map(list(plan).index, stage.after), default=-1)
