@@ -1,6 +1,7 @@
 // All CPU kernels of one ISA. Compiled once per ISA, with FUSEDCNN_ISA naming its namespace.
 #include "cpu/kernel.h"
 #include "cpu/kernels/backward_general.h"
+#include "cpu/kernels/forward_direct.h"
 #include "cpu/kernels/forward_general.h"
 #include "cpu/kernels/forward_winograd1d.h"
 #include "cpu/kernels/forward_winograd2.h"
@@ -23,6 +24,7 @@ KernelList kernels() {
       {"winograd4", Pass::kForward, false, true, why_not_winograd4, forward_winograd4, nullptr},
       {"winograd1d", Pass::kForward, true, true, why_not_winograd1d, forward_winograd1d, nullptr},
       {"winograd2", Pass::kForward, true, true, why_not_winograd2, forward_winograd2, nullptr},
+      {"direct", Pass::kForward, true, false, why_not_direct, forward_direct, nullptr},
       {"general", Pass::kForward, true, false, covers_everything, forward_general, nullptr},
 #if defined(__AVX512BW__)
       {"windows", Pass::kGradWeight, true, false, why_not_weight_windows, nullptr,

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cpu/kernel.h"
+#include "cpu/kernels/ahead.h"
 #include "cpu/kernels/live_list.h"
 #include "cpu/kernels/partials.h"
 #include "cpu/kernels/patches.h"
@@ -150,7 +151,9 @@ void grad_weight_typed(const BackwardArgs& args, const ThreadPool& pool) {
     LiveList<T> list(args);
     for (int64_t n = partials.begin(partial); n < partials.begin(partial + 1); ++n) {
       if (args.grad_weight) pack_patches<S, T>(plan, args, n, group, image);
+      auto ahead = BackwardAhead::of<S, C>(args, n, args.grad_weight, last - first);
       for (int64_t oc = first; oc < last; ++oc) {
+        ahead.step();
         T* sum = rows + oc * row;
         list.template build<S, C>(plan, args, n, group * out_channels + oc);
         T* bias = sum + row - kN;
@@ -231,7 +234,9 @@ void grad_input_typed(const BackwardArgs& args, const ThreadPool& pool) {
       memset(total, 0, size * sizeof(T));
     }
     LiveList<T> list(args);
+    auto ahead = BackwardAhead::of<S, C>(args, n, false, out_channels);
     for (int64_t r = 0; r < out_channels; ++r) {
+      ahead.step();
       const int64_t oc = group * out_channels + r;
       list.template build<S, C>(plan, args, n, oc);
       for (int64_t o = 0; o < plan.outer; ++o) {

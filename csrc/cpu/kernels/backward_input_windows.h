@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpu/kernel.h"
+#include "cpu/kernels/ahead.h"
 #include "cpu/kernels/patches.h"
 #include "cpu/kernels/simd.h"
 #include "cpu/kernels/windows.h"
@@ -208,6 +209,7 @@ void grad_input_windows_typed(const BackwardArgs& args, const ThreadPool& pool) 
     const Windows windows = read_windows<S>(args, n);
     float* done = static_cast<float*>(scratch(Slot::kPatch, 4 * pitch * sizeof(float)));
     float* carry = done + 2 * pitch;
+    auto ahead = BackwardAhead::of<S, uint8_t>(args, n, false, blocks * g.h.out);
     for (int64_t block = 0; block < blocks; ++block) {
       const Strides strides = args.grad_input_strides;
       const int64_t channels = channels_of(block);
@@ -227,6 +229,7 @@ void grad_input_windows_typed(const BackwardArgs& args, const ThreadPool& pool) 
       };
       memset(carry, 0, 2 * pitch * sizeof(float));
       for (int64_t oh = 0; oh < g.h.out; ++oh) {
+        ahead.step();
         // A row at a time, so that the weights of the output channels stay in L1 along it.
         for (int64_t oc = 0; oc < g.out_channels; oc += Block::kOutChannels) {
           const int64_t count = smaller<int64_t>(Block::kOutChannels, g.out_channels - oc);

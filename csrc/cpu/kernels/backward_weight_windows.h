@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cpu/kernel.h"
+#include "cpu/kernels/ahead.h"
 #include "cpu/kernels/partials.h"
 #include "cpu/kernels/simd.h"
 #include "cpu/kernels/windows.h"
@@ -137,9 +138,11 @@ void grad_weight_windows_typed(const BackwardArgs& args, const ThreadPool& pool)
     for (int64_t n = partials.begin(partial); n < partials.begin(partial + 1); ++n) {
       const Windows windows = read_windows<S>(args, n);
       if (channels) read_planes<S>(args, n, planes, rows, cols);
+      auto ahead = BackwardAhead::of<S, uint8_t>(args, n, channels > 0, g.h.out);
       for (int64_t first = 0; first < g.h.out; first += band) {
         const int64_t height = smaller(band, g.h.out - first);
         for (int64_t r = 0; r < height; ++r) {
+          ahead.step();
           for (int64_t c = 0; c < channels; ++c) {
             cut_patches(planes + (c * rows + 2 * (first + r)) * cols, cols, g.w.out,
                         patches + r * g.w.out * patch + c * 16, patch);

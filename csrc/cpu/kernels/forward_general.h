@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/kernel.h"
+#include "cpu/kernels/ahead.h"
 #include "cpu/kernels/phase_planes.h"
 #include "cpu/kernels/simd.h"
 #include "cpu/plan.h"
@@ -159,7 +160,11 @@ void pool_row(const ForwardPlan& plan, const Geometry& g, const Accumulator<S>* 
     memcpy(values, &best, sizeof best);
     memcpy(bytes, &codes, sizeof codes);
     const int64_t count = smaller<int64_t>(kN, g.w.out - k);
-    for (int64_t i = 0; i < count; ++i) output[(k + i) * stride] = narrow<S>(values[i]);
+    if (stride == 1) {
+      convert_run(values, output + k, count);
+    } else {
+      for (int64_t i = 0; i < count; ++i) output[(k + i) * stride] = narrow<S>(values[i]);
+    }
     if (!code) continue;
     for (int64_t i = 0; i < count; ++i) code[(k + i) * stride] = bytes[i];
   }
@@ -197,6 +202,8 @@ void forward_band(const ForwardArgs& args, const ForwardShared<Accumulator<S>>& 
   const bool masked = plan.h.masked || plan.w.masked;
   const int64_t run = larger<int64_t>(1, kChain / g.taps());  // input channels of one chain
   RangeCheck<T> unused(0);
+  Ahead ahead = Ahead::of(static_cast<const S*>(args.input), args.input_strides, g.in_channels,
+                          g.h.in, g.w.in, n, g.batch, g.groups * shared.blocks);
 
   for (int64_t group = 0; group < g.groups; ++group) {
     for (int64_t c = 0; c < channels; ++c) {
@@ -211,6 +218,7 @@ void forward_band(const ForwardArgs& args, const ForwardShared<Accumulator<S>>& 
       const int64_t index = group * shared.blocks + block;
       const T* weight = shared.packed + index * channels * g.taps() * kTileChannels;
       const T* bias = shared.bias + index * kTileChannels;
+      ahead.step();
       for (int64_t phase = 0; phase < plan.conv_phases(); ++phase) {
         const int64_t places =
             (rows - 1 + plan.h.conv_extra[phase / plan.w.conv_phases]) * plan.pitch + g.w.out +

@@ -113,7 +113,9 @@ void winograd1d_band(const ForwardArgs& args, const WinogradShared& shared, int6
   float* values =
       static_cast<float*>(scratch(Slot::kConv, g.out_channels * kN * int64_t{sizeof(float) + 1}));
   uint8_t* codes = reinterpret_cast<uint8_t*>(values + g.out_channels * kN);
+  Ahead ahead = next_image<S>(args, n, (windows + kN - 1) / kN);
   for (int64_t first = 0; first < windows; first += kN) {
+    ahead.step();
     const int64_t at = n * args.output_strides.n + first_out * args.output_strides.h +
                        first * args.output_strides.w;
     S* output = static_cast<S*>(args.output) + at;
@@ -172,7 +174,7 @@ void forward_winograd1d_typed(const ForwardArgs& args, const ThreadPool& pool) {
   const Geometry& g = args.geometry;
   int64_t bytes;
   const DerivedKey key =
-      derived_key(args, reinterpret_cast<const void*>(&winograd1d_band<S>), sizeof(S), bytes);
+      derived_key(args, reinterpret_cast<const void*>(&winograd1d_band<S>), bytes);
   const int64_t size = round_up(12 * g.in_channels * g.out_channels, kLanes<float>);
   DerivedWeights derived(key, bytes, size);
   if (!derived.filled()) {

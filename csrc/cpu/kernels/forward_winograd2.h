@@ -196,6 +196,7 @@ void winograd2_band(const ForwardArgs& args, const WinogradShared& shared, int64
   const int64_t windows = rows * g.w.out;
   const int64_t strips = (windows + kStripTiles - 1) / kStripTiles;
   const int64_t strip = (windows + strips - 1) / strips;
+  Ahead ahead = next_image<S>(args, n, strips * (shared.padded / kN));
   for (int64_t first = 0; first < windows; first += strip) {
     const int64_t count = smaller(strip, windows - first);
     for (int64_t c0 = 0; c0 < channels; c0 += run) {
@@ -206,6 +207,7 @@ void winograd2_band(const ForwardArgs& args, const WinogradShared& shared, int64
       }
       const bool last = c0 + in_run == channels;
       const auto block = [&]<int Z>(int64_t oc) {
+        ahead.step();
         const float* u = shared.weights + oc * channels * 16 + c0 * 4 * Z * kN;
         add_run<Z>(in_run, count, v, u, channels * 4 * Z * kN, y + oc * y_block, c0 > 0);
         if (last) finish_block<Z>(shared, oc, count, y + oc * y_block, values, codes);

@@ -175,10 +175,11 @@ FUSEDCNN_NOINLINE void finish_four_windows(const float* m, Vector<float> bias,
 
 template <int Z>
 void strip_tiles(const WinogradShared& shared, int64_t channels, int64_t first, int64_t count,
-                 const float* v, float* m, const TileOutput* outputs) {
+                 const float* v, float* m, const TileOutput* outputs, Ahead& ahead) {
   constexpr int kN = kLanes<float>;
   const float* u = shared.weights + first * channels * 36;
   for (int64_t e = 0; e < 36; ++e) {
+    ahead.step();
     multiply_tiles<Z>(count, v + e * kVStride, channels, u + e * channels * Z * kN,
                       m + e * kMStride<Z>);
   }
@@ -247,6 +248,8 @@ void winograd4_band(const ForwardArgs& args, const WinogradShared& shared, int64
   float* values = m + kMSize;
   uint8_t* codes = reinterpret_cast<uint8_t*>(values + windows * shared.padded);
 
+  const int64_t strips = (tile_rows * tile_cols + kTiles - 1) / kTiles;
+  Ahead ahead = next_image<S>(args, n, strips * 36);
   for (int64_t first = 0; first < tile_rows * tile_cols; first += kTiles) {
     const int64_t count = smaller(kTiles, tile_rows * tile_cols - first);
     TileOutput outputs[kTiles];
@@ -263,9 +266,9 @@ void winograd4_band(const ForwardArgs& args, const WinogradShared& shared, int64
     }
     int64_t oc = 0;
     for (; oc + 2 * kN <= shared.padded; oc += 2 * kN) {
-      strip_tiles<2>(shared, channels, oc, count, v, m, outputs);
+      strip_tiles<2>(shared, channels, oc, count, v, m, outputs, ahead);
     }
-    if (oc < shared.padded) strip_tiles<1>(shared, channels, oc, count, v, m, outputs);
+    if (oc < shared.padded) strip_tiles<1>(shared, channels, oc, count, v, m, outputs, ahead);
   }
   const int64_t at = n * args.output_strides.n + first_out * args.output_strides.h;
   write_strip(values, shared.padded, windows, g.out_channels, static_cast<S*>(args.output) + at,

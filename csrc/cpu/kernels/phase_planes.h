@@ -3,6 +3,7 @@
 
 #include "cpu/kernel.h"
 #include "cpu/kernels/simd.h"
+#include "cpu/kernels/transpose.h"
 #include "cpu/plan.h"
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
@@ -32,6 +33,20 @@ struct RangeCheck {
   }
 };
 
+// Every third of 3 * lanes - 2 elements: one channel of the pixels of an RGB image.
+template <typename S>
+FUSEDCNN_INLINE Vector<float> load_third(const S* from) {
+  constexpr int kN = kLanes<float>;
+  Vector<int32_t> low, high;
+  FUSEDCNN_UNROLL
+  for (int l = 0; l < kN; ++l) {
+    low[l] = 3 * l < 2 * kN ? 3 * l : 0;
+    high[l] = 3 * l < 2 * kN ? l : kN + 3 * l - (2 * kN - 2);
+  }
+  const auto first = __builtin_shuffle(widen_vector(from), widen_vector(from + kN), low);
+  return __builtin_shuffle(first, widen_vector(from + 2 * kN - 2), high);
+}
+
 // to[x] = from[x * stride], x < width, in the accumulation type.
 template <typename S, typename T>
 FUSEDCNN_INLINE void copy_row(const S* from, int64_t stride, int64_t width, T* to,
@@ -49,7 +64,12 @@ FUSEDCNN_INLINE void copy_row(const S* from, int64_t stride, int64_t width, T* t
     return;
   }
   if (stride == 1) {
-    for (int64_t x = 0; x < width; ++x) to[x] = widen(from[x]);
+    convert_run(from, to, width);
+  } else if (std::is_same_v<T, float> && stride == 3 && width >= kN) {
+    for (int64_t x = 0; x < width; x += kN) {
+      const int64_t at = smaller(x, width - kN);
+      if constexpr (std::is_same_v<T, float>) store(to + at, load_third(from + 3 * at));
+    }
   } else {
     for (int64_t x = 0; x < width; ++x) to[x] = widen(from[x * stride]);
   }

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -203,6 +203,66 @@ FUSEDCNN_INLINE Float16 narrow<Float16>(float value) {
   half = magnitude > 0x7f800000 ? 0x7e00 : half;
   return {static_cast<uint16_t>(sign | half)};
 }
+
+// A vector of floats from or to storage. The scalar conversions define the result; where the
+// machine converts a vector in one instruction, the results are the same but for a NaN's payload.
+template <typename S>
+FUSEDCNN_INLINE Vector<float> widen_vector(const S* from) {
+  Vector<float> values;
+  for (int l = 0; l < kLanes<float>; ++l) values[l] = widen(from[l]);
+  return values;
+}
+
+template <typename S>
+FUSEDCNN_INLINE void narrow_vector(Vector<float> values, S* to) {
+  for (int l = 0; l < kLanes<float>; ++l) to[l] = narrow<S>(values[l]);
+}
+
+template <>
+FUSEDCNN_INLINE Vector<float> widen_vector(const float* from) {
+  return load(from);
+}
+
+#if defined(__AVX512F__)
+template <>
+FUSEDCNN_INLINE Vector<float> widen_vector(const BFloat16* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+
+template <>
+FUSEDCNN_INLINE void narrow_vector(Vector<float> values, BFloat16* to) {
+  const __m512i bits = (__m512i)values;
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  __m512i half = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)values, (__m512)values, _CMP_UNORD_Q);
+  half = _mm512_mask_mov_epi32(half, nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(half));
+}
+
+template <>
+FUSEDCNN_INLINE Vector<float> widen_vector(const Float16* from) {
+  return (Vector<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+template <>
+FUSEDCNN_INLINE void narrow_vector(Vector<float> values, Float16* to) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__)
+template <>
+FUSEDCNN_INLINE Vector<float> widen_vector(const Float16* from) {
+  return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+
+template <>
+FUSEDCNN_INLINE void narrow_vector(Vector<float> values, Float16* to) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
 
 }  // namespace
 }  // namespace fusedcnn::cpu::FUSEDCNN_ISA

@@ -29,9 +29,15 @@ template <typename From, typename To>
 FUSEDCNN_INLINE void convert_run(const From* from, To* to, int64_t count) {
   if constexpr (std::is_same_v<To, From>) {
     memcpy(to, from, count * sizeof(To));
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = convert<To>(from[i]);
+    return;
   }
+  int64_t i = 0;
+  if constexpr (std::is_same_v<To, float>) {
+    for (; i + kLanes<float> <= count; i += kLanes<float>) store(to + i, widen_vector(from + i));
+  } else if constexpr (std::is_same_v<From, float>) {
+    for (; i + kLanes<float> <= count; i += kLanes<float>) narrow_vector(load(from + i), to + i);
+  }
+  for (; i < count; ++i) to[i] = convert<To>(from[i]);
 }
 
 // ---- square blocks in registers -----------------------------------------------------------------

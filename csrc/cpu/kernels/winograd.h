@@ -7,7 +7,9 @@
 
 #include "cpu/derived_weights.h"
 #include "cpu/kernel.h"
+#include "cpu/kernels/ahead.h"
 #include "cpu/kernels/forward_general.h"
+#include "cpu/kernels/output_lanes.h"
 #include "cpu/kernels/phase_planes.h"
 #include "cpu/kernels/simd.h"
 #include "cpu/kernels/transpose.h"
@@ -36,9 +38,6 @@ struct WinogradShared {
   uint8_t* immoderate;   // [batch * bands], set where an image is left to the general kernel
 };
 
-// A byte for every lane.
-typedef uint8_t LaneBytes __attribute__((vector_size(kLanes<float>)));
-
 // Max, ReLU and code of one window, or of one for every lane, from its four outputs. The first
 // maximum wins; there is no NaN. codes: where to, or null.
 FUSEDCNN_INLINE void finish_window(Vector<float> e0, Vector<float> e1, Vector<float> e2,
@@ -51,21 +50,9 @@ FUSEDCNN_INLINE void finish_window(Vector<float> e0, Vector<float> e1, Vector<fl
   const Vector<int32_t> in_bottom = e3 > e2 ? broadcast<int32_t>(3) : broadcast<int32_t>(2);
   Vector<int32_t> winner = bottom > top ? in_bottom : in_top;
   winner = best > Vector<float>{} ? winner : broadcast<int32_t>(kOff<uint8_t>);
+  typedef LaneBytesOf<float>::Type LaneBytes;
   const LaneBytes bytes = __builtin_convertvector(winner, LaneBytes);
   memcpy(codes, &bytes, sizeof bytes);
-}
-
-// Writes [count][padded channels] into `count` pooled pixels, numbered row by row, from `to` on.
-template <typename From, typename To>
-void write_strip(const From* from, int64_t padded, int64_t count, int64_t channels, To* to,
-                 Strides strides) {
-  if (strides.w == 1) {
-    transpose_matrix(from, padded, to, strides.c, count, channels);
-  } else {  // channels_last: a row's pixels follow the last row's
-    for (int64_t p = 0; p < count; ++p) {
-      convert_run(from + p * padded, to + p * strides.w, channels);
-    }
-  }
 }
 
 // Whether no value is beyond kModerate, infinite or NaN. count: a multiple of the lanes.
@@ -73,6 +60,14 @@ inline bool moderate(const float* values, int64_t count) {
   RangeCheck<float> range(kModerate);
   for (int64_t k = 0; k < count; k += kLanes<float>) range.see(load(values + k));
   return range.passed();
+}
+
+// Fetches the next image during `steps` steps of a band; with several bands, by each its share.
+template <typename S>
+Ahead next_image(const ForwardArgs& args, int64_t n, int64_t steps) {
+  const Geometry& g = args.geometry;
+  return Ahead::of(static_cast<const S*>(args.input), args.input_strides, g.in_channels, g.h.in,
+                   g.w.in, n, g.batch, steps);
 }
 
 // Runs `band` over all bands of all images, then the general kernel over the images that it
@@ -102,38 +97,6 @@ void run_winograd(const ForwardArgs& args, const ThreadPool& pool, const Derived
     immoderate[n] = memchr(immoderate + n * bands, 1, bands) != nullptr;
   }
   forward_general_bands<S, uint8_t>(args, pool, immoderate);
-}
-
-// The key and the size of the weight's memory, 0 where gaps would have to be compared too.
-inline DerivedKey derived_key(const ForwardArgs& args, const void* kernel, int64_t element,
-                              int64_t& bytes) {
-  const Geometry& g = args.geometry;
-  const Strides s = args.weight_strides;
-  const int64_t span = 1 + (g.out_channels - 1) * s.n + (g.in_channels_per_group() - 1) * s.c +
-                       (g.h.kernel - 1) * s.h + (g.w.kernel - 1) * s.w;
-  const int64_t count = g.out_channels * g.in_channels_per_group() * g.taps();
-  bytes = span == count ? count * element : 0;
-  return {kernel, args.weight, s, args.type, g.out_channels, g.in_channels, g.taps()};
-}
-
-// The taps of one vector of output channels as [C][9][lanes], zeros past the last.
-template <typename S>
-void weights_by_tap(const ForwardArgs& args, const S* weight, int64_t first, float* to) {
-  constexpr int kN = kLanes<float>;
-  const Geometry& g = args.geometry;
-  const Strides s = args.weight_strides;
-  const int64_t count = smaller<int64_t>(kN, g.out_channels - first);
-  weight += first * s.n;
-  if (count < kN) memset(to, 0, g.in_channels * 9 * kN * sizeof(float));
-  if (s.w == 1 && s.h == 3 && s.c == 9) {
-    return transpose_matrix(weight, s.n, to, kN, count, g.in_channels * 9);
-  }
-  for (int64_t c = 0; c < g.in_channels; ++c) {
-    for (int t = 0; t < 9; ++t, to += kN) {
-      const S* from = weight + c * s.c + t / 3 * s.h + t % 3 * s.w;
-      for (int64_t oc = 0; oc < count; ++oc) to[oc] = widen(from[oc * s.n]);
-    }
-  }
 }
 
 // U = G g G^T for every pair of channels, a vector of output channels at a time, in blocks of
@@ -173,8 +136,8 @@ template <typename Transform, typename S>
 void forward_winograd_typed(const ForwardArgs& args, const ThreadPool& pool) {
   const Geometry& g = args.geometry;
   int64_t bytes;
-  const DerivedKey key = derived_key(
-      args, reinterpret_cast<const void*>(&Transform::template band<S>), sizeof(S), bytes);
+  const DerivedKey key =
+      derived_key(args, reinterpret_cast<const void*>(&Transform::template band<S>), bytes);
   DerivedWeights derived(
       key, bytes, Transform::kElements * g.in_channels * round_up(g.out_channels, kLanes<float>));
   if (!derived.filled()) {

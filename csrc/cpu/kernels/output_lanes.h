@@ -1,0 +1,65 @@
+// What forward kernels share whose lanes are output channels: the weights on their way in, pooled
+// pixels on their way out.
+#pragma once
+
+#include "cpu/derived_weights.h"
+#include "cpu/kernel.h"
+#include "cpu/kernels/simd.h"
+#include "cpu/kernels/transpose.h"
+
+namespace fusedcnn::cpu::FUSEDCNN_ISA {
+namespace {
+
+// A byte for every lane: codes.
+template <typename T>
+struct LaneBytesOf {
+  typedef uint8_t Type __attribute__((vector_size(kLanes<T>)));
+};
+
+// The key of derived weights, and the size of the weight's memory: 0 where it has gaps, which
+// would have to be compared too.
+inline DerivedKey derived_key(const ForwardArgs& args, const void* kernel, int64_t& bytes) {
+  const Geometry& g = args.geometry;
+  const Strides s = args.weight_strides;
+  const int64_t span = 1 + (g.out_channels - 1) * s.n + (g.in_channels_per_group() - 1) * s.c +
+                       (g.h.kernel - 1) * s.h + (g.w.kernel - 1) * s.w;
+  const int64_t count = g.out_channels * g.in_channels_per_group() * g.taps();
+  bytes = span == count ? count * element_size(args.type) : 0;
+  return {kernel, args.weight, s, args.type, g.out_channels, g.in_channels, g.taps()};
+}
+
+// The weights of one vector of output channels as [C][taps][lanes], zeros past the last channel.
+template <typename S, typename T>
+void weights_by_tap(const ForwardArgs& args, const S* weight, int64_t first, T* to) {
+  constexpr int kN = kLanes<T>;
+  const Geometry& g = args.geometry;
+  const Strides s = args.weight_strides;
+  const int64_t count = smaller<int64_t>(kN, g.out_channels - first);
+  weight += first * s.n;
+  if (count < kN) memset(to, 0, g.in_channels * g.taps() * kN * sizeof(T));
+  if (s.w == 1 && s.h == g.w.kernel && s.c == g.taps()) {
+    return transpose_matrix(weight, s.n, to, kN, count, g.in_channels * g.taps());
+  }
+  for (int64_t c = 0; c < g.in_channels; ++c) {
+    for (int64_t t = 0; t < g.taps(); ++t, to += kN) {
+      const S* from = weight + c * s.c + t / g.w.kernel * s.h + t % g.w.kernel * s.w;
+      for (int64_t oc = 0; oc < count; ++oc) to[oc] = widen(from[oc * s.n]);
+    }
+  }
+}
+
+// Writes [count][padded channels] into `count` pooled pixels, numbered row by row, from `to` on.
+template <typename From, typename To>
+void write_strip(const From* from, int64_t padded, int64_t count, int64_t channels, To* to,
+                 Strides strides) {
+  if (strides.w == 1) {
+    transpose_matrix(from, padded, to, strides.c, count, channels);
+  } else {  // channels_last: a row's pixels follow the last row's
+    for (int64_t p = 0; p < count; ++p) {
+      convert_run(from + p * padded, to + p * strides.w, channels);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fusedcnn::cpu::FUSEDCNN_ISA

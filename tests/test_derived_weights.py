@@ -1,0 +1,129 @@
+"""Weights in a kernel's own layout are kept from call to call: never beyond their values."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from forcing import KERNELS
+from fusedcnn import _ops
+from geometries import Block
+
+# One kernel covers few input channels only, another many only.
+SHALLOW = Block("shallow", (2, 6, 12, 12), 32, padding=1)
+DEEP = Block("deep", (2, 16, 12, 12), 32, padding=1)
+FORWARDS = [f for f in KERNELS if f.pass_name == "forward"]
+
+
+def operands(forced):
+    torch.manual_seed(0)
+    channels = block_for(forced).input[1]
+    return torch.randn(2, channels, 12, 12), torch.randn(32, channels, 3, 3), torch.randn(32)
+
+
+def block_for(forced) -> Block:
+    return SHALLOW if forced.kernel == "winograd1d" else DEEP
+
+
+def forward(forced, input, weight, bias):
+    with _ops.force(forced.isa, forced.kernel):
+        return _ops.forward_op(input, weight, bias, block_for(forced).pack(), True)[0]
+
+
+def fresh(forced, input, weight, bias):
+    """The result with the same values at an address that no earlier call has seen."""
+    return forward(forced, input, weight.clone(), bias)
+
+
+def through_data(weight):
+    weight.data.mul_(2)  # leaves the version counter alone
+
+
+def through_numpy(weight):
+    weight.detach().numpy()[...] += 1  # torch does not see it at all
+
+
+def one_element(weight):
+    weight[-1, -1, -1, -1] += 1  # the last byte that could be compared
+
+
+def swapped_channels(weight):
+    weight.copy_(weight.flip(0))  # the same values elsewhere
+
+
+def through_storage(weight):
+    weight.untyped_storage().fill_(0)
+
+
+CHANGES = [through_data, through_numpy, one_element, swapped_channels, through_storage]
+
+
+@pytest.mark.parametrize("forced", FORWARDS, ids=str)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_weight_changed_in_place(forced, change):
+    input, weight, bias = operands(forced)
+    before = forward(forced, input, weight, bias)
+    assert torch.equal(forward(forced, input, weight, bias), before)
+    change(weight)
+    after = forward(forced, input, weight, bias)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, fresh(forced, input, weight, bias))
+
+
+@pytest.mark.parametrize("forced", FORWARDS, ids=str)
+def test_another_weight_at_the_same_address(forced):
+    """One piece of memory read as other shapes and layouts, in turn."""
+    input, weight, bias = operands(forced)
+    channels, memory = weight.shape[1], weight.flatten()
+    views = [
+        memory.view(32, channels, 3, 3),
+        memory.view(32, 3, 3, channels).permute(0, 3, 1, 2),  # channels_last
+        memory.view(channels, 32, 3, 3).transpose(0, 1),
+        memory[: 16 * channels * 9].view(16, channels, 3, 3),
+    ]
+    for _ in range(2):
+        for view in views:
+            result = forward(forced, input, view, bias[: len(view)])
+            assert torch.equal(result, fresh(forced, input, view, bias[: len(view)]))
+
+
+@pytest.mark.parametrize("forced", FORWARDS, ids=str)
+def test_an_infinite_weight_comes_and_goes(forced):
+    """What a kernel remarks about the values is not kept beyond them either."""
+    input, weight, bias = operands(forced)
+    before = forward(forced, input, weight, bias)
+    kept = weight[0, 0, 0, 0].clone()
+    weight[0, 0, 0, 0] = float("inf")
+    assert torch.equal(
+        forward(forced, input, weight, bias).nan_to_num(nan=-1),
+        fresh(forced, input, weight, bias).nan_to_num(nan=-1),
+    )
+    weight[0, 0, 0, 0] = kept
+    assert torch.equal(forward(forced, input, weight, bias), before)
+
+
+def test_threads_that_share_weights_and_replace_them():
+    """Calls at the same time, some of the same weight, some of weights that come and go."""
+    forced = next(f for f in FORWARDS if f.kernel == "winograd4")
+    input, weight, bias = operands(forced)
+    expected = fresh(forced, input, weight, bias)
+    run = lambda own: _ops.forward_op(input, own, bias, DEEP.pack(), True)[0]  # noqa: E731
+    failures = []
+
+    def work() -> None:
+        own = weight.clone()
+        for i in range(50):
+            if not torch.equal(run(weight), expected):
+                failures.append((i, "shared"))
+            own.mul_(-1)
+            if not torch.equal(run(own), run(own.clone())):
+                failures.append((i, "own"))
+
+    with _ops.force(forced.isa, forced.kernel):  # process-wide: set once, around all threads
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures
