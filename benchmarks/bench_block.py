@@ -39,7 +39,7 @@ from contenders import CONTENDERS, Contender, Ready, judge, time_contenders, try
 from kernel_forcing import force_kernel
 from limits import describe_machine, measure_limits
 from options import Options, parse
-from precision import describe_settings, set_precision
+from precision import describe_settings, set_precision, use_device
 from progress import Progress
 from report import print_report, write_json, write_plot
 from saved_bytes import measure_saved_bytes
@@ -65,6 +65,7 @@ def run(options: Options) -> dict[str, Any]:
         The report: plain values only, ready for JSON.
     """
     began = time.monotonic()
+    use_device(options.device)
     set_precision(options.precision)
     torch.backends.cudnn.benchmark = True  # for everybody; the CPU does not ask
     dtype = options.precision.dtype

@@ -48,6 +48,12 @@ def of_dtype(dtype: torch.dtype) -> Precision:
     return PRECISIONS[str(dtype).removeprefix("torch.")]
 
 
+def use_device(device: torch.device) -> None:
+    """Make it the current one: streams, graphs and waiting are of the current CUDA device."""
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def set_precision(precision: Precision) -> None:
     """Make torch compute so from now on, in this process."""
     # The older switches: they set the newer ones (fp32_precision) too, and Inductor reads both.

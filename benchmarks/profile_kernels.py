@@ -29,7 +29,7 @@ from fusedcnn._ops import below_autograd
 from kernel_forcing import force_kernel
 from limits import describe_machine, measure_limits
 from passes import PASSES, BlockCalls, Pass
-from precision import PRECISIONS, describe_settings, set_precision
+from precision import PRECISIONS, describe_settings, set_precision, use_device
 from progress import Progress
 from report import print_machine, print_table, write_json
 from timing import summarize, time_by_turns
@@ -121,6 +121,7 @@ def run(options: Options) -> dict[str, Any]:
         The report: plain values only, ready for JSON.
     """
     began = time.monotonic()
+    use_device(options.device)
     combinations = [
         (precision, block, batch, layout)
         for precision in options.precisions
