@@ -28,20 +28,23 @@ class Run(NamedTuple):
 
 
 def add_batch_arguments(
-    parser: argparse.ArgumentParser, batch_sizes: list[int] | None, small_batch: int
+    parser: argparse.ArgumentParser,
+    batch_sizes: list[int] | None,
+    small_batch: int,
+    default: str = "1 and the block's own, see --list",
 ) -> None:
     """Add --batch-sizes and --threads, which :func:`pair_runs` puts together.
 
     Args:
         parser: to add to.
-        batch_sizes: the default; None: 1 and the block's own.
+        batch_sizes: the default, or None where the caller chooses.
         small_batch: up to so many images are computed on one thread unless asked otherwise, as
             where requests are served one by one.
+        default: what the help says of the caller's choice.
     """
     cores = available_cores()
-    default = (
-        " ".join(map(str, batch_sizes)) if batch_sizes else "1 and the block's own, see --list"
-    )
+    if batch_sizes:
+        default = " ".join(map(str, batch_sizes))
     # fmt: off
     parser.add_argument(
         "--batch-sizes", nargs="+", type=integer(1, MAX_BATCH), default=batch_sizes, metavar="N",

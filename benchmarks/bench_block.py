@@ -4,6 +4,7 @@
     python benchmarks/bench_block.py --cases block1-forward --batch-sizes 64 --threads 1
     python benchmarks/bench_block.py --batch-sizes 1 4 64 256 --threads 1 1 2 2   # some four
     python benchmarks/bench_block.py --json bench.json --plot bench.png
+    python benchmarks/bench_block.py --device cuda --precision tf32 --batch-sizes 4 1024 8192
 
 Needs torch and fusedcnn. With rich and tqdm the output is nicer (``fusedcnn[bench]``), ``--plot``
 needs matplotlib (``fusedcnn[plot]``), ONNX Runtime is timed where onnxruntime and onnxscript are
@@ -15,12 +16,18 @@ case is reported as wrong, nobody is timed in it, and the exit status is 1. Then
 timed by turns. Speed is told as a ratio to the best other contender of the same run and as a
 fraction of the machine's own limits, measured in the same run.
 
+With ``--device cuda`` each contender runs as it is and recorded as CUDA graphs, with cuDNN's search
+for the fastest algorithm on; compiled ones are tuned (max-autotune). All follow the same
+``--precision``: float32 means that nobody may round to tf32.
+
 Exit status: 0; 1 where a result was wrong or fused could not run; 2 for bad arguments.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
+import time
 from typing import Any
 
 import fusedcnn
@@ -29,9 +36,10 @@ from agreement import compare
 from arguments import Run
 from cases import CASES, Case, Problem
 from contenders import CONTENDERS, Contender, Ready, judge, time_contenders, try_prepare
-from fusedcnn._ops import force
+from kernel_forcing import force_kernel
 from limits import describe_machine, measure_limits
 from options import Options, parse
+from precision import describe_settings, set_precision, use_device
 from progress import Progress
 from report import print_report, write_json, write_plot
 from saved_bytes import measure_saved_bytes
@@ -56,34 +64,44 @@ def run(options: Options) -> dict[str, Any]:
     Returns:
         The report: plain values only, ready for JSON.
     """
+    began = time.monotonic()
+    use_device(options.device)
+    set_precision(options.precision)
+    torch.backends.cudnn.benchmark = True  # for everybody; the CPU does not ask
+    dtype = options.precision.dtype
     cases = [case for case in CASES if case.name in options.cases]
     contenders = [c for c in CONTENDERS if c.name in options.contenders]
     turns = len(options.runs) * len(cases) * len(contenders)
     threads = list(dict.fromkeys(run.threads for run in options.runs))
     progress = Progress(len(threads) + turns * (1 + options.rounds))
     limits = {}
+    results: list[dict[str, Any]] = []
+    not_run: list[dict[str, Any]] = []
     try:
-        with force(options.isa, options.kernel):
+        with force_kernel(options.device, options.kernel, options.isa):
             for count in threads:
                 progress.say(f"limits of the machine, {count} thread(s)")
-                limits[count] = measure_limits(count, options.dtype, options.device)
+                limits[count] = measure_limits(count, dtype, options.device)
                 progress.advance()
-            results = [
-                _run_case(case, run, contenders, options, limits[run.threads], progress)
-                for run in options.runs
-                for case in cases
-            ]
+            for run in options.runs:
+                for case in cases:
+                    if options.time_limit and time.monotonic() - began > options.time_limit:
+                        not_run.append({"case": case.name, **run._asdict()})
+                        continue
+                    results.append(
+                        _run_case(case, run, contenders, options, limits[run.threads], progress)
+                    )
     finally:
         progress.close()
-    saved = measure_saved_bytes(
-        max(run.batch for run in options.runs), options.dtype, options.device
-    )
-    statuses = {result["status"] for result in results}
+    saved = measure_saved_bytes(max(run.batch for run in options.runs), dtype, options.device)
+    statuses = {result["status"] for result in results} | ({"incomplete"} if not_run else set())
     return {
         "status": next((s for s in ("wrong", "incomplete") if s in statuses), "right"),
         "options": {
             "runs": [run._asdict() for run in options.runs],
-            "dtype": str(options.dtype).removeprefix("torch."),
+            "dtype": str(dtype).removeprefix("torch."),
+            "precision": options.precision.name,
+            "settings": describe_settings(options.device),
             "device": str(options.device),
             "cases": [case.name for case in cases],
             "contenders": [contender.name for contender in contenders],
@@ -91,12 +109,14 @@ def run(options: Options) -> dict[str, Any]:
             "kernel": options.kernel,
             "min_time_s": options.min_time,
             "rounds": options.rounds,
+            "time_limit_s": options.time_limit,
         },
         "machine": describe_machine(options.device),
         "limits": [{"threads": count, **rates} for count, rates in limits.items()],
-        "peak_name": _peak(limits[threads[0]], options.dtype)[0],
+        "peak_name": _peak(limits[threads[0]], dtype)[0],
         "notes": _notes(options),
         "results": results,
+        "not_run": not_run,
         "saved_bytes": saved,
     }
 
@@ -113,7 +133,7 @@ def _run_case(
     label = f"{case.name}, batch {run.batch}"
     progress.say(f"{label}: reference")
     torch.set_num_threads(run.threads)
-    problem = Problem(case, run.batch, options.dtype, options.device)
+    problem = Problem(case, run.batch, options.precision, options.device)
     exact, stock = problem.references()
     rows: list[dict[str, Any]] = []
     ready: dict[str, Ready] = {}
@@ -134,6 +154,7 @@ def _run_case(
         seconds = time_contenders(
             case,
             ready,
+            device=options.device,
             threads=run.threads,
             rounds=options.rounds,
             min_time=options.min_time,
@@ -143,11 +164,15 @@ def _run_case(
             if row["name"] in seconds:
                 row |= {"status": "timed", **summarize(seconds[row["name"]])}
                 row |= _fractions(row["median_us"], problem, limits)
-        if any(row["name"] == "fused" and row["status"] != "timed" for row in rows):
+        own = {contender.name for contender in contenders if contender.fused}
+        if any(row["name"] in own and row["status"] != "timed" for row in rows):
             status = "incomplete"
     turns = sum(len(times) for times in seconds.values())
     progress.advance(len(contenders) * options.rounds - turns)  # those that nobody took
     torch._dynamo.reset()  # compiled code of this case is of no use to the next
+    if options.device.type == "cuda":
+        ready.clear()
+        torch.cuda.empty_cache()  # nor are the memory pools of its graphs
 
     return {
         "case": case.name,
@@ -157,8 +182,31 @@ def _run_case(
         "flops": case.flops * run.batch,
         "bytes": _bytes(problem),
         "contenders": rows,
-        **against_best(seconds, "fused"),
+        **_compare(seconds, contenders),
     }
+
+
+def _compare(seconds: dict[str, list[float]], contenders: list[Contender]) -> dict[str, Any]:
+    """Fused against the others: the faster of its ways against all, and like against like."""
+    ours = [c for c in contenders if c.fused and c.name in seconds]
+    best = min(ours, key=lambda c: statistics.median(seconds[c.name]), default=None)
+    result = {
+        "own": best.name if best else None,
+        **against_best(seconds, best.name if best else "", tuple(c.name for c in ours)),
+    }
+    if any(c.graphed for c in contenders):
+        result["like_with_like"] = [
+            {
+                "own": own.name,
+                **against_best(
+                    seconds,
+                    own.name,
+                    tuple(c.name for c in contenders if c.fused or c.graphed != own.graphed),
+                ),
+            }
+            for own in ours
+        ]
+    return result
 
 
 def _bytes(problem: Problem) -> int:

@@ -30,6 +30,7 @@ import torch
 from arguments import Run, add_batch_arguments, add_timing_arguments, check_writable, pair_runs
 from cases import CASES, Batch, Problem
 from limits import describe_machine
+from precision import PRECISIONS
 from progress import Progress
 from report import print_machine, print_table, write_json
 from timing import summarize, time_by_turns
@@ -107,7 +108,7 @@ def run(options: Options) -> dict[str, Any]:
 def _run(one: Run, options: Options, progress: Progress) -> list[dict[str, Any]]:
     """One row for each model and optimizer."""
     torch.set_num_threads(one.threads)
-    problem = Problem(CASE, one.batch, torch.float32, torch.device("cpu"))
+    problem = Problem(CASE, one.batch, PRECISIONS["float32"], torch.device("cpu"))
     batches = problem.batches(channels_last=False)
     steps: dict[str, Callable[[], object]] = {}
     splits: dict[str, Callable[[], list[int]]] = {}

@@ -12,6 +12,7 @@ from fusedcnn._ops import _C
 from kernel_options import Options
 from ladder import peak
 from passes import BlockCalls
+from precision import of_dtype
 from progress import Progress
 from timing import against_best, summarize
 
@@ -46,7 +47,7 @@ def run_summary(
             torch.set_num_threads(run.threads)
             progress.say(f"{block.name}, batch {run.batch}: reference")
             # Codes and all from the kernels that the module will use.
-            calls = BlockCalls(block, run.batch, DTYPES[dtype], False, forward_kernel="")
+            calls = BlockCalls(block, run.batch, of_dtype(DTYPES[dtype]), False, forward_kernel="")
             for kind in KINDS:
                 case = block_case(
                     block,
@@ -70,7 +71,7 @@ def _run_case(
     progress: Progress,
 ) -> dict[str, Any]:
     label = f"{case.name}, batch {run.batch}, {case.kind}"
-    problem = Problem(case, run.batch, calls.dtype, torch.device("cpu"))
+    problem = Problem(case, run.batch, calls.precision, torch.device("cpu"))
     contenders = [c for c in CONTENDERS if c.name in options.contenders and c.covers(problem)]
     rows: dict[str, dict[str, Any]] = {}
     ready: dict[str, Ready] = {}
@@ -92,6 +93,7 @@ def _run_case(
         seconds = time_contenders(
             case,
             ready,
+            device=problem.device,
             threads=run.threads,
             rounds=options.rounds,
             min_time=options.min_time,

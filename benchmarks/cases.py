@@ -15,14 +15,17 @@ from typing import Literal, NamedTuple
 import fusedcnn
 import torch
 from blocks import SIMPLECNN_1, SIMPLECNN_2, Block
+from precision import Precision, with_tf32_operands
 from torch import Tensor, nn
 
 SEED = 0
 
 # One batch of 64 images fits in a core's second-level cache, and timing it over and over would
 # flatter everybody: real batches come from memory. So calls rotate over copies whose sum is larger
-# than the 1 to 4 MiB that a core has to itself, and large enough to disturb a shared last level.
+# than the 1 to 4 MiB that a core has to itself, and large enough to disturb a shared last level. On
+# a GPU: twice its second-level cache. Small batches there stay in it all the same.
 ROTATED_BYTES = 32 * 2**20
+ROTATED_CACHES = 2
 MAX_COPIES = 64
 
 # A pool window whose two largest values nearly tie, or a value that ReLU sees within rounding
@@ -168,16 +171,17 @@ class Problem:
     Args:
         case: what to compute.
         batch_size: images per call.
-        dtype: of parameters and images.
+        precision: of parameters and images.
         device: where.
     """
 
     def __init__(
-        self, case: Case, batch_size: int, dtype: torch.dtype, device: torch.device
+        self, case: Case, batch_size: int, precision: Precision, device: torch.device
     ) -> None:
         self.case = case
         self.batch_size = batch_size
-        self.dtype = dtype
+        self.precision = precision
+        self.dtype = dtype = precision.dtype
         self.device = device
         torch.manual_seed(SEED)
         self._stock = case.stock().to(device, dtype)
@@ -209,7 +213,7 @@ class Problem:
         """
         if channels_last not in self._batches:
             size = sum(t.nbytes for t in self._first if t is not None)
-            copies = min(MAX_COPIES, max(2, -(-ROTATED_BYTES // size)))
+            copies = min(MAX_COPIES, max(2, -(-_rotated_bytes(self.device) // size)))
             self._batches[channels_last] = [self._copy(i, channels_last) for i in range(copies)]
         return self._batches[channels_last]
 
@@ -217,14 +221,19 @@ class Problem:
         """Return the results of the stock layers, by name: in float64, and in the problem's dtype.
 
         The latter twice, contiguous and channels_last, and in float32 where the problem's dtype is
-        float64: there is nothing more exact to measure float64's error with. All compute from the
-        same parameters and images, and in a training step all drop the same elements.
+        float64: there is nothing more exact to measure float64's error with. Where tf32 is allowed,
+        a third time with operands rounded to it, whether or not the device's libraries make use of
+        that. All compute from the same parameters and images, and in a training step all drop the
+        same elements.
         """
         measured = torch.float32 if self.dtype == torch.float64 else self.dtype
         stock_results = []
         kept: list[Tensor] = []
-        for channels_last in (False, True):
+        ways = [(False, False), (True, False)] + [(False, True)] * self.precision.tf32
+        for channels_last, rounded in ways:
             stock = self.module(fused=False, channels_last=channels_last).to(measured)
+            if rounded:
+                with_tf32_operands(stock)
             for layer in _leaves(stock):
                 if isinstance(layer, nn.Dropout) and layer.training:
                     layer.register_forward_hook(lambda _layer, _args, out: kept.append(out != 0))
@@ -244,8 +253,9 @@ class Problem:
         if not self.case.clear_images:
             return self._random_images()
         exact = copy.deepcopy(self._stock).double().eval()
-        # A half type's rounding is coarser than any margin that images could keep.
-        margin = DECISION_MARGIN if torch.finfo(self.dtype).bits >= 32 else 0.0
+        # The rounding of half types and of tf32 is coarser than any margin that images could keep.
+        coarse = torch.finfo(self.dtype).bits < 32 or self.precision.tf32
+        margin = 0.0 if coarse else DECISION_MARGIN
         chosen = torch.empty(0, *self.case.image, device=self.device, dtype=self.dtype)
         while len(chosen) < self.batch_size:
             images = self._random_images()
@@ -295,15 +305,25 @@ def make_call(case: Case, module: nn.Module, own: nn.Module) -> Callable[[Batch]
 
         return gradients
     criterion = nn.CrossEntropyLoss()
-    # A learning rate of 0 does the same arithmetic and leaves the parameters where they are, so
-    # that all contenders time the same work however many steps each of them takes.
-    optimizer = torch.optim.Adam(parameters, lr=0.0, fused=True)
+    optimizer = make_optimizer(own)
 
     def training(batch: Batch) -> tuple:
         loss = fusedcnn.train_step(module, criterion, optimizer, batch.input, batch.target)
         return (loss,)
 
     return training
+
+
+def make_optimizer(own: nn.Module, *, capturable: bool = False) -> torch.optim.Optimizer:
+    """Return the optimizer of a training case.
+
+    Args:
+        own: see :func:`make_call`.
+        capturable: for recording in a CUDA graph.
+    """
+    # A learning rate of 0 does the same arithmetic and leaves the parameters where they are, so
+    # that all contenders time the same work however many steps each of them takes.
+    return torch.optim.Adam(own.parameters(), lr=0.0, fused=True, capturable=capturable)
 
 
 def run_checked(
@@ -327,13 +347,20 @@ def run_checked(
         batch = batch._replace(input=batch.input.detach().requires_grad_())
     torch.manual_seed(SEED)  # of the dropout
     with torch.set_grad_enabled(case.kind != "forward"):
-        results = [t.detach() for t in call(batch)]
+        results = [t.detach().clone() for t in call(batch)]  # graphs reuse their memory
     if case.kind == "training":
-        return {"loss": results[0], **{f"grad {n}": p.grad for n, p in own.named_parameters()}}
+        grads = {f"grad {n}": p.grad.clone() for n, p in own.named_parameters()}
+        return {"loss": results[0], **grads}
     names = ["output"]
     if case.kind == "gradients":
         names += ["grad input"] * case.input_grad + [f"grad {n}" for n, _ in own.named_parameters()]
     return dict(zip(names, results, strict=True))
+
+
+def _rotated_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return ROTATED_BYTES
+    return ROTATED_CACHES * torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def _in_dtype(batch: Batch, dtype: torch.dtype) -> Batch:

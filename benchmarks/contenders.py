@@ -6,14 +6,15 @@ import itertools
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from agreement import describe
-from cases import Case, Problem, make_call, run_checked
+from cases import Batch, Case, Problem, make_call, run_checked
+from graphed import record_calls, record_training
 from timing import time_by_turns
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Contender:
         channels_last: parameters, inputs and gradients in channels_last; the conversion of the
             inputs is not timed.
         compiled: through torch.compile.
-        onnx: exported to ONNX Runtime, which serves forward passes only.
+        onnx: exported to ONNX Runtime, which serves forward passes only, and is timed on the CPU.
+        graphed: recorded as CUDA graphs, which only a CUDA device has.
         rest: seconds to wait after its turn, until its idle threads have stopped spinning; else
             they would take a core from the next contender. Torch's threads spin for some 4 ms,
             ONNX Runtime's for some 30.
@@ -39,14 +41,23 @@ class Contender:
     channels_last: bool = False
     compiled: bool = False
     onnx: bool = False
+    graphed: bool = False
     rest: float = 0.01
 
     def covers(self, problem: Problem) -> bool:
         """Whether the contender can do this kind of work at all."""
         return not self.onnx or problem.case.kind == "forward"
 
+    def why_not_on(self, device_type: str) -> str:
+        """Why the contender cannot run on a type of device, or ""."""
+        if self.graphed and device_type != "cuda":
+            return "CUDA graphs need --device cuda"
+        if self.onnx and device_type != "cpu":
+            return "it is timed with --device cpu only"
+        return ""
 
-CONTENDERS = (
+
+_EVERYWHERE = (
     Contender("fused", "fusedcnn", fused=True),
     Contender("eager", "stock layers, contiguous"),
     Contender("eager-cl", "stock layers, channels_last", channels_last=True),
@@ -57,8 +68,22 @@ CONTENDERS = (
         channels_last=True,
         compiled=True,
     ),
+)
+CONTENDERS = (
+    *_EVERYWHERE,
+    *(
+        replace(one, name=f"{one.name}-graph", note=f"{one.note}, as CUDA graphs", graphed=True)
+        for one in _EVERYWHERE
+    ),
     Contender("onnxruntime", "ONNX Runtime, forward passes only", onnx=True, rest=0.05),
 )
+# Tuned on the GPU, and without the compiler's own graphs: these are recorded like everybody's.
+COMPILE_MODE = {"cpu": None, "cuda": "max-autotune-no-cudagraphs"}
+
+
+def contenders_on(device_type: str) -> list[str]:
+    """Names of the contenders that can run on a type of device."""
+    return [one.name for one in CONTENDERS if not one.why_not_on(device_type)]
 
 
 @dataclass(frozen=True)
@@ -98,6 +123,7 @@ def time_contenders(
     case: Case,
     ready: dict[str, Ready],
     *,
+    device: torch.device,
     threads: int,
     rounds: int,
     min_time: float,
@@ -107,7 +133,11 @@ def time_contenders(
     with torch.set_grad_enabled(case.kind != "forward"):
         return time_by_turns(
             {name: one.step for name, one in ready.items()},
-            {contender.name: contender.rest for contender in CONTENDERS},
+            {
+                # A device does not spin for anyone.
+                contender.name: contender.rest if device.type == "cpu" else 0.0
+                for contender in CONTENDERS
+            },
             threads=threads,
             rounds=rounds,
             min_time=min_time,
@@ -137,17 +167,30 @@ def _prepare(contender: Contender, problem: Problem, threads: int) -> Ready:
         # generator saves some microseconds at most in these models.
         torch._inductor.config.fallback_random = True
         torch._inductor.config.cpp.threads = threads  # compiled in
-        module = torch.compile(own, dynamic=False)
+        module = torch.compile(own, dynamic=False, mode=COMPILE_MODE[problem.device.type])
     batches = problem.batches(channels_last=contender.channels_last)
+    if contender.graphed:
+        return _prepare_graphed(problem.case, module, own, batches)
     call = make_call(problem.case, module, own)
     results = run_checked(problem.case, module, own, batches[0], call)
     rotating = itertools.cycle(batches)
     return Ready(lambda: call(next(rotating)), results)
 
 
+def _prepare_graphed(case: Case, module: nn.Module, own: nn.Module, batches: list[Batch]) -> Ready:
+    if case.kind == "training":
+        call = record_training(module, own, batches)
+        rotating = itertools.cycle(batches)
+        results = run_checked(case, module, own, batches[0], call)
+        return Ready(lambda: call(next(rotating)), results)
+    with torch.set_grad_enabled(case.kind != "forward"):
+        replays = record_calls(make_call(case, module, own), batches)
+    results = run_checked(case, module, own, batches[0], lambda _batch: replays[0]())
+    rotating = itertools.cycle(replays)
+    return Ready(lambda: next(rotating)(), results)
+
+
 def _prepare_onnx(problem: Problem, threads: int) -> Ready:
-    if problem.device.type != "cpu":
-        raise RuntimeError("timed on the CPU only")
     import onnxruntime
 
     batches = problem.batches(channels_last=False)

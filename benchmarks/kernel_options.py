@@ -20,7 +20,7 @@ from arguments import (
     pair_runs,
 )
 from blocks import BLOCKS, BY_NAME, Block, Pair
-from contenders import CONTENDERS
+from contenders import contenders_on
 from fusedcnn._ops import force
 from passes import PASSES
 
@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kernel", nargs="+", metavar="KERNEL", help="see --list (default: all)")
     add("--passes", nargs="+", choices=[p.name for p in PASSES], metavar="PASS",
         help="see --list (default: all)")
-    add("--contenders", nargs="+", choices=[c.name for c in CONTENDERS], metavar="NAME",
+    add("--contenders", nargs="+", choices=contenders_on("cpu"), metavar="NAME",
         help="of --blocks, see --list (default: fused eager eager-cl)")
     add("--dtype", dest="dtypes", nargs="+", choices=DTYPES, metavar="DTYPE",
         help=f"{', '.join(DTYPES)} (default: float32)")
@@ -246,4 +246,4 @@ def _print_list() -> None:
     for name in dict.fromkeys(p.kernels for p in PASSES):
         kernels = (k["name"] for k in info["kernels"] if k["pass"] == name)
         print(f"kernels of {name}:", " ".join(dict.fromkeys(kernels)))
-    print("contenders:", " ".join(contender.name for contender in CONTENDERS))
+    print("contenders:", " ".join(contenders_on("cpu")))

@@ -13,6 +13,7 @@ from blocks import Block
 from fusedcnn._ops import _C, below_autograd, force
 from kernel_options import Options
 from passes import PASSES, BlockCalls, Pass
+from precision import of_dtype
 from progress import Progress
 from timing import summarize, time_by_turns
 
@@ -66,7 +67,8 @@ def run_ladder(
                 for layout in options.layouts:
                     head = {"block": block.name, **run._asdict(), "dtype": dtype, "layout": layout}
                     progress.say(f"{block.name}, batch {run.batch}: operands")
-                    calls = BlockCalls(block, run.batch, DTYPES[dtype], layout == "channels_last")
+                    precision = of_dtype(DTYPES[dtype])
+                    calls = BlockCalls(block, run.batch, precision, layout == "channels_last")
                     for of_pass in PASSES:
                         if of_pass.name in options.passes:
                             progress.say(f"{block.name}, batch {run.batch}: {of_pass.name}")

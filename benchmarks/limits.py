@@ -20,8 +20,10 @@ FMA_SECONDS = 0.3
 # desktop core; a GPU needs more work to fill it.
 GEMM_SIZE = {"cpu": 1280, "cuda": 8192}
 # Larger than most last-level caches, so that the copy goes through memory.
-COPY_BYTES = 128 * 2**20
+COPY_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 REPEATS = 5
+# On a GPU several in a row, so that waiting for the last one costs little beside them.
+CALLS = {"cpu": 1, "cuda": 10}
 
 
 def available_cores() -> int:
@@ -36,7 +38,7 @@ def measure_limits(threads: int, dtype: torch.dtype, device: torch.device) -> di
 
     Args:
         threads: used on the CPU, as in the timings.
-        dtype: of the matrix product.
+        dtype: of the matrix product, which rounds to tf32 where torch is set so.
         device: which machine.
 
     Returns:
@@ -51,9 +53,11 @@ def measure_limits(threads: int, dtype: torch.dtype, device: torch.device) -> di
     }
 
 
-def _best_seconds(statement: str, names: dict[str, Any], threads: int) -> float:
+def _best_seconds(
+    statement: str, names: dict[str, Any], threads: int, device: torch.device
+) -> float:
     timer = Timer(statement, globals=names, num_threads=threads)
-    return min(timer.timeit(1).mean for _ in range(REPEATS))
+    return min(timer.timeit(CALLS[device.type]).mean for _ in range(REPEATS))
 
 
 def fma_gflops(threads: int) -> float:
@@ -66,13 +70,14 @@ def _gemm_gflops(threads: int, dtype: torch.dtype, device: torch.device) -> floa
     size = GEMM_SIZE[device.type]
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     names = {"torch": torch, "a": a, "b": b, "out": torch.empty_like(a)}
-    return 2e-9 * size**3 / _best_seconds("torch.mm(a, b, out=out)", names, threads)
+    return 2e-9 * size**3 / _best_seconds("torch.mm(a, b, out=out)", names, threads, device)
 
 
 def _copy_gbps(threads: int, device: torch.device) -> float:
-    source = torch.ones(COPY_BYTES // 4, device=device)
+    size = COPY_BYTES[device.type]
+    source = torch.ones(size // 4, device=device)
     names = {"source": source, "target": torch.zeros_like(source)}
-    return 2e-9 * COPY_BYTES / _best_seconds("target.copy_(source)", names, threads)
+    return 2e-9 * size / _best_seconds("target.copy_(source)", names, threads, device)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -84,6 +89,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": available_cores(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cuda": describe_cuda(device) if device.type == "cuda" else None,
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -92,6 +98,30 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "fusedcnn": build,
         "commit": _commit(),
     }
+
+
+def describe_cuda(device: torch.device) -> dict[str, Any]:
+    """The GPU and what drives it."""
+    properties = torch.cuda.get_device_properties(device)
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    return {
+        "driver": _driver_version(),
+        "runtime": torch.version.cuda,
+        "cudnn": cudnn,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+    }
+
+
+def _driver_version() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(answer.stdout.split()), None)
 
 
 def _cpu_model() -> str:
@@ -112,11 +142,14 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of this checkout, marked -dirty where it has changes; None without git."""
+    """The commit of this checkout, marked -dirty where it has changes.
+
+    Where there is no git, as in a copy of the files, what ``FUSEDCNN_COMMIT`` says; else None.
+    """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("FUSEDCNN_COMMIT")

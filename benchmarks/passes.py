@@ -12,16 +12,16 @@ from agreement import compare
 from blocks import Block
 from cases import Problem, block_case
 from fusedcnn._ops import (
-    _C,
     GRAD_BIAS,
     GRAD_INPUT,
     GRAD_WEIGHT,
     _dense_backward,
     backward_op,
     below_autograd,
-    force,
     forward_op,
 )
+from kernel_forcing import force_kernel
+from precision import Precision, round_to_tf32, with_tf32_operands
 from torch import Tensor
 
 
@@ -64,8 +64,9 @@ class BlockCalls:
     Args:
         block: what to compute.
         batch_size: images per call.
-        dtype: of all tensors.
+        precision: of all tensors.
         channels_last: their layout.
+        device: where they are.
         forward_kernel: computes the codes from which the backward passes start; "": the selected
             one. The general kernel serves every block, and ties fall as in the stock layers.
     """
@@ -74,9 +75,10 @@ class BlockCalls:
         self,
         block: Block,
         batch_size: int,
-        dtype: torch.dtype,
+        precision: Precision,
         channels_last: bool,
         forward_kernel: str = "general",
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
     ) -> None:
         case = block_case(
             block,
@@ -87,19 +89,33 @@ class BlockCalls:
             clear_images=False,  # each pass is compared with the code given
         )
         self.block = block
-        self.dtype = dtype
+        self.precision = precision
+        self.dtype = precision.dtype
+        self.device = device
         self.geometry = block.geometry()
-        self._problem = Problem(case, batch_size, dtype, torch.device("cpu"))
+        self._problem = Problem(case, batch_size, precision, device)
         module = self._problem.module(fused=True, channels_last=channels_last)[0]
         self._weight, self._bias = module.weight.detach(), module.bias.detach()
         self._operands = []
-        with below_autograd(), force(_C.forced()[0], forward_kernel):
+        with below_autograd(), force_kernel(device, forward_kernel):
             for batch in self._problem.batches(channels_last=channels_last):
                 input = batch.input.detach()
                 _, code = forward_op(input, self._weight, self._bias, self.geometry, True)
                 self._operands.append(Operands(input, batch.target, code))
         self._rotating = itertools.cycle(self._operands)
         self._references: dict[str, tuple[dict[str, Tensor], list[dict[str, Tensor]]]] = {}
+
+    def bytes(self, of_pass: Pass) -> int:
+        """Bytes that a call of the pass must at least read and write once, workspace left out."""
+        input, grad_output, code = self._operands[0]
+        # The output is as large as its gradient, and each gradient as what it is the gradient of.
+        parts = {
+            "forward": [input, self._weight, self._bias, grad_output],
+            "forward+code": [input, self._weight, self._bias, grad_output, code],
+            "grad_weight": [input, grad_output, code, self._weight, self._bias],
+            "grad_input": [grad_output, code, self._weight, input],
+        }[of_pass.name]
+        return sum(tensor.nbytes for tensor in parts)
 
     def step(self, of_pass: Pass) -> Callable[[], object]:
         """Return the function that calls the operator on the next operands: what is timed."""
@@ -170,8 +186,12 @@ class BlockCalls:
     @torch.no_grad()
     def _forward_references(self) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
         stock = []
-        for channels_last in (False, True):
+        # See Problem.references.
+        ways = [(False, False), (True, False)] + [(False, True)] * self.precision.tf32
+        for channels_last, rounded in ways:
             module = self._problem.module(fused=False, channels_last=channels_last)
+            if rounded:
+                with_tf32_operands(module)
             input = self._problem.batches(channels_last=channels_last)[0].input
             stock.append({"output": module.to(self._measured)(input.to(self._measured))})
         module = self._problem.module(fused=False).double()
@@ -179,15 +199,21 @@ class BlockCalls:
 
     @torch.no_grad()
     def _backward_references(self) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-        def gradients(dtype: torch.dtype, memory_format: torch.memory_format) -> dict[str, Tensor]:
+        def gradients(
+            dtype: torch.dtype, memory_format: torch.memory_format, rounded: bool = False
+        ) -> dict[str, Tensor]:
             input, grad_output, code = self._operands[0]
             operands = (grad_output, input, self._weight)
             operands = [t.to(dtype, memory_format=memory_format) for t in operands]
+            if rounded:
+                operands = [round_to_tf32(t) for t in operands]
             grads = _dense_backward(*operands, code.contiguous(), self.geometry)
             return dict(zip(("grad input", "grad weight", "grad bias"), grads, strict=True))
 
         formats = (torch.contiguous_format, torch.channels_last)
         stock = [gradients(self._measured, memory_format) for memory_format in formats]
+        if self.precision.tf32:
+            stock.append(gradients(self._measured, formats[0], rounded=True))
         return gradients(torch.float64, formats[0]), stock
 
     def _coded(self, code: Tensor) -> Tensor:

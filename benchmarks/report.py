@@ -51,6 +51,11 @@ def print_report(report: dict[str, Any]) -> None:
         for row in result["contenders"]:
             if row["status"] in ("unavailable", "wrong"):
                 print(f"    {row['name']}: {row['status']}: {row['reason']}")
+        for one in result.get("like_with_like", []):
+            if one["speedup"]:
+                print(f"    {one['own']}: {one['speedup']['ratio']:.2f} x {one['best_peer']}")
+    for one in report["not_run"]:
+        print(f"{one['case']}, batch {one['batch']}: NOT RUN: --time-limit was over")
 
     print("\nBytes saved for backward, parameters left out:")
     print_table(
@@ -63,14 +68,23 @@ def print_machine(report: dict[str, Any]) -> None:
     """Print what the figures were taken on."""
     machine, options = report["machine"], report["options"]
     print(f"{machine['cpu']}, {machine['cores']} cores; {machine['gpu'] or 'no GPU used'}")
+    cuda = machine["cuda"]
+    if cuda:
+        print(
+            f"driver {cuda['driver']}, CUDA {cuda['runtime']}, cuDNN {cuda['cudnn']}, compute "
+            f"capability {cuda['capability']}, {cuda['multiprocessors']} multiprocessors"
+        )
+    precision = options.get("precision", options["dtype"])
     print(
-        f"torch {machine['torch']}, fusedcnn {machine['fusedcnn']['version']}, "
-        f"{options['dtype']} on {options['device']}"
+        f"torch {machine['torch']}, fusedcnn {machine['fusedcnn']['version']} at commit "
+        f"{machine['commit']}, {precision} on {options['device']}"
     )
+    if options.get("settings"):
+        print("for all: " + ", ".join(f"{k} = {v}" for k, v in options["settings"].items()))
 
 
 def _case_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    own = next((row for row in result["contenders"] if row["name"] == "fused"), {})
+    own = next((row for row in result["contenders"] if row["name"] == result["own"]), {})
     rows = []
     for row in result["contenders"]:
         head = (result["case"], str(result["batch"]), str(result["threads"]), row["name"])
@@ -101,7 +115,7 @@ def _verdict(result: dict[str, Any]) -> str:
     speedup = result["speedup"]
     low, high = speedup["quartiles"]
     return (
-        f"fused is {speedup['ratio']:.2f} times as fast as the best other contender, "
+        f"{result['own']} is {speedup['ratio']:.2f} times as fast as the best other contender, "
         f"{result['best_peer']} (quartiles of the rounds {low:.2f} to {high:.2f}, by the fastest "
         f"rounds {speedup['ratio_of_minima']:.2f})"
     )
@@ -205,7 +219,7 @@ def _draw_panel(panel: Any, result: dict[str, Any]) -> None:
         [row["median_us"] - row["iqr_us"][0] for row in rows],
         [row["iqr_us"][1] - row["median_us"] for row in rows],
     ]
-    colors = ["tab:orange" if name == "fused" else "tab:gray" for name in names]
+    colors = ["tab:orange" if name.startswith("fused") else "tab:gray" for name in names]
     panel.barh(names, medians, xerr=spread, color=colors)
     panel.invert_yaxis()
     panel.set_xlabel("microseconds")

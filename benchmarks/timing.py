@@ -102,17 +102,20 @@ def speedup(peer: list[float], own: list[float]) -> dict[str, Any]:
     }
 
 
-def against_best(seconds: dict[str, list[float]], own: str) -> dict[str, Any]:
+def against_best(
+    seconds: dict[str, list[float]], own: str, ignored: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Compare one contender with the fastest of the others.
 
     Args:
         seconds: what :func:`time_by_turns` returned.
         own: name of the one whose speed is asked.
+        ignored: names of others that are not to be compared with.
 
     Returns:
         ``best_peer``, a name, and ``speedup`` against it; None where there is nothing to compare.
     """
-    peers = {name: times for name, times in seconds.items() if name != own}
+    peers = {name: times for name, times in seconds.items() if name not in (own, *ignored)}
     best = min(peers, key=lambda name: statistics.median(peers[name]), default=None)
     compared = best is not None and own in seconds
     return {

@@ -3,9 +3,10 @@
     python scripts/check_cuda_build.py [--architectures 80 90] [--build FOLDER]
 
 Needs nvcc, cmake and ninja; neither a GPU nor torch. The kernels are linked alone, with every
-symbol resolved, and so is the probe, which uses every instruction that device.h offers. Registers
-and spills are read from what ptxas says of each kernel; a spill sends accumulators through memory,
-which no test would notice. Kernels that may spill are listed below.
+symbol resolved, and so are the probe, which uses every instruction that device.h offers, and the
+kernels' self-test for a GPU. Registers and spills are read from what ptxas says of each kernel; a
+spill sends accumulators through memory, which no test would notice. Kernels that may spill are
+listed below.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def build(folder: Path, architectures: list[str]) -> str:
     ]  # fmt: skip
     log = ""
     # --clean-first: what was compiled before has said its piece in another log.
-    for command in (configure, ["cmake", "--build", str(folder), "--target", "fusedcnn_cuda",
-                                "fusedcnn_cuda_probe", "--clean-first"]):  # fmt: skip
+    compile = ["cmake", "--build", str(folder), "--clean-first", "--target"]
+    compile += ["fusedcnn_cuda", "fusedcnn_cuda_probe", "fusedcnn_cuda_gputest"]
+    for command in (configure, compile):
         process = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )

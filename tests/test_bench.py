@@ -217,7 +217,16 @@ BAD_ARGUMENTS = {
     "one round": (["--rounds", "1"], "--rounds: expected an integer from 2"),
     "no time": (["--min-time", "0"], "--min-time: expected seconds"),
     "NaN seconds": (["--min-time", "nan"], "--min-time: expected seconds"),
-    "dtype": (["--dtype", "int8"], "--dtype"),
+    "precision": (["--precision", "int8"], "--precision"),
+    "tf32 on the CPU": (
+        ["--precision", "tf32"],
+        "--precision: tf32 needs --device cuda, got cpu",
+    ),
+    "graphs on the CPU": (
+        ["--contenders", "fused", "eager-graph"],
+        "--contenders: eager-graph cannot run on cpu: CUDA graphs need --device cuda",
+    ),
+    "no time limit": (["--time-limit", "0"], "--time-limit: expected seconds"),
     "device": (["--device", "tpu"], "--device: expected cpu, cuda or cuda:N"),
     "cuda": (["--device", "cuda:99"], "CUDA devices here"),
     "isa": (["--isa", "mmx"], "isa: expected one of"),

@@ -1,0 +1,192 @@
+#include <cuda_runtime.h>
+
+#include <chrono>
+#include <vector>
+
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+#include "gpu_backend.h"
+
+namespace selftest {
+namespace {
+
+using fusedcnn::BackwardArgs;
+using fusedcnn::element_size;
+using fusedcnn::ForwardArgs;
+using fusedcnn::Geometry;
+using fusedcnn::Problem;
+using fusedcnn::Strides;
+using fusedcnn::cuda::check_launch;
+using fusedcnn::cuda::Execution;
+using fusedcnn::cuda::Kernel;
+using fusedcnn::cuda::Target;
+
+struct Way {
+  const char* name;
+  bool side_stream;
+  bool shifted;        // every tensor begins one element after an aligned address
+  bool nan_workspace;  // or as allocated: then a sanitizer sees what is read before it is written
+};
+constexpr Way kWays[] = {
+    {"aligned, workspace of NaNs", false, false, true},
+    {"shifted by an element, a stream of its own, workspace as it comes", true, true, false},
+};
+
+int64_t left_out = 0;
+
+void ask(cudaError_t status, const char* doing) { check_launch("(test)", status, doing); }
+
+// A tensor's elements and the gaps between them in an allocation that ends with the last one, so
+// that compute-sanitizer sees the first byte past it.
+class Copy {
+ public:
+  // `host` may be null: then so is the copy.
+  Copy(const void* host, int64_t elements, int64_t element_bytes, bool shifted)
+      : bytes_(elements * element_bytes), offset_(shifted ? element_bytes : 0) {
+    if (!host) return;
+    ask(cudaMalloc(&memory_, static_cast<size_t>(offset_ + bytes_ + !bytes_)), "allocating for");
+    ask(cudaMemcpy(data(), host, static_cast<size_t>(bytes_), cudaMemcpyHostToDevice),
+        "copying to");
+  }
+  Copy(const Copy&) = delete;
+  Copy& operator=(const Copy&) = delete;
+  ~Copy() { cudaFree(memory_); }
+
+  void* data() const { return memory_ ? static_cast<char*>(memory_) + offset_ : nullptr; }
+
+  void back_to(void* host) const {
+    if (!memory_) return;
+    ask(cudaMemcpy(host, data(), static_cast<size_t>(bytes_), cudaMemcpyDeviceToHost),
+        "copying from");
+  }
+
+ private:
+  int64_t bytes_;
+  int64_t offset_;
+  void* memory_ = nullptr;
+};
+
+// Elements from the first to the last of a tensor, gaps included.
+int64_t span(int64_t n, int64_t c, int64_t h, int64_t w, const Strides& strides) {
+  if (n * c * h * w == 0) return 0;
+  return (n - 1) * strides.n + (c - 1) * strides.c + (h - 1) * strides.h + (w - 1) * strides.w + 1;
+}
+
+int64_t input_span(const Geometry& g, const Strides& strides) {
+  return span(g.batch, g.in_channels, g.h.in, g.w.in, strides);
+}
+
+int64_t weight_span(const Geometry& g, const Strides& strides) {
+  return span(g.out_channels, g.in_channels_per_group(), g.h.kernel, g.w.kernel, strides);
+}
+
+int64_t output_span(const Geometry& g, const Strides& strides) {
+  return span(g.batch, g.out_channels, g.h.out, g.w.out, strides);
+}
+
+// Runs the kernel's function with what it works in, and waits for it.
+template <typename Function, typename Args>
+void run(const Kernel& kernel, Function function, const Args& args, const Way& way) {
+  const Problem problem{args.geometry, args.type, args.wide_code};
+  const int64_t bytes = kernel.workspace_bytes ? kernel.workspace_bytes(problem) : 0;
+  const std::vector<unsigned char> nans(static_cast<size_t>(bytes), 0xff);
+  void* memory = nullptr;
+  cudaStream_t stream = nullptr;
+  if (bytes) ask(cudaMalloc(&memory, static_cast<size_t>(bytes)), "allocating for");
+  if (bytes && way.nan_workspace) {
+    ask(cudaMemcpy(memory, nans.data(), static_cast<size_t>(bytes), cudaMemcpyHostToDevice),
+        "copying to");
+  }
+  if (way.side_stream) {
+    ask(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream for");
+  }
+  function(args, Execution{stream, memory});
+  check_launch(kernel.name, cudaDeviceSynchronize(), "running");
+  if (stream) ask(cudaStreamDestroy(stream), "ending the stream of");
+  ask(cudaFree(memory), "freeing the workspace of");
+}
+
+void run_forward(const Kernel& kernel, const ForwardArgs& host, const Way& way) {
+  const Geometry& g = host.geometry;
+  const int64_t size = element_size(host.type);
+  const Copy input(host.input, input_span(g, host.input_strides), size, way.shifted);
+  const Copy weight(host.weight, weight_span(g, host.weight_strides), size, way.shifted);
+  const Copy bias(host.bias, (g.out_channels - 1) * host.bias_stride + 1, size, way.shifted);
+  const int64_t outputs = output_span(g, host.output_strides);
+  // torch allocates these: always aligned.
+  const Copy output(host.output, outputs, size, false);
+  const Copy code(host.code, outputs, host.wide_code ? 4 : 1, false);
+  ForwardArgs args = host;
+  args.input = input.data();
+  args.weight = weight.data();
+  args.bias = bias.data();
+  args.output = output.data();
+  args.code = code.data();
+  run(kernel, kernel.forward, args, way);
+  output.back_to(host.output);
+  code.back_to(host.code);
+}
+
+void run_backward(const Kernel& kernel, const BackwardArgs& host, const Way& way) {
+  const Geometry& g = host.geometry;
+  const int64_t size = element_size(host.type);
+  const Copy grad_output(host.grad_output, output_span(g, host.grad_output_strides), size,
+                         way.shifted);
+  const Copy code(host.code, output_span(g, host.code_strides), host.wide_code ? 4 : 1, false);
+  const Copy input(host.input, input_span(g, host.input_strides), size, way.shifted);
+  const Copy weight(host.weight, weight_span(g, host.weight_strides), size, way.shifted);
+  const Copy grad_input(host.grad_input, input_span(g, host.grad_input_strides), size, false);
+  const Copy grad_weight(host.grad_weight, weight_span(g, host.grad_weight_strides), size, false);
+  const Copy grad_bias(host.grad_bias, g.out_channels, size, false);
+  BackwardArgs args = host;
+  args.grad_output = grad_output.data();
+  args.code = code.data();
+  args.input = input.data();
+  args.weight = weight.data();
+  args.grad_input = grad_input.data();
+  args.grad_weight = grad_weight.data();
+  args.grad_bias = grad_bias.data();
+  run(kernel, kernel.backward, args, way);
+  grad_input.back_to(host.grad_input);
+  grad_weight.back_to(host.grad_weight);
+  grad_bias.back_to(host.grad_bias);
+}
+
+}  // namespace
+
+int64_t problems_left_out() { return left_out; }
+
+Backend gpu_backend(double seconds) {
+  Backend backend{"cuda on a GPU", {}, {}};
+  for (const Way& way : kWays) backend.ways.push_back(way.name);
+  const auto begin = std::chrono::steady_clock::now();
+  const Target target{fusedcnn::cuda::use_device(0), true};
+  const fusedcnn::cuda::KernelList list = fusedcnn::cuda::kernels();
+  for (int i = 0; i < list.count; ++i) {
+    const Kernel& kernel = list.kernels[i];
+    TestedKernel tested{kernel.name, kernel.pass, kernel.exact, nullptr, nullptr, nullptr};
+    tested.why_not = [&kernel, target, seconds, begin](const Problem& problem) -> const char* {
+      const char* const why_not = kernel.why_not(problem, target);
+      const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - begin;
+      if (why_not || !seconds || passed.count() < seconds) return why_not;
+      ++left_out;
+      return "the time is over";
+    };
+    if (kernel.forward) {
+      tested.forward = [&kernel](const ForwardArgs& args, int way) {
+        // The operator launches nothing for an empty batch.
+        if (args.geometry.batch) run_forward(kernel, args, kWays[way]);
+      };
+    } else {
+      tested.backward = [&kernel](const BackwardArgs& args, int way) {
+        if (args.geometry.batch || kernel.pass == fusedcnn::Pass::kGradWeight) {
+          run_backward(kernel, args, kWays[way]);
+        }
+      };
+    }
+    backend.kernels.push_back(tested);
+  }
+  return backend;
+}
+
+}  // namespace selftest
