@@ -35,7 +35,7 @@ void parallel_tasks(const ThreadPool& pool, int64_t tasks, const Body& body) {
 // the reason why it does not. Exactly one of `forward` and `backward` is set; a grad_weight kernel
 // also computes grad_bias.
 struct Kernel {
-  const char* name;  // "general", "direct3x3", ...: the same in every ISA
+  const char* name;  // "general", "direct", ...: the same in every ISA
   Pass pass;
   // Whether small integers give exact results, and equal outputs in a window tie. Winograd's larger
   // transforms only round to about the same size; `allow_winograd` can rule every Winograd kernel

@@ -31,8 +31,8 @@ template <int Z>
 constexpr int kWinogradTiles = kRegisters >= 32 && Z == 1 ? 6 : 3;
 
 // Tiles of a strip: V for one i, U for one i and Y stay in L1 together. Whole vectors are stored,
-// so a strip's rows of V are a vector longer, and another
-// one, so that they do not share a few sets of the L1 cache.
+// so a strip's rows of V are a vector longer; and one more, since strides of a power of two would
+// crowd a few sets of the L1 cache.
 constexpr int64_t kStripTiles = 48;
 constexpr int64_t kTileStride = kStripTiles + 32;
 // One chain of additions over more channels than this would round more than the stock layers do,
