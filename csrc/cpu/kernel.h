@@ -21,6 +21,11 @@ struct ThreadPool {
               void* context);
 };
 
+// Batches smaller than this are split further than into images, by rows or blocks of channels, so
+// that several threads have work. Such tasks read some data twice, which larger batches need not
+// pay for.
+constexpr int64_t kSmallBatch = 8;
+
 template <typename Body>
 void parallel_tasks(const ThreadPool& pool, int64_t tasks, const Body& body) {
   pool.run(

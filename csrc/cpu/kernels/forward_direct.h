@@ -290,9 +290,8 @@ void forward_direct_typed(const ForwardArgs& args, const ThreadPool& pool) {
   const int64_t row_bytes =
       (g.h.step() * shared.cols * g.in_channels +
        g.h.pool_stride * g.w.conv * kDirectWide * kLanes<T>)*int64_t{sizeof(T)};
-  shared.band = smaller(g.h.out, larger<int64_t>(1, kDirectBandBytes / row_bytes));
+  shared.band = band_rows(g, kDirectBandBytes / row_bytes, 1);
   shared.bands = (g.h.out + shared.band - 1) / shared.band;
-  shared.band = (g.h.out + shared.bands - 1) / shared.bands;
   parallel_tasks(pool, g.batch * shared.bands,
                  [&](int64_t task) { direct_band<S>(args, shared, task); });
 }

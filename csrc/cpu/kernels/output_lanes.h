@@ -16,6 +16,22 @@ struct LaneBytesOf {
   typedef uint8_t Type __attribute__((vector_size(kLanes<T>)));
 };
 
+// Pooled rows of a task, given how many fit the caches: for batches too small to occupy several
+// threads, fewer, so that one large image makes several tasks. Neighbouring bands read some rows
+// twice, which bands of `least` rows can afford. Depends on sizes alone, never on threads.
+inline int64_t band_rows(const Geometry& g, int64_t fitting, int64_t least) {
+  constexpr int64_t kBands = 4;
+  constexpr double kLargeImage = 4e6;  // multiply-adds; a fraction of a millisecond
+  const double multiply_adds =
+      double(g.out_channels) * g.h.conv * g.w.conv * g.in_channels_per_group() * g.taps();
+  int64_t rows = larger(fitting, least);
+  if (g.batch < kSmallBatch && multiply_adds >= kLargeImage) {
+    rows = smaller(rows, larger(least, (g.h.out + kBands - 1) / kBands));
+  }
+  const int64_t bands = (g.h.out + rows - 1) / rows;
+  return (g.h.out + bands - 1) / bands;  // of equal height, rather than a thin last one
+}
+
 // The key of derived weights, and the size of the weight's memory: 0 where it has gaps, which
 // would have to be compared too.
 inline DerivedKey derived_key(const ForwardArgs& args, const void* kernel, int64_t& bytes) {

@@ -28,10 +28,6 @@ const char* why_not_windows(const Problem& problem) {
   return nullptr;
 }
 
-// Batches smaller than this are split further, by blocks of channels, so that several threads have
-// work; every task then reads its image anew, which larger batches need not pay for.
-constexpr int64_t kSmallBatch = 8;
-
 // Element q * stride + oc belongs to pooled pixel q and output channel oc.
 struct Windows {
   const uint8_t* codes;

@@ -78,9 +78,8 @@ void run_winograd(const ForwardArgs& args, const ThreadPool& pool, const Derived
   if (!derived.usable()) return forward_general(args, pool);
   const Geometry& g = args.geometry;
   const int64_t row_bytes = g.in_channels * 8 * g.w.out * int64_t{sizeof(float)};
-  int64_t rows = larger(kWinogradBandBytes / row_bytes - 1, kWinogradMinBand);
+  const int64_t rows = band_rows(g, kWinogradBandBytes / row_bytes - 1, kWinogradMinBand);
   const int64_t bands = (g.h.out + rows - 1) / rows;
-  rows = (g.h.out + bands - 1) / bands;  // of equal height, rather than a thin last one
   const int64_t padded = round_up(g.out_channels, kLanes<float>);
   float* bias = static_cast<float*>(
       scratch(Slot::kTransformed, padded * int64_t{sizeof(float)} + g.batch * bands));
