@@ -30,13 +30,18 @@ CUDA = ROOT / "csrc" / "cuda"
 FORWARD = "kernels/forward_general.h"
 WEIGHT = "kernels/backward_weight_general.h"
 INPUT = "kernels/backward_input_general.h"
+POOL = "kernels/windows.h"
+FORWARD_WINDOWS = "kernels/forward_windows.h"
 # Each kernel's unit; a header's mutants are compiled in all units that include it.
 UNITS = {
     FORWARD: ["forward_general.cu"],
     WEIGHT: ["backward_weight_general.cu"],
     INPUT: ["backward_input_general.cu"],
+    FORWARD_WINDOWS: ["forward_windows.cu"],
+    POOL: ["forward_windows.cu"],
     "kernels/sizes.h": [
         "forward_general.cu", "backward_weight_general.cu", "backward_input_general.cu",
+        "forward_windows.cu",
     ],
 }  # fmt: skip
 SECONDS = 600  # that one self-test may take; a mutant that hangs is caught, too
@@ -141,6 +146,90 @@ MUTANTS = [
         FORWARD,
         "task < sizes.tasks; task += grid_blocks()) {",
         "task < sizes.tasks; task += sizes.tasks) {",
+    ),
+    Mutant(
+        "forward windows: the slice in use has not been waited for",
+        FORWARD_WINDOWS,
+        "wait_copies<1>();",
+        "wait_copies<2>();",
+    ),
+    Mutant(
+        "forward windows: no barrier after a slice has arrived",
+        FORWARD_WINDOWS,
+        "      wait_copies<1>();\n      sync_threads();\n",
+        "      wait_copies<1>();\n",
+    ),
+    Mutant(
+        "forward windows: the next slice overwrites the one in use",
+        FORWARD_WINDOWS,
+        "      sync_threads();  // the next but one overwrites this stage\n",
+        "",
+    ),
+    Mutant(
+        "forward windows: one stage for two slices",
+        FORWARD_WINDOWS,
+        "      fetch(stage ^ 1);",
+        "      fetch(stage);",
+    ),
+    Mutant(
+        "forward windows: a halo of nothing on the left",
+        FORWARD_WINDOWS,
+        "copy_one(c, row, item == kFours ? 0 : Tile::kCols - 1);",
+        "copy_one(c, row, item == kFours ? 1 : Tile::kCols - 1);",
+    ),
+    Mutant(
+        "forward windows: rows that padded layouts do not align are read by sixteen bytes",
+        FORWARD_WINDOWS,
+        "w.in % 4 == 0 &&\n      aligned(args.input, 4, 16, {in.n, in.c, in.h})) {",
+        "w.in % 4 == 0) {",
+    ),
+    Mutant(
+        "forward windows: rows and columns of the filter are exchanged",
+        FORWARD_WINDOWS,
+        "patch[y + kh][2 * window + x + kw]",
+        "patch[y + kw][2 * window + x + kh]",
+    ),
+    Mutant(
+        "forward windows: the second slice's channels are fetched from the first",
+        FORWARD_WINDOWS,
+        "fetched_channel += kSlice;",
+        "fetched_channel += 2 * kSlice;",
+    ),
+    Mutant(
+        "forward windows: output channels that there are not are written",
+        FORWARD_WINDOWS,
+        "if (channel + o >= sizes.out_channels) continue;",
+        "if (channel + o > sizes.out_channels) continue;",
+    ),
+    Mutant(
+        "forward windows: codes of the neighbouring window",
+        FORWARD_WINDOWS,
+        "{{byte(pooled[o][0].code), byte(pooled[o][1].code)}}",
+        "{{byte(pooled[o][1].code), byte(pooled[o][0].code)}}",
+    ),
+    Mutant(
+        "windows: the last maximum wins a tie",
+        POOL,
+        "if (real && (value > best || value != value))",
+        "if (real && (value >= best || value != value))",
+    ),
+    Mutant(
+        "windows: NaN is dropped",
+        POOL,
+        "if (real && (value > best || value != value))",
+        "if (real && value > best)",
+    ),
+    Mutant(
+        "windows: a column that there is not takes part",
+        POOL,
+        "meet(v1, 1, right);",
+        "meet(v1, 1, true);",
+    ),
+    Mutant(
+        "windows: a block that takes several tasks forgets the carry to the next image",
+        POOL,
+        "if (rest_ >= grid.per_image) rest_ -= grid.per_image, ++n_;",
+        "if (rest_ >= grid.per_image) rest_ -= grid.per_image;",
     ),
     Mutant(
         "grad_weight: no barrier between a list and its readers",

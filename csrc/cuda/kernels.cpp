@@ -7,6 +7,7 @@ namespace fusedcnn::cuda {
 KernelList kernels() {
   // name, pass, exact, why_not, workspace_bytes, forward, backward
   static constexpr Kernel list[] = {
+      {"windows", Pass::kForward, true, why_not_windows, nullptr, forward_windows, nullptr},
       {"general", Pass::kForward, true, why_not_general, nullptr, forward_general, nullptr},
       {"general", Pass::kGradWeight, true, why_not_general, grad_weight_general_workspace, nullptr,
        grad_weight_general},
@@ -31,6 +32,31 @@ const char* why_not_general(const Problem& problem, const Target&) {
     }
   }
   return nullptr;
+}
+
+namespace {
+
+// Whether the block is a 3x3 convolution of stride 1 under a 2x2 pool of stride 2.
+const char* why_not_3x3_pool2(const Geometry& g) {
+  for (const Axis* axis : {&g.h, &g.w}) {
+    if (axis->kernel != 3 || axis->stride != 1 || axis->dilation != 1) {
+      return "the convolution is not 3x3 with stride 1 and dilation 1";
+    }
+    if (axis->pool_kernel != 2 || axis->pool_stride != 2 || axis->pool_padding ||
+        axis->pool_dilation != 1) {
+      return "the pool is not 2x2 with stride 2, without padding";
+    }
+  }
+  return g.groups == 1 ? nullptr : "groups";
+}
+
+}  // namespace
+
+const char* why_not_windows(const Problem& problem, const Target& target) {
+  if (problem.type != DataType::kFloat32) return "not float32";
+  if (problem.wide_code) return "int32 codes";
+  if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
+  return why_not_general(problem, target);
 }
 
 }  // namespace fusedcnn::cuda

@@ -10,6 +10,7 @@
 #include "cuda_on_cpu/machine.h"
 
 #define FUSEDCNN_KERNEL(threads) void
+#define FUSEDCNN_KERNEL_RESIDENT(threads, blocks) void
 #define FUSEDCNN_DEVICE inline
 #define FUSEDCNN_UNROLL
 
