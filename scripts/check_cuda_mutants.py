@@ -31,17 +31,19 @@ FORWARD = "kernels/forward_general.h"
 WEIGHT = "kernels/backward_weight_general.h"
 INPUT = "kernels/backward_input_general.h"
 POOL = "kernels/windows.h"
+FORWARD_MMA = "kernels/forward_mma.h"
 FORWARD_WINDOWS = "kernels/forward_windows.h"
 # Each kernel's unit; a header's mutants are compiled in all units that include it.
 UNITS = {
     FORWARD: ["forward_general.cu"],
     WEIGHT: ["backward_weight_general.cu"],
     INPUT: ["backward_input_general.cu"],
+    FORWARD_MMA: ["forward_mma.cu"],
     FORWARD_WINDOWS: ["forward_windows.cu"],
-    POOL: ["forward_windows.cu"],
+    POOL: ["forward_mma.cu", "forward_windows.cu"],
     "kernels/sizes.h": [
         "forward_general.cu", "backward_weight_general.cu", "backward_input_general.cu",
-        "forward_windows.cu",
+        "forward_mma.cu", "forward_windows.cu",
     ],
 }  # fmt: skip
 SECONDS = 600  # that one self-test may take; a mutant that hangs is caught, too
@@ -206,6 +208,72 @@ MUTANTS = [
         FORWARD_WINDOWS,
         "{{byte(pooled[o][0].code), byte(pooled[o][1].code)}}",
         "{{byte(pooled[o][1].code), byte(pooled[o][0].code)}}",
+    ),
+    Mutant(
+        "forward mma: registers of a weight fragment are swapped",
+        FORWARD_MMA,
+        "lane / 4 + part % 2 * 8;",
+        "lane / 4 + part / 2 * 8;",
+    ),
+    Mutant(
+        "forward mma: columns of the pixels' fragment are swapped",
+        FORWARD_MMA,
+        "const int b_window = first_window + g / 2 * 4;",
+        "const int b_window = first_window + g % 4 * 4;",
+    ),
+    Mutant(
+        "forward mma: rows of the product are taken for its columns",
+        FORWARD_MMA,
+        "const int window = first_window + 4 * t;",
+        "const int window = first_window + 4 * (g / 2);",
+    ),
+    Mutant(
+        "forward mma: the windows' lower pixels are their upper ones",
+        FORWARD_MMA,
+        "pixels[offset[i] + dy * Tile::kPitch + 2 * j]",
+        "pixels[offset[i] + 2 * j]",
+    ),
+    Mutant(
+        "forward mma: output channels g and g + 8 are exchanged",
+        FORWARD_MMA,
+        "const int m = row / 2, i = row % 2 * 2;",
+        "const int m = row / 2, i = (row + 1) % 2 * 2;",
+    ),
+    Mutant(
+        "forward mma: halves of a word are exchanged",
+        FORWARD_MMA,
+        "return low.bits | static_cast<uint32_t>(high.bits) << 16;",
+        "return high.bits | static_cast<uint32_t>(low.bits) << 16;",
+    ),
+    Mutant(
+        "forward mma: no barrier between a slice and its readers",
+        FORWARD_MMA,
+        "      sync_threads();\n      Shared<uint32_t> pixels",
+        "      Shared<uint32_t> pixels",
+    ),
+    Mutant(
+        "forward mma: no barrier before the next weights",
+        FORWARD_MMA,
+        "      sync_threads();  // the next but one overwrites this stage, the next the weights\n",
+        "",
+    ),
+    Mutant(
+        "forward mma: weights of the channel block before",
+        FORWARD_MMA,
+        "|| weights_of != channel_block) {",
+        "|| weights_of < 0) {",
+    ),
+    Mutant(
+        "forward mma: an odd number of channels reads one more",
+        FORWARD_MMA,
+        "if (real && c + 1 < sizes.channels) high = load_pack<2, S>(from + strides.c);",
+        "if (real && c < sizes.channels) high = load_pack<2, S>(from + strides.c);",
+    ),
+    Mutant(
+        "forward mma: what a tap that there is not finds takes part",
+        FORWARD_MMA,
+        "real[i] = tap < 9;",
+        "real[i] = tap < 10;",
     ),
     Mutant(
         "windows: the last maximum wins a tie",

@@ -14,6 +14,7 @@
 #define FUSEDCNN_KERNEL_RESIDENT(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define FUSEDCNN_DEVICE __device__ __forceinline__
 #define FUSEDCNN_UNROLL _Pragma("unroll")
+#define FUSEDCNN_NO_UNROLL _Pragma("unroll 1")
 
 namespace fusedcnn::cuda {
 

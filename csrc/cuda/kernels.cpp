@@ -7,6 +7,7 @@ namespace fusedcnn::cuda {
 KernelList kernels() {
   // name, pass, exact, why_not, workspace_bytes, forward, backward
   static constexpr Kernel list[] = {
+      {"mma", Pass::kForward, true, why_not_mma, nullptr, forward_mma, nullptr},
       {"windows", Pass::kForward, true, why_not_windows, nullptr, forward_windows, nullptr},
       {"general", Pass::kForward, true, why_not_general, nullptr, forward_general, nullptr},
       {"general", Pass::kGradWeight, true, why_not_general, grad_weight_general_workspace, nullptr,
@@ -47,6 +48,12 @@ const char* why_not_3x3_pool2(const Geometry& g) {
       return "the pool is not 2x2 with stride 2, without padding";
     }
   }
+  // They count images, and tiles of an image, in 32 bits.
+  constexpr int64_t kLargest = int64_t{1} << 30;
+  if (g.batch >= kLargest) return "2^30 images or more";
+  if ((g.outputs() + g.h.out + g.w.out + 1) * g.out_channels >= kLargest) {
+    return "an image has some 2^30 outputs or more";
+  }
   return g.groups == 1 ? nullptr : "groups";
 }
 
@@ -54,6 +61,15 @@ const char* why_not_3x3_pool2(const Geometry& g) {
 
 const char* why_not_windows(const Problem& problem, const Target& target) {
   if (problem.type != DataType::kFloat32) return "not float32";
+  if (problem.wide_code) return "int32 codes";
+  if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
+  return why_not_general(problem, target);
+}
+
+const char* why_not_mma(const Problem& problem, const Target& target) {
+  if (problem.type == DataType::kFloat64) return "float64";
+  if (problem.type == DataType::kFloat32 && !target.allow_tf32) return "tf32 is not allowed";
+  if (target.device.capability < 80) return "the GPU is older than sm_80";
   if (problem.wide_code) return "int32 codes";
   if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
   return why_not_general(problem, target);

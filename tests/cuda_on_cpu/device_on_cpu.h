@@ -13,6 +13,7 @@
 #define FUSEDCNN_KERNEL_RESIDENT(threads, blocks) void
 #define FUSEDCNN_DEVICE inline
 #define FUSEDCNN_UNROLL
+#define FUSEDCNN_NO_UNROLL
 
 // Default arguments that name the caller's line.
 #define FUSEDCNN_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()

@@ -317,8 +317,8 @@ template <typename Tile>
 void launch_forward_windows(const ForwardArgs& args, const Execution& execution) {
   WindowsSizes sizes = windows_sizes(args);
   sizes.grid = tile_grid(args.geometry, Tile::kTileH, Tile::kTileW, Tile::kChannels);
-  launch("forward_windows", forward_windows_kernel<Tile>, walking_blocks(sizes.grid),
-         Tile::kThreads, Tile::shared(), execution, args, sizes);
+  launch("forward_windows", forward_windows_kernel<Tile>, sizes.grid.blocks, Tile::kThreads,
+         Tile::shared(), execution, args, sizes);
 }
 
 // Windows x output channels that a tile computes for one image, wanted or not.

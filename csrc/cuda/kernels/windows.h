@@ -49,19 +49,19 @@ inline bool aligned(const void* pointer, int64_t element, int64_t bytes,
 struct TileGrid {
   int tiles_h, tiles_w, channel_blocks;
   int per_image;  // tasks
-  int64_t batch;
+  int batch;
+  int blocks;             // of the launch
+  int step_n, step_rest;  // as many tasks: whole images, and what is left
 };
 class TileWalk {
  public:
   FUSEDCNN_DEVICE explicit TileWalk(const TileGrid& grid)
-      : n_(block_index() / grid.per_image),
-        step_n_(grid_blocks() / grid.per_image),
-        rest_(static_cast<int>(block_index() % grid.per_image)),
-        step_rest_(static_cast<int>(grid_blocks() % grid.per_image)) {}
+      : n_(static_cast<int>(block_index()) / grid.per_image),
+        rest_(static_cast<int>(block_index()) % grid.per_image) {}
   FUSEDCNN_DEVICE bool done(const TileGrid& grid) const { return n_ >= grid.batch; }
   FUSEDCNN_DEVICE void advance(const TileGrid& grid) {
-    n_ += step_n_;
-    rest_ += step_rest_;
+    n_ += grid.step_n;
+    rest_ += grid.step_rest;
     if (rest_ >= grid.per_image) rest_ -= grid.per_image, ++n_;
   }
   FUSEDCNN_DEVICE int64_t n() const { return n_; }
@@ -74,8 +74,7 @@ class TileWalk {
   }
 
  private:
-  int64_t n_, step_n_;
-  int rest_, step_rest_;
+  int n_, rest_;
 };
 
 inline TileGrid tile_grid(const Geometry& g, int tile_h, int tile_w, int channels) {
@@ -87,16 +86,15 @@ inline TileGrid tile_grid(const Geometry& g, int tile_h, int tile_w, int channel
   grid.tiles_w = parts(g.w.out, tile_w);
   grid.channel_blocks = parts(g.out_channels, channels);
   grid.per_image = grid.tiles_h * grid.tiles_w * grid.channel_blocks;
-  grid.batch = g.batch;
+  grid.batch = static_cast<int>(g.batch);
+  // Few enough that each block takes several tasks of a large batch, and fetches one while it
+  // computes another; 8 for each of 132 multiprocessors.
+  constexpr int64_t kMostBlocks = 1056;
+  const int64_t blocks = blocks_for(static_cast<int64_t>(grid.batch) * grid.per_image);
+  grid.blocks = static_cast<int>(blocks < kMostBlocks ? blocks : kMostBlocks);
+  grid.step_n = grid.blocks / grid.per_image;
+  grid.step_rest = grid.blocks % grid.per_image;
   return grid;
-}
-
-// Blocks of a launch: few enough that each takes several tasks of a large batch, and fetches one
-// while it computes another; 8 for each of 132 multiprocessors.
-inline int64_t walking_blocks(const TileGrid& grid) {
-  constexpr int64_t kMost = 1056;
-  const int64_t blocks = blocks_for(grid.batch * grid.per_image);
-  return blocks < kMost ? blocks : kMost;
 }
 
 }  // namespace
