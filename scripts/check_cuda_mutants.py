@@ -31,19 +31,21 @@ FORWARD = "kernels/forward_general.h"
 WEIGHT = "kernels/backward_weight_general.h"
 INPUT = "kernels/backward_input_general.h"
 POOL = "kernels/windows.h"
+WEIGHT_WINDOWS = "kernels/backward_weight_windows.h"
 FORWARD_MMA = "kernels/forward_mma.h"
 FORWARD_WINDOWS = "kernels/forward_windows.h"
 # Each kernel's unit; a header's mutants are compiled in all units that include it.
 UNITS = {
     FORWARD: ["forward_general.cu"],
-    WEIGHT: ["backward_weight_general.cu"],
+    WEIGHT: ["backward_weight_general.cu", "backward_weight_windows.cu"],
+    WEIGHT_WINDOWS: ["backward_weight_windows.cu"],
     INPUT: ["backward_input_general.cu"],
     FORWARD_MMA: ["forward_mma.cu"],
     FORWARD_WINDOWS: ["forward_windows.cu"],
-    POOL: ["forward_mma.cu", "forward_windows.cu"],
+    POOL: ["backward_weight_windows.cu", "forward_mma.cu", "forward_windows.cu"],
     "kernels/sizes.h": [
         "forward_general.cu", "backward_weight_general.cu", "backward_input_general.cu",
-        "forward_mma.cu", "forward_windows.cu",
+        "backward_weight_windows.cu", "forward_mma.cu", "forward_windows.cu",
     ],
 }  # fmt: skip
 SECONDS = 600  # that one self-test may take; a mutant that hangs is caught, too
@@ -340,6 +342,60 @@ MUTANTS = [
         WEIGHT,
         "        if (code >= 0) {\n          const T gradient",
         "        if (code >= -1) {\n          const T gradient",
+    ),
+    Mutant(
+        "grad_weight windows: no barrier after a tile has arrived",
+        WEIGHT_WINDOWS,
+        "        wait_copies<0>();\n        sync_threads();\n",
+        "        wait_copies<0>();\n",
+    ),
+    Mutant(
+        "grad_weight windows: no barrier before the next tile",
+        WEIGHT_WINDOWS,
+        "      sync_threads();  // the next tile overwrites this one\n",
+        "",
+    ),
+    Mutant(
+        "grad_weight windows: no barrier between codes and their readers",
+        WEIGHT_WINDOWS,
+        "        sync_warp();\n        const int end",
+        "        const int end",
+    ),
+    Mutant(
+        "grad_weight windows: no barrier before the next windows",
+        WEIGHT_WINDOWS,
+        "        sync_warp();  // the next windows overwrite these\n",
+        "",
+    ),
+    Mutant(
+        "grad_weight windows: gradients flow into the bias where ReLU is off",
+        WEIGHT_WINDOWS,
+        "if (code < 0) gradient = 0;",
+        "if (code < -1) gradient = 0;",
+    ),
+    Mutant(
+        "grad_weight windows: the second code meets the third's pixel",
+        WEIGHT_WINDOWS,
+        "case 2: add(1);",
+        "case 2: add(2);",
+    ),
+    Mutant(
+        "grad_weight windows: warps that share output channels share their sums",
+        WEIGHT_WINDOWS,
+        "partial + ((slab * groups + group) * sizes.out_channels",
+        "partial + ((slab * groups) * sizes.out_channels",
+    ),
+    Mutant(
+        "grad_weight windows: the second slice of channels is written over the first",
+        WEIGHT_WINDOWS,
+        "to[9 * first + k]",
+        "to[k]",
+    ),
+    Mutant(
+        "grad_weight windows: windows of the next tile count twice",
+        WEIGHT_WINDOWS,
+        "window < windows && oh < sizes.out_h && ow < sizes.out_w;",
+        "window < windows;",
     ),
     Mutant(
         "grad_input: no barrier before the weights are overwritten",

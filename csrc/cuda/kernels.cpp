@@ -10,6 +10,8 @@ KernelList kernels() {
       {"mma", Pass::kForward, true, why_not_mma, nullptr, forward_mma, nullptr},
       {"windows", Pass::kForward, true, why_not_windows, nullptr, forward_windows, nullptr},
       {"general", Pass::kForward, true, why_not_general, nullptr, forward_general, nullptr},
+      {"windows", Pass::kGradWeight, true, why_not_windows, grad_weight_windows_workspace, nullptr,
+       grad_weight_windows},
       {"general", Pass::kGradWeight, true, why_not_general, grad_weight_general_workspace, nullptr,
        grad_weight_general},
       {"general", Pass::kGradInput, true, why_not_general, nullptr, nullptr, grad_input_general},
