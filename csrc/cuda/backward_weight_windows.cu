@@ -11,7 +11,14 @@ int64_t grad_weight_windows_workspace(const Problem& problem) {
 }
 
 void grad_weight_windows(const BackwardArgs& args, const Execution& execution) {
-  for_slots(args.geometry, [&](auto slots) { launch_grad_weight_windows<slots>(args, execution); });
+  for_slots(args.geometry, [&](auto slots) {
+    switch (args.type) {
+      case DataType::kFloat32: return launch_grad_weight_windows<float, slots>(args, execution);
+      case DataType::kBFloat16: return launch_grad_weight_windows<BFloat16, slots>(args, execution);
+      case DataType::kFloat16: return launch_grad_weight_windows<Float16, slots>(args, execution);
+      case DataType::kFloat64: return;  // why_not_weight_windows
+    }
+  });
 }
 
 }  // namespace fusedcnn::cuda

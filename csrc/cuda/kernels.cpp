@@ -10,8 +10,8 @@ KernelList kernels() {
       {"mma", Pass::kForward, true, why_not_mma, nullptr, forward_mma, nullptr},
       {"windows", Pass::kForward, true, why_not_windows, nullptr, forward_windows, nullptr},
       {"general", Pass::kForward, true, why_not_general, nullptr, forward_general, nullptr},
-      {"windows", Pass::kGradWeight, true, why_not_windows, grad_weight_windows_workspace, nullptr,
-       grad_weight_windows},
+      {"windows", Pass::kGradWeight, true, why_not_weight_windows, grad_weight_windows_workspace,
+       nullptr, grad_weight_windows},
       {"general", Pass::kGradWeight, true, why_not_general, grad_weight_general_workspace, nullptr,
        grad_weight_general},
       {"general", Pass::kGradInput, true, why_not_general, nullptr, nullptr, grad_input_general},
@@ -63,6 +63,11 @@ const char* why_not_3x3_pool2(const Geometry& g) {
 
 const char* why_not_windows(const Problem& problem, const Target& target) {
   if (problem.type != DataType::kFloat32) return "not float32";
+  return why_not_weight_windows(problem, target);
+}
+
+const char* why_not_weight_windows(const Problem& problem, const Target& target) {
+  if (problem.type == DataType::kFloat64) return "float64";
   if (problem.wide_code) return "int32 codes";
   if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
   return why_not_general(problem, target);

@@ -10,6 +10,7 @@ KernelList kernels();
 
 const char* why_not_general(const Problem& problem, const Target& target);
 const char* why_not_windows(const Problem& problem, const Target& target);
+const char* why_not_weight_windows(const Problem& problem, const Target& target);
 const char* why_not_mma(const Problem& problem, const Target& target);
 void forward_general(const ForwardArgs& args, const Execution& execution);
 void forward_mma(const ForwardArgs& args, const Execution& execution);

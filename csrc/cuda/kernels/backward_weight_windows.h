@@ -1,5 +1,5 @@
-// grad_weight and grad_bias, float32 on CUDA cores: 3x3 convolution of stride 1 under a 2x2 pool of
-// stride 2.
+// grad_weight and grad_bias on CUDA cores, sums in float: 3x3 convolution of stride 1 under a 2x2
+// pool of stride 2.
 //
 // Of a window's four convolution outputs at most one has a gradient, so a quarter of the arithmetic
 // is left, and less where ReLU is off. A warp takes kChannels output channels and walks over
@@ -34,10 +34,9 @@ namespace fusedcnn::cuda {
 namespace {
 
 constexpr int kWindowsThreads = 128, kWindowsWarps = kWindowsThreads / kWarp;
-constexpr int kWindowsResident = 3;  // blocks to a multiprocessor, of 168 registers a thread
-constexpr int kChannels = 8;         // output channels of a warp
-constexpr int kTile = 16;            // windows of a tile along an axis, at most
-constexpr int kPitch = 35;           // columns of a tile, its halo, and one more: 3 (mod 32)
+constexpr int kChannels = 8;  // output channels of a warp
+constexpr int kTile = 16;     // windows of a tile along an axis, at most
+constexpr int kPitch = 35;    // columns of a tile, its halo, and one more: 3 (mod 32)
 static_assert(kPitch >= 2 * kTile + 2 && kPitch % 32 == 3);
 
 // Input channels whose weights the lanes of a warp have slots for.
@@ -92,8 +91,8 @@ WindowsWeightSizes windows_weight_sizes(const Geometry& g) {
 
 // args: grad_output and code [N, OC, OH, OW], input [N, C, H, W] or null where only grad_bias is
 // wanted. partial: [slabs][window groups][OC][9 C + 1].
-template <int Slots>
-FUSEDCNN_KERNEL_RESIDENT(kWindowsThreads, kWindowsResident)
+template <typename S, int Slots>
+FUSEDCNN_KERNEL_RESIDENT(kWindowsThreads, Slots == 1 ? 5 : 3)
 grad_weight_windows_kernel(BackwardArgs args, WindowsWeightSizes sizes, float* partial) {
   constexpr int kSliceChannels = slice_channels(Slots);
   SharedMemory memory;
@@ -149,8 +148,7 @@ grad_weight_windows_kernel(BackwardArgs args, WindowsWeightSizes sizes, float* p
       const int first_w = tile % sizes.tiles_w * sizes.tile_w;
       if (want_weight) {
         const Strides from = args.input_strides;
-        const float* const image =
-            static_cast<const float*>(args.input) + n * from.n + first * from.c;
+        const S* const image = static_cast<const S*>(args.input) + n * from.n + first * from.c;
         const int cols = 2 * sizes.tile_w + 2, area = (2 * sizes.tile_h + 2) * cols;
         FUSEDCNN_NO_UNROLL
         for (int i = thread_index(); i < count * area; i += kWindowsThreads) {
@@ -158,8 +156,13 @@ grad_weight_windows_kernel(BackwardArgs args, WindowsWeightSizes sizes, float* p
           const int h = 2 * first_h - sizes.padding_h + row;
           const int w = 2 * first_w - sizes.padding_w + col;
           const bool real = inside(h, sizes.in_h) && inside(w, sizes.in_w);
-          copy_async<4>(pixels + (c * sizes.plane + row * kPitch + col),
-                        real ? image + c * from.c + h * from.h + w * from.w : image, real ? 4 : 0);
+          const S* const at = real ? image + c * from.c + h * from.h + w * from.w : image;
+          const Shared<float> to = pixels + (c * sizes.plane + row * kPitch + col);
+          if constexpr (sizeof(S) == sizeof(float)) {
+            copy_async<4>(to, at, real ? 4 : 0);
+          } else {
+            *to = real ? widen(load_constant(at)) : 0.f;
+          }
         }
         commit_copies();
         wait_copies<0>();
@@ -183,8 +186,8 @@ grad_weight_windows_kernel(BackwardArgs args, WindowsWeightSizes sizes, float* p
               const Strides &at = args.code_strides, &from = args.grad_output_strides;
               code = load_code(static_cast<const uint8_t*>(args.code) + n * at.n +
                                (oc0 + o) * at.c + oh * at.h + ow * at.w);
-              gradient = load_constant(static_cast<const float*>(args.grad_output) + n * from.n +
-                                       (oc0 + o) * from.c + oh * from.h + ow * from.w);
+              gradient = widen(load_constant(static_cast<const S*>(args.grad_output) + n * from.n +
+                                             (oc0 + o) * from.c + oh * from.h + ow * from.w));
               // Where ReLU is off nothing flows, whatever stands there.
               if (code < 0) gradient = 0;
             }
@@ -274,7 +277,7 @@ auto for_slots(const Geometry& g, const Body& body) {
   return body(std::integral_constant<int, 5>{});
 }
 
-template <int Slots>
+template <typename S, int Slots>
 void launch_grad_weight_windows(const BackwardArgs& args, const Execution& execution) {
   const WindowsWeightSizes sizes = windows_weight_sizes<Slots>(args.geometry);
   float* const partial = static_cast<float*>(execution.workspace);
@@ -285,10 +288,10 @@ void launch_grad_weight_windows(const BackwardArgs& args, const Execution& execu
                          2 * shared_bytes<int>(kWindowsThreads) +
                          shared_bytes<float>(kChannels * Slots * kWindowsThreads) +
                          shared_bytes<float>(want_weight ? slice * sizes.plane : 0);
-  launch("grad_weight_windows", grad_weight_windows_kernel<Slots>, blocks_for(tasks),
+  launch("grad_weight_windows", grad_weight_windows_kernel<S, Slots>, blocks_for(tasks),
          kWindowsThreads, shared, execution, args, sizes, partial);
   const int64_t size = args.geometry.out_channels * sizes.general.row;
-  launch("grad_weight_finish", grad_weight_finish_kernel<float>,
+  launch("grad_weight_finish", grad_weight_finish_kernel<S>,
          blocks_for((size + kWeightThreads - 1) / kWeightThreads), kWeightThreads, 0, execution,
          args, sizes.general, static_cast<const float*>(partial));
 }
