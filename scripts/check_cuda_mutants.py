@@ -299,7 +299,7 @@ MUTANTS = [
         "windows: a block that takes several tasks forgets the carry to the next image",
         POOL,
         "if (rest_ >= grid.per_image) rest_ -= grid.per_image, ++n_;",
-        "if (rest_ >= grid.per_image) rest_ -= grid.per_image;",
+        "if (rest_ > grid.per_image) rest_ -= grid.per_image, ++n_;",
     ),
     Mutant(
         "grad_weight: no barrier between a list and its readers",
@@ -380,10 +380,22 @@ MUTANTS = [
         "case 2: add(2);",
     ),
     Mutant(
-        "grad_weight windows: warps that share output channels share their sums",
+        "grad_weight windows: sums of the other warps are lost",
         WEIGHT_WINDOWS,
-        "partial + ((slab * groups + group) * sizes.out_channels",
-        "partial + ((slab * groups) * sizes.out_channels",
+        "totals[(o * Slots + i) * kWindowsThreads + other * kWarp + lane];",
+        "totals[(o * Slots + i) * kWindowsThreads + warp * kWarp + lane];",
+    ),
+    Mutant(
+        "grad_weight windows: no barrier before the next task's sums",
+        WEIGHT_WINDOWS,
+        "    sync_threads();  // the next task's sums overwrite these\n",
+        "",
+    ),
+    Mutant(
+        "grad_weight finish: no barrier before the warps' sums are read",
+        WEIGHT,
+        "    sums[thread_index()] = sum;\n    sync_threads();\n",
+        "    sums[thread_index()] = sum;\n",
     ),
     Mutant(
         "grad_weight windows: the second slice of channels is written over the first",

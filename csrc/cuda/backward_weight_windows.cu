@@ -10,6 +10,12 @@ int64_t grad_weight_windows_workspace(const Problem& problem) {
   });
 }
 
+int64_t grad_weight_windows_shared(const Problem& problem) {
+  return for_slots(problem.geometry, [&](auto slots) {
+    return windows_weight_shared<slots>(windows_weight_sizes<slots>(problem.geometry), true);
+  });
+}
+
 void grad_weight_windows(const BackwardArgs& args, const Execution& execution) {
   for_slots(args.geometry, [&](auto slots) {
     switch (args.type) {

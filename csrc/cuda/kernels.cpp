@@ -63,14 +63,20 @@ const char* why_not_3x3_pool2(const Geometry& g) {
 
 const char* why_not_windows(const Problem& problem, const Target& target) {
   if (problem.type != DataType::kFloat32) return "not float32";
-  return why_not_weight_windows(problem, target);
+  if (problem.wide_code) return "int32 codes";
+  if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
+  return why_not_general(problem, target);
 }
 
 const char* why_not_weight_windows(const Problem& problem, const Target& target) {
   if (problem.type == DataType::kFloat64) return "float64";
   if (problem.wide_code) return "int32 codes";
   if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
-  return why_not_general(problem, target);
+  if (const char* reason = why_not_general(problem, target)) return reason;
+  if (grad_weight_windows_shared(problem) > target.device.shared_bytes) {
+    return "the GPU's blocks have too little shared memory";
+  }
+  return nullptr;
 }
 
 const char* why_not_mma(const Problem& problem, const Target& target) {

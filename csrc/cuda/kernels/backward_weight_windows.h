@@ -55,8 +55,6 @@ struct WindowsWeightSizes {
   int64_t units, slabs;  // tiles of all images
 };
 
-inline int window_groups(const WindowsWeightSizes& s) { return kWindowsWarps / s.channel_warps; }
-
 template <int Slots>
 WindowsWeightSizes windows_weight_sizes(const Geometry& g) {
   WindowsWeightSizes s{};
@@ -69,7 +67,8 @@ WindowsWeightSizes windows_weight_sizes(const Geometry& g) {
   s.out_channels = static_cast<int>(g.out_channels);
   const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
   const auto parts = [](int whole, int part) { return (whole + part - 1) / part; };
-  s.tile_h = static_cast<int>(least(s.out_h, kTile));
+  // Many channels: half the height, or shared memory has room for fewer blocks, on some GPUs none.
+  s.tile_h = static_cast<int>(least(s.out_h, Slots == 1 ? kTile : kTile / 2));
   s.tile_w = static_cast<int>(least(s.out_w, kTile));
   s.tiles_h = parts(s.out_h, s.tile_h);
   s.tiles_w = parts(s.out_w, s.tile_w);
@@ -79,18 +78,17 @@ WindowsWeightSizes windows_weight_sizes(const Geometry& g) {
   s.channel_warps = s.out_channels <= kChannels ? 1 : s.out_channels <= 2 * kChannels ? 2 : 4;
   s.channel_blocks = parts(s.out_channels, kChannels * s.channel_warps);
   s.units = g.batch * s.tiles_h * s.tiles_w;
-  // As many blocks as the general kernel wants, and no more partial sums.
-  s.slabs = kWantedBlocks / (static_cast<int64_t>(s.slices) * s.channel_blocks);
-  s.slabs =
-      least(s.slabs, kMostPartialBytes / (g.out_channels * s.general.row * 4 * window_groups(s)));
+  // 4 blocks for each of 132 multiprocessors.
+  s.slabs = 528 / (static_cast<int64_t>(s.slices) * s.channel_blocks);
+  s.slabs = least(s.slabs, kMostPartialBytes / (g.out_channels * s.general.row * 4));
   s.slabs = least(s.slabs, s.units);
   if (s.slabs < 1) s.slabs = 1;
-  s.general.slabs = s.slabs * window_groups(s);
+  s.general.slabs = s.slabs;
   return s;
 }
 
 // args: grad_output and code [N, OC, OH, OW], input [N, C, H, W] or null where only grad_bias is
-// wanted. partial: [slabs][window groups][OC][9 C + 1].
+// wanted. partial: [slabs][OC][9 C + 1].
 template <typename S, int Slots>
 FUSEDCNN_KERNEL_RESIDENT(kWindowsThreads, Slots == 1 ? 5 : 3)
 grad_weight_windows_kernel(BackwardArgs args, WindowsWeightSizes sizes, float* partial) {
@@ -101,8 +99,8 @@ grad_weight_windows_kernel(BackwardArgs args, WindowsWeightSizes sizes, float* p
   const Shared<float> gradients = memory.array<float>(kWindowsThreads * kChannels);
   const Shared<uint32_t> codes = memory.array<uint32_t>(kWindowsThreads);
   const Shared<int> places = memory.array<int>(kWindowsThreads);
-  const Shared<float> totals =
-      memory.array<float>(kChannels * Slots * kWindowsThreads);  // own ones
+  const Shared<float> totals = memory.array<float>(kChannels * Slots * kWindowsThreads);
+  const Shared<float> biases = memory.array<float>(kWindowsWarps * kChannels);
   const bool want_weight = args.grad_weight != nullptr;
   const int slice = sizes.channels < kSliceChannels ? sizes.channels : kSliceChannels;
   const Shared<float> pixels = memory.array<float>(want_weight ? slice * sizes.plane : 0);
@@ -250,21 +248,34 @@ grad_weight_windows_kernel(BackwardArgs args, WindowsWeightSizes sizes, float* p
     FUSEDCNN_UNROLL
     for (int o = 0; o < kChannels; ++o) {
       FUSEDCNN_UNROLL
-      for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-        bias[o] += shuffle_xor(bias[o], lanes);
-      }
-      if (oc0 + o >= sizes.out_channels) continue;
-      float* const to =
-          partial + ((slab * groups + group) * sizes.out_channels + oc0 + o) * sizes.general.row;
-      if (first == 0 && lane == 0) to[sizes.general.row - 1] = bias[o];
-      if (!want_weight) continue;
-      FUSEDCNN_UNROLL
-      for (int i = 0; i < Slots; ++i) {
-        const int k = i * kWarp + lane;
-        if (k >= 9 * count) continue;
-        to[9 * first + k] = totals[(o * Slots + i) * kWindowsThreads + thread_index()];
+      for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) bias[o] += shuffle_xor(bias[o], lanes);
+      if (lane == 0) biases[warp * kChannels + o] = bias[o];
+    }
+    sync_threads();
+    // The first warp of those that share output channels adds up their sums.
+    if (group == 0) {
+      FUSEDCNN_NO_UNROLL
+      for (int o = 0; o < kChannels && oc0 + o < sizes.out_channels; ++o) {
+        float* const to = partial + (slab * sizes.out_channels + oc0 + o) * sizes.general.row;
+        if (first == 0 && lane == 0) {
+          float sum = 0;
+          for (int other = warp; other < kWindowsWarps; other += sizes.channel_warps) {
+            sum += biases[other * kChannels + o];
+          }
+          to[sizes.general.row - 1] = sum;
+        }
+        for (int i = 0; want_weight && i < Slots; ++i) {
+          const int k = i * kWarp + lane;
+          if (k >= 9 * count) continue;
+          float sum = 0;
+          for (int other = warp; other < kWindowsWarps; other += sizes.channel_warps) {
+            sum += totals[(o * Slots + i) * kWindowsThreads + other * kWarp + lane];
+          }
+          to[9 * first + k] = sum;
+        }
       }
     }
+    sync_threads();  // the next task's sums overwrite these
   }
 }
 
@@ -277,23 +288,26 @@ auto for_slots(const Geometry& g, const Body& body) {
   return body(std::integral_constant<int, 5>{});
 }
 
+// Bytes of shared memory of a block.
+template <int Slots>
+int64_t windows_weight_shared(const WindowsWeightSizes& sizes, bool want_weight) {
+  const int slice = sizes.channels < slice_channels(Slots) ? sizes.channels : slice_channels(Slots);
+  return shared_bytes<float>(kWindowsThreads * kChannels) + 2 * shared_bytes<int>(kWindowsThreads) +
+         shared_bytes<float>(kChannels * Slots * kWindowsThreads) +
+         shared_bytes<float>(kWindowsWarps * kChannels) +
+         shared_bytes<float>(want_weight ? slice * sizes.plane : 0);
+}
+
 template <typename S, int Slots>
 void launch_grad_weight_windows(const BackwardArgs& args, const Execution& execution) {
   const WindowsWeightSizes sizes = windows_weight_sizes<Slots>(args.geometry);
   float* const partial = static_cast<float*>(execution.workspace);
   const bool want_weight = args.grad_weight != nullptr;
-  const int slice = sizes.channels < slice_channels(Slots) ? sizes.channels : slice_channels(Slots);
   const int64_t tasks = sizes.slabs * (want_weight ? sizes.slices : 1) * sizes.channel_blocks;
-  const int64_t shared = shared_bytes<float>(kWindowsThreads * kChannels) +
-                         2 * shared_bytes<int>(kWindowsThreads) +
-                         shared_bytes<float>(kChannels * Slots * kWindowsThreads) +
-                         shared_bytes<float>(want_weight ? slice * sizes.plane : 0);
+  const int64_t shared = windows_weight_shared<Slots>(sizes, want_weight);
   launch("grad_weight_windows", grad_weight_windows_kernel<S, Slots>, blocks_for(tasks),
          kWindowsThreads, shared, execution, args, sizes, partial);
-  const int64_t size = args.geometry.out_channels * sizes.general.row;
-  launch("grad_weight_finish", grad_weight_finish_kernel<S>,
-         blocks_for((size + kWeightThreads - 1) / kWeightThreads), kWeightThreads, 0, execution,
-         args, sizes.general, static_cast<const float*>(partial));
+  launch_grad_weight_finish<S>(args, sizes.general, partial, execution);
 }
 
 }  // namespace
