@@ -14,15 +14,17 @@
 //
 // 16 channels: 20 loads of pixels a window and warp, for 8 x 5 multiply-adds where all are live;
 // about 14 instructions a live pair of window and output channel, 4 for one that is off. 16 -> 32
-// at 16x16, half of the windows live: 2,048 pairs x 9 + 256 x 30 = 26,000 warp instructions an
-// image, 6,500 cycles on one of 132 multiprocessors, or 28 ns at 1.75 GHz, where all four elements
-// at the FMA peak would take 9,216 cycles. 3 -> 16 at 32x32: 27 of 32 lanes work, for one
-// multiply-add a pair, 4,096 pairs x 7 + 512 x 15 = 36,000, 9,000 cycles, 39 ns: no better than all
-// four elements would be, but better than the general kernel. Estimates, not measurements: so far
-// this has run on a CPU only.
+// at 16x16, half of the pairs live: 2,048 pairs x 9 + 4 warps x 64 windows x 30 = 26,000 warp
+// instructions an image, 6,500 cycles of four issue slots, 25 ns on 132 multiprocessors at 1.98
+// GHz; all four elements at the FMA peak would take 9,216 cycles, the live quarter's own
+// multiply-adds 1,152. 3 -> 16 at 32x32: 27 of 32 lanes work, for one multiply-add a pair; 4,096
+// pairs x 7 + 2 x 256 x 15 = 36,000 instructions, 9,100 cycles, 35 ns, where all four elements at
+// the peak would take 3,456 and memory 7.6 ns: with so few channels, lanes had better be output
+// channels. Estimates, not measurements: so far this has run on a CPU only.
 //
-// Sums run over a slab of the images' tiles; the general kernel's second stage adds up the slabs in
-// order. How many there are depends on the geometry alone.
+// Sums run over a slab of the images' tiles, in registers for a tile, then in shared memory; those
+// of the warps that share output channels are added up, and the general kernel's second stage adds
+// up the slabs in order. How many there are depends on the geometry alone.
 #pragma once
 
 #include <type_traits>

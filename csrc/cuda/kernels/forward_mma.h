@@ -18,11 +18,12 @@
 //
 // A step costs a warp 16 loads of 32 bits and MTiles of 128: 16 + 4 MTiles wavefronts, for 8 MTiles
 // products. 3 -> 16 channels at 32x32, per image: 16 warps' worth x 3 steps (tf32: 5) x 20 = 960
-// (1,600) cycles of shared memory on one of 132 multiprocessors, that is 4.1 (6.9) ns at 1.75 GHz,
-// where memory takes 4.2 (7.6) at 4.3 TB/s for 18 (32) KiB. 16 -> 32 at 16x16: 4 x 9 (18) x 24 =
-// 864 (1,728) cycles, 3.7 (7.5) ns, beside 3.3 (6.2) for 14 (26) KiB. Counts, not measurements: so
-// far this has run on a CPU only, which knows nothing of the order of sums inside a matrix
-// instruction.
+// (1,600) cycles of shared memory on one of 132 multiprocessors, 3.7 (6.1) ns at 1.98 GHz, where
+// memory takes 4.2 (7.6) at 4.3 TB/s for 18 (32) KiB. 16 -> 32 at 16x16: 4 x 9 (18) x 24 = 864
+// (1,728) cycles, 3.3 (6.6) ns, beside 3.3 (6.2) for 14 (26) KiB. Staging comes on top:
+// asynchronous for tf32 and for channels_last halves, by way of registers for halves in planes.
+// Outputs in channels_last are written one by one. Counts, not measurements: so far this has run on
+// a CPU only, which knows nothing of the order of sums inside a matrix instruction.
 #pragma once
 
 #include <cstring>
