@@ -2,7 +2,10 @@
 # runs them on a CPU (tests/cuda_on_cpu), which needs no CUDA toolkit.
 set(FUSEDCNN_CUDA_UNITS
   ${PROJECT_SOURCE_DIR}/csrc/cuda/forward_general.cu
+  ${PROJECT_SOURCE_DIR}/csrc/cuda/forward_mma.cu
+  ${PROJECT_SOURCE_DIR}/csrc/cuda/forward_windows.cu
   ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_general.cu
+  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_windows.cu
   ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_input_general.cu)
 
 set(FUSEDCNN_CUDA AUTO CACHE STRING

@@ -30,13 +30,22 @@ CUDA = ROOT / "csrc" / "cuda"
 FORWARD = "kernels/forward_general.h"
 WEIGHT = "kernels/backward_weight_general.h"
 INPUT = "kernels/backward_input_general.h"
+POOL = "kernels/windows.h"
+WEIGHT_WINDOWS = "kernels/backward_weight_windows.h"
+FORWARD_MMA = "kernels/forward_mma.h"
+FORWARD_WINDOWS = "kernels/forward_windows.h"
 # Each kernel's unit; a header's mutants are compiled in all units that include it.
 UNITS = {
     FORWARD: ["forward_general.cu"],
-    WEIGHT: ["backward_weight_general.cu"],
+    WEIGHT: ["backward_weight_general.cu", "backward_weight_windows.cu"],
+    WEIGHT_WINDOWS: ["backward_weight_windows.cu"],
     INPUT: ["backward_input_general.cu"],
+    FORWARD_MMA: ["forward_mma.cu"],
+    FORWARD_WINDOWS: ["forward_windows.cu"],
+    POOL: ["backward_weight_windows.cu", "forward_mma.cu", "forward_windows.cu"],
     "kernels/sizes.h": [
         "forward_general.cu", "backward_weight_general.cu", "backward_input_general.cu",
+        "backward_weight_windows.cu", "forward_mma.cu", "forward_windows.cu",
     ],
 }  # fmt: skip
 SECONDS = 600  # that one self-test may take; a mutant that hangs is caught, too
@@ -143,6 +152,156 @@ MUTANTS = [
         "task < sizes.tasks; task += sizes.tasks) {",
     ),
     Mutant(
+        "forward windows: the slice in use has not been waited for",
+        FORWARD_WINDOWS,
+        "wait_copies<1>();",
+        "wait_copies<2>();",
+    ),
+    Mutant(
+        "forward windows: no barrier after a slice has arrived",
+        FORWARD_WINDOWS,
+        "      wait_copies<1>();\n      sync_threads();\n",
+        "      wait_copies<1>();\n",
+    ),
+    Mutant(
+        "forward windows: the next slice overwrites the one in use",
+        FORWARD_WINDOWS,
+        "      sync_threads();  // the next but one overwrites this stage\n",
+        "",
+    ),
+    Mutant(
+        "forward windows: one stage for two slices",
+        FORWARD_WINDOWS,
+        "      fetch(stage ^ 1);",
+        "      fetch(stage);",
+    ),
+    Mutant(
+        "forward windows: a halo of nothing on the left",
+        FORWARD_WINDOWS,
+        "copy_one(c, row, item == kFours ? 0 : Tile::kCols - 1);",
+        "copy_one(c, row, item == kFours ? 1 : Tile::kCols - 1);",
+    ),
+    Mutant(
+        "forward windows: rows that padded layouts do not align are read by sixteen bytes",
+        FORWARD_WINDOWS,
+        "w.in % 4 == 0 &&\n      aligned(args.input, 4, 16, {in.n, in.c, in.h})) {",
+        "w.in % 4 == 0) {",
+    ),
+    Mutant(
+        "forward windows: rows and columns of the filter are exchanged",
+        FORWARD_WINDOWS,
+        "patch[y + kh][2 * window + x + kw]",
+        "patch[y + kw][2 * window + x + kh]",
+    ),
+    Mutant(
+        "forward windows: the second slice's channels are fetched from the first",
+        FORWARD_WINDOWS,
+        "fetched_channel += kSlice;",
+        "fetched_channel += 2 * kSlice;",
+    ),
+    Mutant(
+        "forward windows: output channels that there are not are written",
+        FORWARD_WINDOWS,
+        "if (channel + o >= sizes.out_channels) continue;",
+        "if (channel + o > sizes.out_channels) continue;",
+    ),
+    Mutant(
+        "forward windows: codes of the neighbouring window",
+        FORWARD_WINDOWS,
+        "{{byte(pooled[o][0].code), byte(pooled[o][1].code)}}",
+        "{{byte(pooled[o][1].code), byte(pooled[o][0].code)}}",
+    ),
+    Mutant(
+        "forward mma: registers of a weight fragment are swapped",
+        FORWARD_MMA,
+        "lane / 4 + part % 2 * 8;",
+        "lane / 4 + part / 2 * 8;",
+    ),
+    Mutant(
+        "forward mma: columns of the pixels' fragment are swapped",
+        FORWARD_MMA,
+        "const int b_window = first_window + g / 2 * 4;",
+        "const int b_window = first_window + g % 4 * 4;",
+    ),
+    Mutant(
+        "forward mma: rows of the product are taken for its columns",
+        FORWARD_MMA,
+        "const int window = first_window + 4 * t;",
+        "const int window = first_window + 4 * (g / 2);",
+    ),
+    Mutant(
+        "forward mma: the windows' lower pixels are their upper ones",
+        FORWARD_MMA,
+        "pixels[offset[i] + dy * Tile::kPitch + 2 * j]",
+        "pixels[offset[i] + 2 * j]",
+    ),
+    Mutant(
+        "forward mma: output channels g and g + 8 are exchanged",
+        FORWARD_MMA,
+        "const int m = row / 2, i = row % 2 * 2;",
+        "const int m = row / 2, i = (row + 1) % 2 * 2;",
+    ),
+    Mutant(
+        "forward mma: halves of a word are exchanged",
+        FORWARD_MMA,
+        "return low.bits | static_cast<uint32_t>(high.bits) << 16;",
+        "return high.bits | static_cast<uint32_t>(low.bits) << 16;",
+    ),
+    Mutant(
+        "forward mma: no barrier between a slice and its readers",
+        FORWARD_MMA,
+        "      sync_threads();\n      Shared<uint32_t> pixels",
+        "      Shared<uint32_t> pixels",
+    ),
+    Mutant(
+        "forward mma: no barrier before the next weights",
+        FORWARD_MMA,
+        "      sync_threads();  // the next but one overwrites this stage, the next the weights\n",
+        "",
+    ),
+    Mutant(
+        "forward mma: weights of the channel block before",
+        FORWARD_MMA,
+        "|| weights_of != channel_block) {",
+        "|| weights_of < 0) {",
+    ),
+    Mutant(
+        "forward mma: an odd number of channels reads one more",
+        FORWARD_MMA,
+        "if (real && c + 1 < sizes.channels) high = load_pack<2, S>(from + strides.c);",
+        "if (real && c < sizes.channels) high = load_pack<2, S>(from + strides.c);",
+    ),
+    Mutant(
+        "forward mma: what a tap that there is not finds takes part",
+        FORWARD_MMA,
+        "real[i] = tap < 9;",
+        "real[i] = tap < 10;",
+    ),
+    Mutant(
+        "windows: the last maximum wins a tie",
+        POOL,
+        "if (real && (value > best || value != value))",
+        "if (real && (value >= best || value != value))",
+    ),
+    Mutant(
+        "windows: NaN is dropped",
+        POOL,
+        "if (real && (value > best || value != value))",
+        "if (real && value > best)",
+    ),
+    Mutant(
+        "windows: a column that there is not takes part",
+        POOL,
+        "meet(v1, 1, right);",
+        "meet(v1, 1, true);",
+    ),
+    Mutant(
+        "windows: a block that takes several tasks forgets the carry to the next image",
+        POOL,
+        "if (rest_ >= grid.per_image) rest_ -= grid.per_image, ++n_;",
+        "if (rest_ > grid.per_image) rest_ -= grid.per_image, ++n_;",
+    ),
+    Mutant(
         "grad_weight: no barrier between a list and its readers",
         WEIGHT,
         "        sync_warp();\n        const int end = list",
@@ -183,6 +342,66 @@ MUTANTS = [
         WEIGHT,
         "        if (code >= 0) {\n          const T gradient",
         "        if (code >= -1) {\n          const T gradient",
+    ),
+    Mutant(
+        "grad_weight windows: no barrier after a tile has arrived",
+        WEIGHT_WINDOWS,
+        "        wait_copies<0>();\n        sync_threads();\n",
+        "        wait_copies<0>();\n",
+    ),
+    Mutant(
+        "grad_weight windows: no barrier between codes and their readers",
+        WEIGHT_WINDOWS,
+        "        sync_warp();\n        const int end",
+        "        const int end",
+    ),
+    Mutant(
+        "grad_weight windows: no barrier before the next windows",
+        WEIGHT_WINDOWS,
+        "        sync_warp();  // the next windows overwrite these\n",
+        "",
+    ),
+    Mutant(
+        "grad_weight windows: gradients flow into the bias where ReLU is off",
+        WEIGHT_WINDOWS,
+        "if (code < 0) gradient = 0;",
+        "if (code < -1) gradient = 0;",
+    ),
+    Mutant(
+        "grad_weight windows: the second code meets the third's pixel",
+        WEIGHT_WINDOWS,
+        "case 2: add(1);",
+        "case 2: add(2);",
+    ),
+    Mutant(
+        "grad_weight windows: sums of the other warps are lost",
+        WEIGHT_WINDOWS,
+        "totals[(o * Slots + i) * kWindowsThreads + other * kWarp + lane];",
+        "totals[(o * Slots + i) * kWindowsThreads + warp * kWarp + lane];",
+    ),
+    Mutant(
+        "grad_weight windows: no barrier before the next task's sums",
+        WEIGHT_WINDOWS,
+        "    sync_threads();  // the next task's sums overwrite these\n",
+        "",
+    ),
+    Mutant(
+        "grad_weight finish: no barrier before the warps' sums are read",
+        WEIGHT,
+        "    sums[thread_index()] = sum;\n    sync_threads();\n",
+        "    sums[thread_index()] = sum;\n",
+    ),
+    Mutant(
+        "grad_weight windows: the second slice of channels is written over the first",
+        WEIGHT_WINDOWS,
+        "to[9 * first + k]",
+        "to[k]",
+    ),
+    Mutant(
+        "grad_weight windows: windows of the next tile count twice",
+        WEIGHT_WINDOWS,
+        "window < windows && oh < sizes.out_h && ow < sizes.out_w;",
+        "window < windows;",
     ),
     Mutant(
         "grad_input: no barrier before the weights are overwritten",

@@ -10,8 +10,11 @@
 #include "cuda/launch.h"
 
 #define FUSEDCNN_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// With as few registers as it takes for `blocks` blocks to share a multiprocessor.
+#define FUSEDCNN_KERNEL_RESIDENT(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define FUSEDCNN_DEVICE __device__ __forceinline__
 #define FUSEDCNN_UNROLL _Pragma("unroll")
+#define FUSEDCNN_NO_UNROLL _Pragma("unroll 1")
 
 namespace fusedcnn::cuda {
 

@@ -7,7 +7,11 @@ namespace fusedcnn::cuda {
 KernelList kernels() {
   // name, pass, exact, why_not, workspace_bytes, forward, backward
   static constexpr Kernel list[] = {
+      {"mma", Pass::kForward, true, why_not_mma, nullptr, forward_mma, nullptr},
+      {"windows", Pass::kForward, true, why_not_windows, nullptr, forward_windows, nullptr},
       {"general", Pass::kForward, true, why_not_general, nullptr, forward_general, nullptr},
+      {"windows", Pass::kGradWeight, true, why_not_weight_windows, grad_weight_windows_workspace,
+       nullptr, grad_weight_windows},
       {"general", Pass::kGradWeight, true, why_not_general, grad_weight_general_workspace, nullptr,
        grad_weight_general},
       {"general", Pass::kGradInput, true, why_not_general, nullptr, nullptr, grad_input_general},
@@ -31,6 +35,57 @@ const char* why_not_general(const Problem& problem, const Target&) {
     }
   }
   return nullptr;
+}
+
+namespace {
+
+// Whether the block is a 3x3 convolution of stride 1 under a 2x2 pool of stride 2.
+const char* why_not_3x3_pool2(const Geometry& g) {
+  for (const Axis* axis : {&g.h, &g.w}) {
+    if (axis->kernel != 3 || axis->stride != 1 || axis->dilation != 1) {
+      return "the convolution is not 3x3 with stride 1 and dilation 1";
+    }
+    if (axis->pool_kernel != 2 || axis->pool_stride != 2 || axis->pool_padding ||
+        axis->pool_dilation != 1) {
+      return "the pool is not 2x2 with stride 2, without padding";
+    }
+  }
+  // They count images, and tiles of an image, in 32 bits.
+  constexpr int64_t kLargest = int64_t{1} << 30;
+  if (g.batch >= kLargest) return "2^30 images or more";
+  if ((g.outputs() + g.h.out + g.w.out + 1) * g.out_channels >= kLargest) {
+    return "an image has some 2^30 outputs or more";
+  }
+  return g.groups == 1 ? nullptr : "groups";
+}
+
+}  // namespace
+
+const char* why_not_windows(const Problem& problem, const Target& target) {
+  if (problem.type != DataType::kFloat32) return "not float32";
+  if (problem.wide_code) return "int32 codes";
+  if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
+  return why_not_general(problem, target);
+}
+
+const char* why_not_weight_windows(const Problem& problem, const Target& target) {
+  if (problem.type == DataType::kFloat64) return "float64";
+  if (problem.wide_code) return "int32 codes";
+  if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
+  if (const char* reason = why_not_general(problem, target)) return reason;
+  if (grad_weight_windows_shared(problem) > target.device.shared_bytes) {
+    return "the GPU's blocks have too little shared memory";
+  }
+  return nullptr;
+}
+
+const char* why_not_mma(const Problem& problem, const Target& target) {
+  if (problem.type == DataType::kFloat64) return "float64";
+  if (problem.type == DataType::kFloat32 && !target.allow_tf32) return "tf32 is not allowed";
+  if (target.device.capability < 80) return "the GPU is older than sm_80";
+  if (problem.wide_code) return "int32 codes";
+  if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
+  return why_not_general(problem, target);
 }
 
 }  // namespace fusedcnn::cuda

@@ -10,8 +10,10 @@
 #include "cuda_on_cpu/machine.h"
 
 #define FUSEDCNN_KERNEL(threads) void
+#define FUSEDCNN_KERNEL_RESIDENT(threads, blocks) void
 #define FUSEDCNN_DEVICE inline
 #define FUSEDCNN_UNROLL
+#define FUSEDCNN_NO_UNROLL
 
 // Default arguments that name the caller's line.
 #define FUSEDCNN_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()

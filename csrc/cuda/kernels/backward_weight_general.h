@@ -176,32 +176,56 @@ grad_weight_general_kernel(BackwardArgs args, WeightSizes sizes, Accumulator<S>*
   }
 }
 
-// A thread adds up the slabs of one weight or of one bias. In double: there may be many slabs, few
-// numbers, and the terms may cancel.
+// Threads of the second stage: a warp's lanes have neighbouring sums, and its warps divide the
+// slabs among them, since one thread would wait for each of hundreds of loads in turn.
+constexpr int kFinishThreads = 512, kFinishWarps = kFinishThreads / kWarp;
+
+// Adds up the slabs of every weight and of every bias, in an order that depends on nothing but
+// their number. In double: there may be many slabs, few numbers, and the terms may cancel.
 template <typename S>
-FUSEDCNN_KERNEL(kWeightThreads)
+FUSEDCNN_KERNEL(kFinishThreads)
 grad_weight_finish_kernel(BackwardArgs args, WeightSizes sizes, const Accumulator<S>* partial) {
   using T = Accumulator<S>;
+  SharedMemory memory;
+  const Shared<double> sums = memory.array<double>(kFinishThreads);
+  const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   const int taps = sizes.h.kernel * sizes.w.kernel;
   const int64_t size = static_cast<int64_t>(sizes.groups) * sizes.out_channels * sizes.row;
-  const int64_t stride = grid_blocks() * block_threads();
-  for (int64_t i = block_index() * block_threads() + thread_index(); i < size; i += stride) {
+  for (int64_t first = block_index() * kWarp; first < size; first += grid_blocks() * kWarp) {
+    const int64_t i = first + lane;
+    double sum = 0;
+    if (i < size) {
+      for (int64_t slab = warp; slab < sizes.slabs; slab += kFinishWarps) {
+        sum += partial[slab * size + i];
+      }
+    }
+    sums[thread_index()] = sum;
+    sync_threads();
     const int64_t oc = i / sizes.row;
     const int k = static_cast<int>(i % sizes.row);
     const bool is_bias = k == sizes.row - 1;
-    if (is_bias ? !args.grad_bias : !args.grad_weight) continue;
-    double sum = 0;
-    for (int64_t slab = 0; slab < sizes.slabs; ++slab) sum += partial[slab * size + i];
-    const S result = narrow<S>(static_cast<T>(sum));
-    if (is_bias) {
-      static_cast<S*>(args.grad_bias)[oc] = result;
-    } else {
-      const Strides& to = args.grad_weight_strides;
-      static_cast<S*>(
-          args.grad_weight)[oc * to.n + k / taps * to.c + k % taps / sizes.w.kernel * to.h +
-                            k % taps % sizes.w.kernel * to.w] = result;
+    if (warp == 0 && i < size && (is_bias ? args.grad_bias : args.grad_weight)) {
+      for (int other = 1; other < kFinishWarps; ++other) sum += sums[other * kWarp + lane];
+      const S result = narrow<S>(static_cast<T>(sum));
+      if (is_bias) {
+        static_cast<S*>(args.grad_bias)[oc] = result;
+      } else {
+        const Strides& to = args.grad_weight_strides;
+        static_cast<S*>(
+            args.grad_weight)[oc * to.n + k / taps * to.c + k % taps / sizes.w.kernel * to.h +
+                              k % taps % sizes.w.kernel * to.w] = result;
+      }
     }
+    sync_threads();  // the next sums overwrite these
   }
+}
+
+template <typename S>
+void launch_grad_weight_finish(const BackwardArgs& args, const WeightSizes& sizes,
+                               const Accumulator<S>* partial, const Execution& execution) {
+  const int64_t size = args.geometry.out_channels * sizes.row;
+  launch("grad_weight_finish", grad_weight_finish_kernel<S>, blocks_for((size + kWarp - 1) / kWarp),
+         kFinishThreads, shared_bytes<double>(kFinishThreads), execution, args, sizes, partial);
 }
 
 // ---- host ---------------------------------------------------------------------------------------
@@ -217,10 +241,7 @@ void grad_weight_general_typed(const BackwardArgs& args, const Execution& execut
                          2 * shared_bytes<int>(kWeightThreads) + shared_bytes<T>(kWeightThreads);
   launch("grad_weight_general", grad_weight_general_kernel<S, C>, blocks_for(tasks), kWeightThreads,
          shared, execution, args, sizes, partial);
-  const int64_t size = args.geometry.out_channels * sizes.row;
-  launch("grad_weight_finish", grad_weight_finish_kernel<S>,
-         blocks_for((size + kWeightThreads - 1) / kWeightThreads), kWeightThreads, 0, execution,
-         args, sizes, static_cast<const T*>(partial));
+  launch_grad_weight_finish<S>(args, sizes, partial, execution);
 }
 
 }  // namespace

@@ -1,0 +1,335 @@
+// Forward, float32 on CUDA cores: 3x3 convolution of stride 1 under a 2x2 pool of stride 2.
+//
+// A thread owns two windows side by side for eight output channels: 64 accumulators, which never
+// leave its registers; bias, ReLU, maximum and code are taken there. A block owns a tile of windows
+// of one image for 8 * Groups output channels. Input, with its halo, and weights come through
+// shared memory, kSlice channels at a time, by asynchronous copies: while one slice is used, the
+// next is under way, also across tasks. Weights lie [channel][tap][output channel], so that the
+// lanes of a warp, which have different windows, all read the same ones.
+//
+// Per input channel a thread does 2 * 4 * 8 * 9 = 576 multiply-adds and loads
+//   its windows' pixels, 4 rows of 6: 4 x (32 + 128 + 32 bits) = 12 loads, 48 wavefronts a warp
+//   the weights, 9 x 8: 18 loads of 128 bits, the same for all lanes: 18 wavefronts
+// that is 19 multiply-adds to a load, 8.7 to a wavefront, where 4 would keep shared memory (one
+// wavefront a cycle) level with the four FMA pipes (4 a cycle). After the last channel, 64
+// additions of the bias and some 16 instructions for each of the 16 pooled outputs.
+//
+// For sm_90's 128 multiply-adds a cycle at 1.98 GHz and 132 multiprocessors: 3 -> 16 channels at
+// 32x32 is 442,368 multiply-adds an image, 13.2 ns; 16 -> 32 at 16x16 1,179,648, 35.3 ns. Memory
+// moves 32 KiB and 26 KiB: 7.6 and 6.2 ns at 4.3 TB/s. So the bound is arithmetic, if issue slots
+// go to nothing else: about 1,728 of 2,300 instructions of a thread are multiply-adds in the first,
+// 9,216 of 10,500 in the second. These are counts, not measurements: so far this has run on a CPU
+// only.
+#pragma once
+
+#include "cuda/kernels/windows.h"
+
+namespace fusedcnn::cuda {
+namespace {
+
+constexpr int kSlice = 4;           // input channels in shared memory at a time
+constexpr int kThreadChannels = 8;  // output channels of a thread
+constexpr int kPatch = 6;           // pixels of its two windows in a row
+
+// TileH x TileW windows for Groups * 8 output channels. 512 threads' worth of blocks, of 128
+// registers each, fill the register file of a multiprocessor.
+template <int Groups, int TileH, int TileW>
+struct WindowsTile {
+  static constexpr int kTileH = TileH, kTileW = TileW, kGroups = Groups;
+  static constexpr int kPairs = TileH * TileW / 2;  // of windows
+  static constexpr int kThreads = Groups * kPairs;
+  static constexpr int kResident = 512 / kThreads;
+  static constexpr int kChannels = Groups * kThreadChannels;
+  static constexpr int kRows = 2 * TileH + 2, kCols = 2 * TileW + 2;
+  // A tile's column 0, the left halo, lies at kLead of a row, so that column 1 is aligned to 16
+  // bytes: with a padding of 1, that is where the image's rows begin.
+  static constexpr int kLead = 3;
+  // Eight lanes read 16 bytes each in one wavefront. Where a row of the tile has but 4 or 2 of
+  // them, they reach over 2 or 4 rows of windows, two pitches apart: 16 or 8 banks.
+  static constexpr int kPitch = TileW == 4 ? 20 : (kLead + kCols + 3) / 4 * 4;
+  static constexpr int kPlane = kRows * kPitch;
+  // Four more: copies of 8 taps x 4 output channels then go to 32 banks.
+  static constexpr int kWeightPitch = kChannels + 4;
+  static constexpr int kInputStage = kSlice * kPlane;
+  static constexpr int kWeightStage = kSlice * 9 * kWeightPitch;
+  static_assert(kPitch >= kLead + kCols && kPitch * 2 * TileW / 2 % 4 == 0);
+
+  static constexpr int64_t shared() {
+    return shared_bytes<float>(2 * kInputStage) + shared_bytes<float>(2 * kWeightStage);
+  }
+};
+
+// How a kernel gets at its tensors.
+enum class InputAccess : int { kRows, kPixels, kVectorRows };        // in which order, how wide
+enum class OutputAccess : int { kSingle, kPairs, kChannelVectors };  // neighbours written at once
+
+struct WindowsSizes {
+  TileGrid grid;
+  int in_h, in_w, conv_h, conv_w, out_h, out_w;
+  int padding_h, padding_w;
+  int channels, out_channels;
+  InputAccess input;
+  OutputAccess output;
+};
+
+// Starts the copies of input channels from `first` on, `count` of them, for one task.
+template <typename Tile>
+FUSEDCNN_DEVICE void fetch_input(const ForwardArgs& args, const WindowsSizes& sizes,
+                                 const TileWalk& walk, int first, int count, Shared<float> to) {
+  const int h0 = walk.tile_h(sizes.grid) * 2 * Tile::kTileH - sizes.padding_h;
+  const int w0 = walk.tile_w(sizes.grid) * 2 * Tile::kTileW - sizes.padding_w;
+  const Strides strides = args.input_strides;
+  const float* const image =
+      static_cast<const float*>(args.input) + walk.n() * strides.n + first * strides.c;
+  const auto copy_one = [&](int c, int row, int col) {
+    const int h = h0 + row, w = w0 + col;
+    const bool real = inside(h, sizes.in_h) && inside(w, sizes.in_w);
+    copy_async<4>(to + (c * Tile::kPlane + row * Tile::kPitch + Tile::kLead + col),
+                  real ? image + c * strides.c + h * strides.h + w * strides.w : image,
+                  real ? 4 : 0);
+  };
+  if (sizes.input == InputAccess::kVectorRows) {
+    // Of each row: the columns between the halos by fours, then the two halos.
+    constexpr int kFours = (Tile::kCols - 2) / 4, kItems = kFours + 2;
+    for (int i = thread_index(); i < count * Tile::kRows * kItems; i += Tile::kThreads) {
+      const int item = i % kItems, row = i / kItems % Tile::kRows, c = i / kItems / Tile::kRows;
+      if (item >= kFours) {
+        copy_one(c, row, item == kFours ? 0 : Tile::kCols - 1);
+        continue;
+      }
+      const int h = h0 + row, w = w0 + 1 + 4 * item;
+      const bool real = inside(h, sizes.in_h) && inside(w, sizes.in_w);
+      copy_async<16>(to + (c * Tile::kPlane + row * Tile::kPitch + Tile::kLead + 1 + 4 * item),
+                     real ? image + c * strides.c + h * strides.h + w : image, real ? 16 : 0);
+    }
+  } else if (sizes.input == InputAccess::kRows) {
+    for (int i = thread_index(); i < count * Tile::kRows * Tile::kCols; i += Tile::kThreads) {
+      copy_one(i / Tile::kCols / Tile::kRows, i / Tile::kCols % Tile::kRows, i % Tile::kCols);
+    }
+  } else {
+    for (int i = thread_index(); i < count * Tile::kRows * Tile::kCols; i += Tile::kThreads) {
+      const int place = i / count;
+      copy_one(i % count, place / Tile::kCols, place % Tile::kCols);
+    }
+  }
+}
+
+// Starts the copies of the same channels' weights; output channels that there are not get zeros.
+template <typename Tile>
+FUSEDCNN_DEVICE void fetch_weights(const ForwardArgs& args, const WindowsSizes& sizes,
+                                   const TileWalk& walk, int first, int count, Shared<float> to) {
+  const int oc0 = walk.channel_block(sizes.grid) * Tile::kChannels;
+  const Strides strides = args.weight_strides;
+  const float* const weight =
+      static_cast<const float*>(args.weight) + oc0 * strides.n + first * strides.c;
+  const int depth = 9 * count;
+  for (int i = thread_index(); i < depth * Tile::kChannels; i += Tile::kThreads) {
+    const int oc = i / 4 / depth * 4 + i % 4, k = i / 4 % depth;
+    const bool real = oc0 + oc < sizes.out_channels;
+    const int c = k / 9, kh = k % 9 / 3, kw = k % 3;
+    copy_async<4>(
+        to + (k * Tile::kWeightPitch + oc),
+        real ? weight + oc * strides.n + c * strides.c + kh * strides.h + kw * strides.w : weight,
+        real ? 4 : 0);
+  }
+}
+
+// Writes what a thread owns: values and codes of two windows for eight output channels.
+FUSEDCNN_DEVICE void store_windows(const ForwardArgs& args, const WindowsSizes& sizes, int64_t n,
+                                   int channel, int oh, int ow,
+                                   const Pooled (&pooled)[kThreadChannels][2]) {
+  const Strides to = args.output_strides;
+  const int64_t at = n * to.n + channel * to.c + oh * to.h + ow * to.w;
+  float* const output = static_cast<float*>(args.output) + at;
+  uint8_t* const code = args.code ? static_cast<uint8_t*>(args.code) + at : nullptr;
+  const auto byte = [](int winner) { return static_cast<uint8_t>(winner); };
+  if (sizes.output == OutputAccess::kChannelVectors) {
+    if (channel >= sizes.out_channels) return;  // whole vectors exist, or nothing of them
+    FUSEDCNN_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      if (ow + j >= sizes.out_w) continue;
+      Pack<8, uint8_t> codes;
+      FUSEDCNN_UNROLL
+      for (int o = 0; o < 8; o += 4) {
+        Pack<4, float> values;
+        FUSEDCNN_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          values.values[i] = pooled[o + i][j].value;
+          codes.values[o + i] = byte(pooled[o + i][j].code);
+        }
+        store_pack(output + j * to.w + o, values);
+      }
+      if (code) store_pack(code + j * to.w, codes);
+    }
+    return;
+  }
+  FUSEDCNN_UNROLL
+  for (int o = 0; o < kThreadChannels; ++o) {
+    if (channel + o >= sizes.out_channels) continue;
+    if (sizes.output == OutputAccess::kPairs) {
+      store_pack(output + o * to.c, Pack<2, float>{{pooled[o][0].value, pooled[o][1].value}});
+      if (!code) continue;
+      store_pack(code + o * to.c,
+                 Pack<2, uint8_t>{{byte(pooled[o][0].code), byte(pooled[o][1].code)}});
+      continue;
+    }
+    FUSEDCNN_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      if (ow + j >= sizes.out_w) continue;
+      output[o * to.c + j * to.w] = pooled[o][j].value;
+      if (code) code[o * to.c + j * to.w] = byte(pooled[o][j].code);
+    }
+  }
+}
+
+// args: input [N, C, H, W], weight [OC, C, 3, 3], bias [OC] or null, output and code
+// [N, OC, OH, OW] (code may be null).
+template <typename Tile>
+FUSEDCNN_KERNEL_RESIDENT(Tile::kThreads, Tile::kResident)
+forward_windows_kernel(ForwardArgs args, WindowsSizes sizes) {
+  SharedMemory memory;
+  // Two stages of each: input [kSlice][kRows][kPitch], weights [kSlice][9][kWeightPitch].
+  const Shared<float> inputs = memory.array<float>(2 * Tile::kInputStage);
+  const Shared<float> weights = memory.array<float>(2 * Tile::kWeightStage);
+  const int group = thread_index() / Tile::kPairs, pair = thread_index() % Tile::kPairs;
+  const int row = pair / (Tile::kTileW / 2), col = pair % (Tile::kTileW / 2) * 2;
+
+  // The slice that is fetched next, one ahead of the slice in use.
+  TileWalk fetched(sizes.grid);
+  int fetched_channel = 0, stage = 0;
+  const auto fetch = [&](int into) {
+    if (!fetched.done(sizes.grid)) {
+      const int left = sizes.channels - fetched_channel, count = left < kSlice ? left : kSlice;
+      fetch_input<Tile>(args, sizes, fetched, fetched_channel, count,
+                        inputs + into * Tile::kInputStage);
+      fetch_weights<Tile>(args, sizes, fetched, fetched_channel, count,
+                          weights + into * Tile::kWeightStage);
+      fetched_channel += kSlice;
+      if (fetched_channel >= sizes.channels) fetched_channel = 0, fetched.advance(sizes.grid);
+    }
+    commit_copies();
+  };
+  fetch(0);
+
+  for (TileWalk walk(sizes.grid); !walk.done(sizes.grid); walk.advance(sizes.grid)) {
+    float acc[kThreadChannels][2][4];  // [output channel][window][element]
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < kThreadChannels * 8; ++i) acc[i / 8][i / 4 % 2][i % 4] = 0;
+
+    for (int channel = 0; channel < sizes.channels; channel += kSlice, stage ^= 1) {
+      fetch(stage ^ 1);
+      wait_copies<1>();
+      sync_threads();
+      const int left = sizes.channels - channel, count = left < kSlice ? left : kSlice;
+      Shared<float> pixels =
+          inputs + (stage * Tile::kInputStage + 2 * row * Tile::kPitch + Tile::kLead + 2 * col);
+      Shared<float> taps = weights + (stage * Tile::kWeightStage + group * kThreadChannels);
+      for (int c = 0; c < count; ++c) {
+        float patch[4][kPatch];
+        FUSEDCNN_UNROLL
+        for (int y = 0; y < 4; ++y) {
+          const Shared<float> from = pixels + y * Tile::kPitch;
+          const Pack<4, float> middle = load_pack<4, float>(from + 1);
+          patch[y][0] = from[0];
+          FUSEDCNN_UNROLL
+          for (int x = 0; x < 4; ++x) patch[y][1 + x] = middle.values[x];
+          patch[y][5] = from[5];
+        }
+        FUSEDCNN_UNROLL
+        for (int tap = 0; tap < 9; ++tap) {
+          const int kh = tap / 3, kw = tap % 3;
+          float weight[kThreadChannels];
+          load_row(taps + tap * Tile::kWeightPitch, weight);
+          FUSEDCNN_UNROLL
+          for (int o = 0; o < kThreadChannels; ++o) {
+            FUSEDCNN_UNROLL
+            for (int i = 0; i < 8; ++i) {
+              const int window = i / 4, y = i % 4 / 2, x = i % 2;
+              acc[o][window][i % 4] = multiply_add(weight[o], patch[y + kh][2 * window + x + kw],
+                                                   acc[o][window][i % 4]);
+            }
+          }
+        }
+        pixels += Tile::kPlane;
+        taps += 9 * Tile::kWeightPitch;
+      }
+      sync_threads();  // the next but one overwrites this stage
+    }
+
+    const int oh = walk.tile_h(sizes.grid) * Tile::kTileH + row;
+    const int ow = walk.tile_w(sizes.grid) * Tile::kTileW + col;
+    const int channel = walk.channel_block(sizes.grid) * Tile::kChannels + group * kThreadChannels;
+    if (oh >= sizes.out_h || ow >= sizes.out_w) continue;
+    Pooled pooled[kThreadChannels][2];
+    FUSEDCNN_UNROLL
+    for (int o = 0; o < kThreadChannels; ++o) {
+      // The bias comes last: partial sums that carry it round more.
+      float bias = 0;
+      if (args.bias && channel + o < sizes.out_channels) {
+        bias =
+            load_constant(static_cast<const float*>(args.bias) + (channel + o) * args.bias_stride);
+      }
+      FUSEDCNN_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const float (&v)[4] = acc[o][j];
+        pooled[o][j] = pool_window(v[0] + bias, v[1] + bias, v[2] + bias, v[3] + bias,
+                                   2 * (ow + j) + 1 < sizes.conv_w, 2 * oh + 1 < sizes.conv_h);
+      }
+    }
+    store_windows(args, sizes, walk.n(), channel, oh, ow, pooled);
+  }
+  wait_copies<0>();
+}
+
+// ---- host ---------------------------------------------------------------------------------------
+
+inline WindowsSizes windows_sizes(const ForwardArgs& args) {
+  const Geometry& g = args.geometry;
+  const AxisSizes h = sizes_of(g.h), w = sizes_of(g.w);
+  WindowsSizes s{};
+  s.in_h = h.in, s.in_w = w.in;
+  s.conv_h = h.conv, s.conv_w = w.conv;
+  s.out_h = h.out, s.out_w = w.out;
+  s.padding_h = h.padding, s.padding_w = w.padding;
+  s.channels = static_cast<int>(g.in_channels);
+  s.out_channels = static_cast<int>(g.out_channels);
+
+  const Strides in = args.input_strides, out = args.output_strides;
+  s.input = in.c == 1 && g.in_channels > 1 ? InputAccess::kPixels : InputAccess::kRows;
+  if (in.w == 1 && w.padding == 1 && w.in % 4 == 0 &&
+      aligned(args.input, 4, 16, {in.n, in.c, in.h})) {
+    s.input = InputAccess::kVectorRows;
+  }
+  // Codes are of one byte: their pairs and vectors are aligned where the values' are, if their
+  // tensor begins so.
+  s.output = OutputAccess::kSingle;
+  if (out.w == 1 && w.out % 2 == 0 && aligned(args.output, 4, 8, {out.n, out.c, out.h}) &&
+      aligned(args.code, 1, 2, {})) {
+    s.output = OutputAccess::kPairs;
+  } else if (out.c == 1 && g.out_channels % 8 == 0 &&
+             aligned(args.output, 4, 16, {out.n, out.h, out.w}) && aligned(args.code, 1, 8, {})) {
+    s.output = OutputAccess::kChannelVectors;
+  }
+  return s;
+}
+
+template <typename Tile>
+void launch_forward_windows(const ForwardArgs& args, const Execution& execution) {
+  WindowsSizes sizes = windows_sizes(args);
+  sizes.grid = tile_grid(args.geometry, Tile::kTileH, Tile::kTileW, Tile::kChannels);
+  launch("forward_windows", forward_windows_kernel<Tile>, sizes.grid.blocks, Tile::kThreads,
+         Tile::shared(), execution, args, sizes);
+}
+
+// Windows x output channels that a tile computes for one image, wanted or not.
+template <typename Tile>
+int64_t tile_work() {
+  return static_cast<int64_t>(Tile::kTileH) * Tile::kTileW * Tile::kChannels;
+}
+template <typename Tile>
+int64_t image_work(const Geometry& g) {
+  return tile_grid(g, Tile::kTileH, Tile::kTileW, Tile::kChannels).per_image * tile_work<Tile>();
+}
+
+}  // namespace
+}  // namespace fusedcnn::cuda

@@ -1,0 +1,101 @@
+// What the kernels for a 3x3 convolution of stride 1 under a 2x2 pool of stride 2 share.
+#pragma once
+
+#include <initializer_list>
+
+#include "cuda/device.h"
+#include "cuda/kernel.h"
+#include "cuda/kernels/sizes.h"
+#include "cuda/launch.h"
+
+namespace fusedcnn::cuda {
+namespace {
+
+// The pooled value of a window, and which element won: -1 where ReLU is off.
+struct Pooled {
+  float value;
+  int code;
+};
+
+// Of one window's convolution outputs, row by row, with their bias. `right` and `below`: whether
+// its second column and row exist (ceil_mode); the first always do.
+FUSEDCNN_DEVICE Pooled pool_window(float v0, float v1, float v2, float v3, bool right, bool below) {
+  float best = v0;
+  int winner = 0;
+  // The first maximum wins; NaN beats everything, a later NaN too, as in torch.
+  const auto meet = [&](float value, int element, bool real) {
+    if (real && (value > best || value != value)) best = value, winner = element;
+  };
+  meet(v1, 1, right);
+  meet(v2, 2, below);
+  meet(v3, 3, right && below);
+  const bool off = best <= 0;  // false for NaN, which ReLU lets through
+  return {off ? 0.f : best, off ? -1 : winner};
+}
+
+// Whether vector accesses of `bytes` bytes may be made at `pointer` and every multiple of `strides`
+// (of elements of `element` bytes) from it.
+inline bool aligned(const void* pointer, int64_t element, int64_t bytes,
+                    std::initializer_list<int64_t> strides) {
+  if (reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes)) return false;
+  for (const int64_t stride : strides) {
+    if (stride * element % bytes) return false;
+  }
+  return true;
+}
+
+// A walk over the tasks of a launch, each a tile of one image's pooled outputs for a block of
+// output channels; a block takes every grid_blocks()-th task. Without 64-bit divisions on the way.
+struct TileGrid {
+  int tiles_h, tiles_w, channel_blocks;
+  int per_image;  // tasks
+  int batch;
+  int blocks;             // of the launch
+  int step_n, step_rest;  // as many tasks: whole images, and what is left
+};
+class TileWalk {
+ public:
+  FUSEDCNN_DEVICE explicit TileWalk(const TileGrid& grid)
+      : n_(static_cast<int>(block_index()) / grid.per_image),
+        rest_(static_cast<int>(block_index()) % grid.per_image) {}
+  FUSEDCNN_DEVICE bool done(const TileGrid& grid) const { return n_ >= grid.batch; }
+  FUSEDCNN_DEVICE void advance(const TileGrid& grid) {
+    n_ += grid.step_n;
+    rest_ += grid.step_rest;
+    if (rest_ >= grid.per_image) rest_ -= grid.per_image, ++n_;
+  }
+  FUSEDCNN_DEVICE int64_t n() const { return n_; }
+  FUSEDCNN_DEVICE int tile_w(const TileGrid& grid) const { return rest_ % grid.tiles_w; }
+  FUSEDCNN_DEVICE int tile_h(const TileGrid& grid) const {
+    return rest_ / grid.tiles_w % grid.tiles_h;
+  }
+  FUSEDCNN_DEVICE int channel_block(const TileGrid& grid) const {
+    return rest_ / grid.tiles_w / grid.tiles_h;
+  }
+
+ private:
+  int n_, rest_;
+};
+
+inline TileGrid tile_grid(const Geometry& g, int tile_h, int tile_w, int channels) {
+  const auto parts = [](int64_t whole, int part) {
+    return static_cast<int>((whole + part - 1) / part);
+  };
+  TileGrid grid{};
+  grid.tiles_h = parts(g.h.out, tile_h);
+  grid.tiles_w = parts(g.w.out, tile_w);
+  grid.channel_blocks = parts(g.out_channels, channels);
+  grid.per_image = grid.tiles_h * grid.tiles_w * grid.channel_blocks;
+  grid.batch = static_cast<int>(g.batch);
+  // Few enough that each block takes several tasks of a large batch, and fetches one while it
+  // computes another; 8 for each of 132 multiprocessors.
+  constexpr int64_t kMostBlocks = 1056;
+  const int64_t blocks = blocks_for(static_cast<int64_t>(grid.batch) * grid.per_image);
+  grid.blocks = static_cast<int>(blocks < kMostBlocks ? blocks : kMostBlocks);
+  grid.step_n = grid.blocks / grid.per_image;
+  grid.step_rest = grid.blocks % grid.per_image;
+  return grid;
+}
+
+}  // namespace
+}  // namespace fusedcnn::cuda
