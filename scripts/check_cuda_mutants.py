@@ -350,6 +350,12 @@ MUTANTS = [
         "        wait_copies<0>();\n",
     ),
     Mutant(
+        "grad_weight windows: no barrier before the next tile",
+        WEIGHT_WINDOWS,
+        "      sync_threads();  // the next tile overwrites this one\n",
+        "",
+    ),
+    Mutant(
         "grad_weight windows: no barrier between codes and their readers",
         WEIGHT_WINDOWS,
         "        sync_warp();\n        const int end",

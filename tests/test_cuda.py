@@ -68,7 +68,7 @@ def test_build_info_says_why_not():
 
 def test_force_without_the_library():
     if _cuda.reason is None:
-        with pytest.raises(ValueError, match="kernel: expected one of general"):
+        with pytest.raises(ValueError, match="kernel: expected one of "):
             _cuda.force("fastest").__enter__()
     else:
         with pytest.raises(RuntimeError, match="CUDA kernels are not loaded"):
@@ -235,10 +235,11 @@ def to_gpu(tensor: Tensor, layout: str) -> Tensor:
 @gpu
 @over_dtypes
 @over_blocks
-def test_floats_are_as_close_as_the_stock_layers(block, dtype):
+def test_floats_are_as_close_as_the_stock_layers(block, dtype, monkeypatch):
     """The rule of reference.py, for each result of each kernel, against the stock layers' error on
     the CPU.
     """
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")  # tf32 errs by more
     case = float_case(block.name, dtype)
     operands, code = case.operands.map(Tensor.cuda), case.code.cuda()
     wrong = []

@@ -77,7 +77,7 @@ std::vector<Case> all_cases() {
       make("outputs70", {1, 9, 70}, {5}, {4}),
       make("one_output", {2, 5, 1}, {8}, {10}),
       make("bands", {1, 48, 3}, {40}, {38}),
-      make("many_images", {67, 2, 3}, {4}, {4}),
+      make("many_images", {601, 2, 3}, {4}, {4}),
       // convolution
       make("kernel1", {2, 5, 6}, {.in = 7, .kernel = 1, .padding = 0},
            {.in = 8, .kernel = 1, .padding = 0}),
