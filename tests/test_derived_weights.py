@@ -89,6 +89,26 @@ def test_another_weight_at_the_same_address(forced):
 
 
 @pytest.mark.parametrize("forced", FORWARDS, ids=str)
+def test_other_kernel_sizes_over_the_same_memory(forced):
+    """3x3 and 9x1 taps with the same strides are the same bytes in another order."""
+    memory, input = torch.randn(16 * 4 * 9), torch.randn(2, 4, 12, 12)
+    weights = [memory.as_strided((16, 4, *kernel), (36, 9, 1, 3)) for kernel in ((3, 3), (9, 1))]
+    exercised = 0
+    for weight in weights * 2:
+        kernel = tuple(weight.shape[2:])
+        geometry = Block("taps", (2, 4, 12, 12), 16, kernel, pool=3, pool_stride=3).pack()
+        with _ops.force(forced.isa, forced.kernel):
+            try:
+                result = _ops.forward_op(input, weight, None, geometry, True)[0]
+            except RuntimeError:  # the kernel does not cover it
+                continue
+            copy = _ops.forward_op(input, weight.clone(), None, geometry, True)[0]
+        assert torch.equal(result, copy)
+        exercised += 1
+    assert exercised or forced.kernel.startswith("winograd")
+
+
+@pytest.mark.parametrize("forced", FORWARDS, ids=str)
 def test_an_infinite_weight_comes_and_goes(forced):
     """What a kernel remarks about the values is not kept beyond them either."""
     input, weight, bias = operands(forced)

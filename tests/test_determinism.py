@@ -64,6 +64,40 @@ def test_an_image_alone_and_in_a_batch(block):
                     assert torch.equal(result, batch[name][image]), (str(forced), name, n)
 
 
+# Batches of this size and images are not cut into the bands that one image alone is cut into.
+CUT = [
+    Block("cut_deep", (8, 16, 36, 36), 32, padding=1),
+    Block("cut_wide", (8, 32, 40, 40), 64, padding=1),
+    Block("cut_odd", (8, 8, 61, 61), 32),
+    Block("cut_shallow", (8, 3, 85, 85), 32),
+    Block("cut_direct", (8, 24, 41, 41), 32, 5, 1, 2, pool=3, pool_stride=2),
+]
+
+
+@pytest.mark.parametrize("unreached", [False, True], ids=["", "nan_in_the_last_row"])
+@pytest.mark.parametrize("block", CUT, ids=lambda block: block.name)
+def test_a_large_image_alone_and_in_a_batch(block, unreached):
+    """Also where values that no window reaches would change which kernel computes an image."""
+    operands = normal_operands(block, torch.float32)
+    if unreached:
+        operands.input[:, :, -1] = float("nan")
+    exercised = 0
+    for forced in KERNELS:
+        if forced.pass_name != "forward":
+            continue
+        batch = run_pass(forced, block, operands)
+        if batch is None:
+            continue
+        for n in (0, 5):
+            alone = run_pass(forced, block, operands._replace(input=operands.input[n : n + 1]))
+            for name, result in alone.items():
+                assert torch.equal(
+                    result.nan_to_num(nan=-1), batch[name][n : n + 1].nan_to_num(nan=-1)
+                ), (str(forced), name, n)
+        exercised += 1
+    assert exercised >= 2
+
+
 def test_from_many_threads_at_once():
     """Calls from several Python threads do not disturb each other's scratch memory."""
     from concurrent.futures import ThreadPoolExecutor

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fusedcnn import ConvReLUMaxPool2dFunction, conv_relu_max_pool2d
 from geometries import DTYPES, Block, by_name, dtype_name
 from reference import exact_case, integer_operands
@@ -261,3 +262,12 @@ def test_more_than_two_gigabytes():
     assert output[-1].eq(16).all()
     output.sum().backward()
     assert weight.grad.eq(64 * 64).all()  # one winner in each window of the last image
+
+
+def test_a_pool_stride_beyond_every_image():
+    """A stride that no second window can use is as good as any: sizes must not overflow."""
+    input, weight = torch.randn(1, 16, 8, 8), torch.randn(16, 16, 3, 3)
+    expected = F.max_pool2d(F.relu(F.conv2d(input, weight)), 2, 6)
+    for exponent in (40, 61, 62):
+        output = conv_relu_max_pool2d(input, weight, pool_kernel_size=2, pool_stride=2**exponent)
+        torch.testing.assert_close(output, expected)

@@ -15,7 +15,7 @@ namespace {
 bool same(const DerivedKey& a, const DerivedKey& b) {
   const auto all = [](const DerivedKey& k) {
     return std::make_tuple(k.kernel, k.weight, k.strides.n, k.strides.c, k.strides.h, k.strides.w,
-                           k.type, k.out_channels, k.in_channels, k.taps);
+                           k.type, k.out_channels, k.in_channels, k.kernel_h, k.kernel_w);
   };
   return all(a) == all(b);
 }
@@ -66,8 +66,8 @@ struct Cache {
   }
 
   void put(std::shared_ptr<DerivedEntry> entry) {
-    bytes += entry->size();
     entries.push_back(std::move(entry));
+    bytes += entries.back()->size();
     while (bytes > kMostBytes) {
       bytes -= entries.front()->size();
       entries.erase(entries.begin());

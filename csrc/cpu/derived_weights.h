@@ -16,7 +16,7 @@ struct DerivedKey {
   const void* weight;
   Strides strides;
   DataType type;
-  int64_t out_channels, in_channels, taps;
+  int64_t out_channels, in_channels, kernel_h, kernel_w;
 };
 
 // One call's hold on a derived array. The array is only taken over from an earlier call while the

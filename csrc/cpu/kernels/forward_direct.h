@@ -286,11 +286,11 @@ void forward_direct_typed(const ForwardArgs& args, const ThreadPool& pool) {
   }
   shared.offset = offset - shared.segments;
   shared.bias = bias;
-  // What one more pooled row adds to X and V.
-  const int64_t row_bytes =
-      (g.h.step() * shared.cols * g.in_channels +
-       g.h.pool_stride * g.w.conv * kDirectWide * kLanes<T>)*int64_t{sizeof(T)};
-  shared.band = band_rows(g, kDirectBandBytes / row_bytes, 1);
+  // What one more pooled row adds to X and V. Strides may be huge where there is a single row.
+  const double row_size = double(g.h.step()) * shared.cols * g.in_channels +
+                          double(g.h.pool_stride) * g.w.conv * kDirectWide * kLanes<T>;
+  const double fitting = kDirectBandBytes / (row_size * sizeof(T));
+  shared.band = band_rows(g, static_cast<int64_t>(fitting), 1);
   shared.bands = (g.h.out + shared.band - 1) / shared.band;
   parallel_tasks(pool, g.batch * shared.bands,
                  [&](int64_t task) { direct_band<S>(args, shared, task); });

@@ -1,7 +1,7 @@
 // The general forward kernel: any kernel size, stride, padding, dilation, groups and pool.
 //
 // A task owns a band of pooled rows of one image. For each group it lays the band's input out in
-// phase planes (plan.h), where every tap is a contiguous run over pooled outputs; then four output
+// phase planes (plan.h), where every tap is a contiguous run over pooled outputs; then a few output
 // channels at a time it computes the convolution outputs of every pool phase, and pools them.
 #pragma once
 
@@ -16,7 +16,7 @@ namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
 // Register tile: kTileChannels x kTileVectors accumulators, one vector of input per column and one
-// broadcast weight. 32 registers: 4 x 6 + 6 + 1 = 31; a tap costs 6 loads and 4 broadcasts for 24
+// broadcast weight. 32 registers: 8 x 3 + 3 + 1 = 28; a tap costs 3 loads and 8 broadcasts for 24
 // FMAs, well under the two loads a cycle that two FMA ports would outrun. 16 registers: 4 x 3.
 constexpr int kTileChannels = kRegisters >= 32 ? 8 : 4;
 constexpr int kTileVectors = 3;
@@ -170,13 +170,14 @@ void pool_row(const ForwardPlan& plan, const Geometry& g, const Accumulator<S>* 
   }
 }
 
-// Everything one call shares between its tasks. packed: [groups][blocks][channels][taps][4].
+// Everything one call shares between its tasks. packed: [groups][blocks][channels][taps]
+// [kTileChannels].
 template <typename T>
 struct ForwardShared {
   const ForwardPlan& plan;
   const T* packed;
-  const T* bias;   // [groups][blocks][4], zeros where there is none
-  int64_t blocks;  // of four output channels, in one group
+  const T* bias;   // [groups][blocks][kTileChannels], zeros where there is none
+  int64_t blocks;  // of kTileChannels output channels, in one group
 };
 
 template <typename S, typename C>

@@ -41,7 +41,7 @@ inline DerivedKey derived_key(const ForwardArgs& args, const void* kernel, int64
                        (g.h.kernel - 1) * s.h + (g.w.kernel - 1) * s.w;
   const int64_t count = g.out_channels * g.in_channels_per_group() * g.taps();
   bytes = span == count ? count * element_size(args.type) : 0;
-  return {kernel, args.weight, s, args.type, g.out_channels, g.in_channels, g.taps()};
+  return {kernel, args.weight, s, args.type, g.out_channels, g.in_channels, g.h.kernel, g.w.kernel};
 }
 
 // The weights of one vector of output channels as [C][taps][lanes], zeros past the last channel.

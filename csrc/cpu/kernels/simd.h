@@ -159,6 +159,9 @@ FUSEDCNN_INLINE double widen(double value) { return value; }
 FUSEDCNN_INLINE float widen(BFloat16 value) { return float_of(uint32_t{value.bits} << 16); }
 
 FUSEDCNN_INLINE float widen(Float16 value) {
+#if defined(__F16C__)
+  return _cvtsh_ss(value.bits);  // keeps subnormals whatever the thread's mode, as vectors do
+#else
   const uint32_t sign = uint32_t(value.bits & 0x8000) << 16;
   const uint32_t magnitude = value.bits & 0x7fff;
   // Exponent and mantissa in float's place; the product moves the exponent's bias from 15 to 127
@@ -166,6 +169,7 @@ FUSEDCNN_INLINE float widen(Float16 value) {
   const float moved = float_of(magnitude << 13) * float_of(0x77800000);  // 2^112
   const uint32_t special = magnitude >= 0x7c00 ? 0x7f800000u : 0;
   return float_of(sign | bits_of(moved) | special);
+#endif
 }
 
 template <typename Storage>

@@ -78,7 +78,10 @@ void run_winograd(const ForwardArgs& args, const ThreadPool& pool, const Derived
   if (!derived.usable()) return forward_general(args, pool);
   const Geometry& g = args.geometry;
   const int64_t row_bytes = g.in_channels * 8 * g.w.out * int64_t{sizeof(float)};
-  const int64_t rows = band_rows(g, kWinogradBandBytes / row_bytes - 1, kWinogradMinBand);
+  // Bands begin at even rows, so that winograd4's tiles, two rows high, lie where they lie without
+  // bands, and an image's result does not depend on how the batch is cut.
+  const int64_t rows =
+      round_up(band_rows(g, kWinogradBandBytes / row_bytes - 1, kWinogradMinBand), 2);
   const int64_t bands = (g.h.out + rows - 1) / rows;
   const int64_t padded = round_up(g.out_channels, kLanes<float>);
   float* bias = static_cast<float*>(

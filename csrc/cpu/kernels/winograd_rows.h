@@ -42,7 +42,9 @@ FUSEDCNN_NOINLINE void transform_rows(const Geometry& g, const S* image, Strides
   const int64_t count = 2 * band + 2, windows = g.w.out;
   const int64_t y0 = 2 * first_out - g.h.padding;
   const int64_t begin = smaller(count, larger(-y0, int64_t{0}));
-  const int64_t end = larger(begin, smaller(count, g.h.in - y0));
+  // Rows that no window reaches are not read: they must not decide the range check.
+  const int64_t reached = smaller(count, 2 * (g.h.out - first_out) + 2);
+  const int64_t end = larger(begin, smaller(reached, g.h.in - y0));
   const int64_t width = smaller(g.w.in, 2 * windows + 2 - g.w.padding);
   // First every row in order, then every row transformed: a vector load soon after the narrower
   // stores that it spans would wait for them.
