@@ -15,6 +15,7 @@ from fusedcnn._ops import (
     GRAD_BIAS,
     GRAD_INPUT,
     GRAD_WEIGHT,
+    Geometry,
     _dense_backward,
     backward_op,
     below_autograd,
@@ -207,7 +208,7 @@ class BlockCalls:
             operands = [t.to(dtype, memory_format=memory_format) for t in operands]
             if rounded:
                 operands = [round_to_tf32(t) for t in operands]
-            grads = _dense_backward(*operands, code.contiguous(), self.geometry)
+            grads = _dense_backward(*operands, code.contiguous(), Geometry(*self.geometry))
             return dict(zip(("grad input", "grad weight", "grad bias"), grads, strict=True))
 
         formats = (torch.contiguous_format, torch.channels_last)
@@ -225,7 +226,11 @@ class BlockCalls:
         probe = grad_output.double().contiguous().requires_grad_()
         with torch.enable_grad():
             _, grad_weight, grad_bias = _dense_backward(
-                probe, input.double().contiguous(), weight, code.contiguous(), self.geometry
+                probe,
+                input.double().contiguous(),
+                weight,
+                code.contiguous(),
+                Geometry(*self.geometry),
             )
             total = (grad_weight * weight).sum() + (grad_bias * self._bias.double()).sum()
         return torch.autograd.grad(total, probe)[0]

@@ -296,12 +296,6 @@ MUTANTS = [
         "meet(v1, 1, true);",
     ),
     Mutant(
-        "windows: a block that takes several tasks forgets the carry to the next image",
-        POOL,
-        "if (rest_ >= grid.per_image) rest_ -= grid.per_image, ++n_;",
-        "if (rest_ > grid.per_image) rest_ -= grid.per_image, ++n_;",
-    ),
-    Mutant(
         "grad_weight: no barrier between a list and its readers",
         WEIGHT,
         "        sync_warp();\n        const int end = list",
