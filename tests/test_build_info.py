@@ -161,7 +161,7 @@ def test_winograd_switch():
     assert winograd.enabled
     assert build_info()["winograd"] is True
     by_default = output()
-    with _ops.force(kernel="general"):
+    with _ops.force(kernel="direct"):
         direct = output()
     with winograd.flags(enabled=False):
         assert build_info()["winograd"] is False
