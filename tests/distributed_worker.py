@@ -82,7 +82,7 @@ if __name__ == "__main__":
         check_dtensor() if kind == "dtensor" else check(kind)
         who = f"rank {dist.get_rank()} of {dist.get_world_size()}"
         print(f"{who}: {kind} agrees", file=sys.stderr)
-    # A thread of torch.distributed that is still running aborts the interpreter's own way out, now and
-    # then, after all is checked.
+    # A thread of torch.distributed that is still running now and then aborts the interpreter's own
+    # way out, after all is checked.
     sys.stderr.flush()
     os._exit(0)
