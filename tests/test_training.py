@@ -48,7 +48,7 @@ def test_same_initial_values(num_classes):
 
 
 def test_the_architecture():
-    """Layer by layer, as the design states it."""
+    """Layer by layer, as the class documents it."""
     stock, fused = both()
     assert [type(layer) for layer in stock.features] == 2 * [nn.Conv2d, nn.ReLU, nn.MaxPool2d]
     assert [type(layer) for layer in fused.features] == 2 * [

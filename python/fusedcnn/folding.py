@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedcnn._ops import note_stock
-from fusedcnn.functional import conv_relu_max_pool2d
 from fusedcnn.modules import ConvReLUMaxPool2d
 
 
@@ -67,21 +66,5 @@ class ConvBatchNormReLUMaxPool2d(ConvReLUMaxPool2d):
         if self.bias is not None:
             bias = bias + self.bias * scale
         weight = self.weight * scale.view(-1, 1, 1, 1)
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
-        return conv_relu_max_pool2d(
-            input,
-            weight.to(self.weight.dtype),
-            bias.to(self.weight.dtype),
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            pool_kernel_size=self.pool_kernel_size,
-            pool_stride=self.pool_stride,
-            pool_padding=self.pool_padding,
-            pool_dilation=self.pool_dilation,
-            ceil_mode=self.ceil_mode,
-        )
+        dtype = self.weight.dtype
+        return self._block_forward(input, weight.to(dtype), bias.to(dtype))

@@ -132,14 +132,18 @@ class ConvReLUMaxPool2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the pooled output [N, OC, OH, OW] (or [OC, OH, OW])."""
+        return self._block_forward(input, self.weight, self.bias)
+
+    def _block_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # With other parameters than its own where a subclass folds something into them.
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         return conv_relu_max_pool2d(
             input,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             self.stride,
             padding,
             self.dilation,
