@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import fusedcnn
 import pytest
@@ -67,6 +70,22 @@ def test_compiled_training(backend, dynamic):
         assert_close(step(compiled, model, images), step(model, model, images))
         with torch.no_grad():
             torch.testing.assert_close(compiled(images), model(images), **CLOSE)
+
+
+@pytest.mark.parametrize("ci", ["", "1"])
+def test_inductor_where_ci_is_set(ci):
+    """Inductor is stricter with CI=1; a fresh process, as it looks at each operator once."""
+    code = """
+import fusedcnn, torch
+model = fusedcnn.ConvReLUMaxPool2d(3, 4, 3)
+compiled = torch.compile(model, fullgraph=True)
+images = torch.randn(2, 3, 9, 9)
+compiled(images).sum().backward()
+torch.testing.assert_close(compiled(images), model(images))
+"""
+    environ = os.environ | {"CI": ci, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_operators_of_a_compiled_training_step():

@@ -81,10 +81,10 @@ def test_routing(monkeypatch):
         input = torch.empty(1, 1, 4, 4, device="cuda")
         wide = torch.empty(1, 1, 2**14, 2**14, device="cuda")
     monkeypatch.setattr(_cuda, "reason", "for a test")
-    assert _why_stock(input, input) == "no fused kernel for device type 'cuda': for a test"
+    assert _why_stock(input, input, False) == "no fused kernel for device type 'cuda': for a test"
     monkeypatch.setattr(_cuda, "reason", None)
-    assert _why_stock(input, input) is None
-    assert "pixels" in _why_stock(wide, input)
+    assert _why_stock(input, input, False) is None
+    assert "pixels" in _why_stock(wide, input, False)
 
 
 def test_tf32_follows_torch(monkeypatch):

@@ -135,7 +135,7 @@ assert torch.equal(output, expected)
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
 def test_the_decomposition_is_the_operator(block, layout, exact):
     """Output and code, values and strides, as the operator's own."""
-    decomposition = torch._decomp.decomposition_table[FORWARD]
+    decomposition = fusedcnn.decompositions()[FORWARD]
     operands, _ = exact_case(block.name, torch.float32)
     tensors = operands.map(lambda t: with_layout(t, layout))[:3]
     geometry = list(block.pack())
@@ -156,19 +156,18 @@ def test_the_decomposition_with_nan():
     geometry = list(Block("nan", (1, 1, 2, 4), 1, kernel=1).pack())
     arguments = (input.view(1, 1, 2, 4), weight, None, geometry, True)
     output, code = FORWARD(*arguments)
-    ours, our_code = torch._decomp.decomposition_table[FORWARD](*arguments)
+    ours, our_code = fusedcnn.decompositions()[FORWARD](*arguments)
     torch.testing.assert_close(ours, output, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(our_code, code)
 
 
 def test_export_decomposes_when_asked():
-    """run_decompositions with torch's table: stock operators alone, the same result."""
+    """run_decompositions with our table: stock operators alone, the same result."""
     model = fusedcnn.FusedSimpleCNN().eval()
     images = torch.randn(2, 3, 32, 32)
     program = torch.export.export(model, (images,))
     assert count(program.run_decompositions()) == 2
-    table = {FORWARD: torch._decomp.decomposition_table[FORWARD]}
-    stock = program.run_decompositions(table)
+    stock = program.run_decompositions(fusedcnn.decompositions())
     assert not any("fusedcnn" in str(node.target) for node in stock.graph.nodes)
     torch.testing.assert_close(stock.module()(images), model(images), **CLOSE)
 
@@ -241,13 +240,14 @@ def test_aot_inductor_from_cpp(package, tmp_path):
 # ---- ONNX ----------------------------------------------------------------------------------------
 
 
-def onnx_session(model: nn.Module, input: torch.Tensor, path: Path, **options):
+def onnx_session(model, input: torch.Tensor | None, path: Path, **options):
     """What ONNX Runtime makes of a plain export, and the operators in it."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     import onnxruntime
 
-    program = torch.onnx.export(model, (input,), dynamo=True, verbose=False, **options)
+    arguments = () if input is None else (input,)
+    program = torch.onnx.export(model, arguments, dynamo=True, verbose=False, **options)
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
@@ -272,6 +272,16 @@ def test_onnx(training, tmp_path):
     for n in (1, 2, 7):
         images = torch.randn(n, 3, 32, 32)
         torch.testing.assert_close(run(images), model(images), **CLOSE)
+
+
+def test_onnx_of_an_exported_program(tmp_path):
+    """Taken apart first, for the exporter does not see the module any more."""
+    model = fusedcnn.FusedSimpleCNN().eval()
+    images = torch.randn(2, 3, 32, 32)
+    program = torch.export.export(model, (images,)).run_decompositions(fusedcnn.decompositions())
+    run, operators = onnx_session(program, None, tmp_path / "m.onnx")
+    assert operators[:6] == ["Conv", "Relu", "MaxPool"] * 2
+    torch.testing.assert_close(run(images), model(images), **CLOSE)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Conv2d + bias + ReLU + MaxPool2d in one pass, forward and backward, for PyTorch."""
 
-from fusedcnn import _registrations, backends  # noqa: F401
+from fusedcnn import backends
 from fusedcnn._ops import build_info
+from fusedcnn._registrations import decompositions
 from fusedcnn.autograd import ConvReLUMaxPool2dFunction
 from fusedcnn.functional import conv_relu_max_pool2d
 from fusedcnn.fuse import FuseResult, fuse, unfuse
@@ -22,6 +23,7 @@ __all__ = [
     "backends",
     "build_info",
     "conv_relu_max_pool2d",
+    "decompositions",
     "fuse",
     "train_step",
     "unfuse",

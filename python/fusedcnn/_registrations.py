@@ -1,16 +1,16 @@
 """What torch's tools ask of an operator besides computing it: a decomposition, and its flops.
 
-The decomposition turns the fused operator into stock ones wherever a program is taken apart for
-somebody who does not know it: `torch.onnx.export` finds it in torch's table without being told, and
-so does `ExportedProgram.run_decompositions` when given it. torch.compile keeps the operator whole.
+The decomposition is not entered in torch's own table: with CI=1 in the environment Inductor refuses
+an operator that stands there and that it is to keep whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._decomp import register_decomposition
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from fusedcnn._ops import (
@@ -23,8 +23,7 @@ from fusedcnn._ops import (
 )
 
 
-@register_decomposition(forward_op)
-def decomposed(
+def _decomposed(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int], with_code: bool
 ) -> tuple[Tensor, Tensor]:
     """The forward operator in stock operations, its code included."""
@@ -49,6 +48,21 @@ def decomposed(
     code = row // g.pool_dilation_h * g.pool_kernel_w + col // g.pool_dilation_w
     off = -1 if dtype == torch.int32 else 255
     return output, torch.where(output <= 0, off, code).to(dtype)
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable]:
+    """The fused forward operator in stock ones, for programs that leave fusedcnn behind.
+
+    For an exported program that goes to a runtime or converter without fusedcnn's library::
+
+        program = program.run_decompositions(fusedcnn.decompositions())
+
+    `torch.onnx.export` of a module needs no table; of an exported program it needs the line above.
+    Winners and gradients are the fused operator's; rounding is that of the stock layers.
+
+    Source: :func:`torch.export.default_decompositions`, which gives torch's own.
+    """
+    return {forward_op: _decomposed}
 
 
 # Counted as torch counts its convolutions: multiply-adds as two, as if the backward were dense, so

@@ -171,7 +171,7 @@ def _is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _why_stock(input: Tensor, weight: Tensor) -> str | None:
+def _why_stock(input: Tensor, weight: Tensor, compiling: bool) -> str | None:
     """Why the stock layers compute this call, or None where a fused kernel does."""
     if not input.is_cpu:
         device = input.device.type
@@ -189,8 +189,10 @@ def _why_stock(input: Tensor, weight: Tensor) -> str | None:
         return "torch.func transforms"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
+    if compiling and torch.onnx.is_in_onnx_export():
+        return "torch.onnx.export, for which the stock operators have translations"
     # The whole batch is quicker to look at, but must not bound a symbolic batch size.
-    if (torch.compiler.is_compiling() or input.numel() > _MAX_IMAGE_ELEMENTS) and (
+    if (compiling or input.numel() > _MAX_IMAGE_ELEMENTS) and (
         math.prod(input.shape[-3:]) > _MAX_IMAGE_ELEMENTS
     ):
         return f"images of more than {_MAX_IMAGE_ELEMENTS} elements"
@@ -296,7 +298,8 @@ def conv_relu_max_pool2d(
         pool_dilation=pool_dilation,
         ceil_mode=ceil_mode,
     )
-    reason = _why_stock(input, weight)
+    compiling = torch.compiler.is_compiling()
+    reason = _why_stock(input, weight, compiling)
     if reason is not None:
         note_stock(reason)
         pool = {
@@ -310,7 +313,6 @@ def conv_relu_max_pool2d(
     needs_grad = torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    compiling = torch.compiler.is_compiling()
     if device_type == "cuda" and not compiling:
         _cuda.follow_tf32()
     if compiling:
