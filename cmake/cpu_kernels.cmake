@@ -20,7 +20,8 @@ else()
 endif()
 
 add_library(fusedcnn_cpu STATIC
-  csrc/cpu/derived_weights.cpp csrc/cpu/plan.cpp csrc/cpu/scratch.cpp csrc/cpu/select.cpp)
+  csrc/cpu/codes.cpp csrc/cpu/derived_weights.cpp csrc/cpu/plan.cpp csrc/cpu/scratch.cpp
+  csrc/cpu/select.cpp)
 target_link_libraries(fusedcnn_cpu PRIVATE $<BUILD_INTERFACE:fusedcnn_options>)
 target_include_directories(fusedcnn_cpu PUBLIC csrc)
 foreach(isa IN LISTS FUSEDCNN_ISAS)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fusedcnn import _ops, conv_relu_max_pool2d
-from geometries import BLOCKS, DTYPES, Block, by_name, dtype_name
+from geometries import BLOCKS, DTYPES, Block, by_name, dtype_name, pair
 from reference import (
     LAYOUTS,
     Operands,
@@ -196,3 +197,55 @@ def test_the_backward_operator_computes_what_is_asked():
                 assert torch.equal(grad, right), (mask, bit)
             else:
                 assert grad.numel() == 0, (mask, bit)
+
+
+def existing_elements(block: Block, plane: torch.Size, out: torch.Size) -> Tensor:
+    """[OH, OW, window]: whether each element of each window lies on the convolution's output."""
+    kernel, dilation = pair(block.pool), pair(block.pool_dilation)
+    stride = pair(block.pool if block.pool_stride is None else block.pool_stride)
+    before = pair(block.pool_padding)
+    reach = [
+        (o - 1) * s + d * (k - 1) + 1
+        for o, s, d, k in zip(out, stride, dilation, kernel, strict=True)
+    ]
+    after = [r - size - b for r, size, b in zip(reach, plane, before, strict=True)]
+    ones = F.pad(torch.ones(1, 1, *plane), (before[1], after[1], before[0], after[0]))
+    return F.unfold(ones, kernel, dilation, 0, stride).view(-1, *out).permute(1, 2, 0) != 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    ["simplecnn2_n2", "ceil_odd", "pool3_padding1", "pool_rectangular", "ceil_padding",
+     "pool_dilation_padding", "window289", "window19x20_padded"],
+)  # fmt: skip
+def test_codes_that_no_forward_wrote_are_an_error(name, layout):
+    """A window's element is taken if it is there and refused if not, and the process goes on."""
+    block = by_name(name)
+    operands, expected = exact_case(name, torch.float32)
+    plane = block.conv(*operands[:3]).shape[-2:]
+    out = expected.output.shape[-2:]
+    exists = existing_elements(block, plane, out)
+    window = exists.shape[-1]
+    wide = expected.code.dtype == torch.int32
+    outside = [window, window + 1] + ([-2, 2**31 - 1] if wide else [254])
+
+    def accepted(row: int, col: int, element: int) -> bool:
+        code = torch.full_like(expected.code, -1 if wide else 255)
+        code[-1, -1, row, col] = element
+        try:
+            torch.ops.fusedcnn.conv_relu_max_pool2d_backward(
+                operands.grad_output, operands.input, operands.weight,
+                with_layout(code, layout), block.pack(), 7,
+            )  # fmt: skip
+        except RuntimeError as error:
+            if "code: expected the tensor that the forward returned" not in str(error):
+                raise
+            return False
+        return True
+
+    for row in {0, out[0] // 2, out[0] - 1}:
+        for col in {0, out[1] // 2, out[1] - 1}:
+            for element in range(0, window, 1 + window // 24):
+                assert accepted(row, col, element) == bool(exists[row, col, element])
+            assert not any(accepted(row, col, element) for element in outside)

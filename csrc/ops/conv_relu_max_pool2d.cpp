@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/codes.h"
 #include "cpu/plan.h"
 #include "cpu/select.h"
 #include "ops/calls.h"
@@ -72,6 +73,11 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward(
     const std::vector<int64_t>& packed, int64_t output_mask) {
   const BackwardCall call = backward_call(grad_output, input, weight, code, packed, output_mask);
   const Geometry& g = call.args.geometry;
+  // Not so on a GPU, where looking at them would mean waiting for it.
+  if (!cpu::codes_fit(call.args)) {
+    throw std::runtime_error(
+        "code: expected the tensor that the forward returned, got elements outside their windows");
+  }
   const cpu::Problem problem{g, call.args.type, call.args.wide_code};
   const cpu::ThreadPool pool = thread_pool(g);
   if (call.run_grad_weight()) {
