@@ -66,10 +66,11 @@ FUSEDCNN_NOINLINE void window_vector(const float* r, int64_t channel_size, int64
     Vector<float> y[4];
     FUSEDCNN_UNROLL
     for (int i = 0; i < 2; ++i) {
-      y[2 * i] = (m[o][i][0] + m[o][i][1] + m[o][i][2]) + bias[o];
-      y[2 * i + 1] = (m[o][i][1] - m[o][i][2] - m[o][i][3]) + bias[o];
+      y[2 * i] = m[o][i][0] + m[o][i][1] + m[o][i][2];
+      y[2 * i + 1] = m[o][i][1] - m[o][i][2] - m[o][i][3];
     }
-    finish_window(y[0], y[1], y[2], y[3], values + o * stride, codes ? codes + o * stride : codes);
+    finish_window(y[0], y[1], y[2], y[3], broadcast(bias[o]), values + o * stride,
+                  codes ? codes + o * stride : codes);
   }
 }
 
@@ -92,7 +93,7 @@ void winograd1d_band(const ForwardArgs& args, const WinogradShared& shared, int6
   const int64_t n = task / bands, first_out = task % bands * shared.band;
   const int64_t windows = smaller(shared.band, g.h.out - first_out) * g.w.out;
 
-  const int64_t row_size = 2 * g.w.out + 2 + 2 * kN;
+  const int64_t row_size = round_up(2 * g.w.out + 2 + 2 * kN, kN);
   const int64_t rows_size = round_up((2 * shared.band + 2) * row_size, kN);
   const int64_t plane = round_up((shared.band + 1) * g.w.out, kN) + kN;
   float* in_order = static_cast<float*>(

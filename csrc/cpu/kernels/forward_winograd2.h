@@ -148,8 +148,8 @@ void finish_block(const WinogradShared& shared, int64_t first, int64_t count, co
     for (int z = 0; z < Z; ++z, y += 4 * kN) {
       const Vector<float> bias = load(shared.bias + first + z * kN);
       const int64_t at = t * shared.padded + first + z * kN;
-      finish_window(load(y) + bias, load(y + kN) + bias, load(y + 2 * kN) + bias,
-                    load(y + 3 * kN) + bias, values + at, codes + at);
+      finish_window(load(y), load(y + kN), load(y + 2 * kN), load(y + 3 * kN), bias, values + at,
+                    codes + at);
     }
   }
 }
@@ -163,7 +163,7 @@ void winograd2_band(const ForwardArgs& args, const WinogradShared& shared, int64
   const int64_t rows = smaller(shared.band, g.h.out - first_out);
   const int64_t channels = g.in_channels;
 
-  const int64_t row_size = 2 * g.w.out + 2 + 2 * kN;
+  const int64_t row_size = round_up(2 * g.w.out + 2 + 2 * kN, kN);
   const int64_t rows_size = round_up((2 * shared.band + 2) * row_size, kN);
   const int64_t plane = round_up((shared.band + 1) * g.w.out, kN) + kN;
   float* in_order = static_cast<float*>(

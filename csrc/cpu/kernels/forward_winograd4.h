@@ -167,8 +167,8 @@ FUSEDCNN_NOINLINE void finish_four_windows(const float* m, Vector<float> bias,
     for (int side = 0; side < 2; ++side) {
       if (side && !to.has_right) break;
       const int64_t at = half * to.below + side * to.right;
-      finish_window(top[2 * side] + bias, top[2 * side + 1] + bias, bottom[2 * side] + bias,
-                    bottom[2 * side + 1] + bias, to.values + at, to.codes + at);
+      finish_window(top[2 * side], top[2 * side + 1], bottom[2 * side], bottom[2 * side + 1], bias,
+                    to.values + at, to.codes + at);
     }
   }
 }

@@ -38,12 +38,14 @@ struct WinogradShared {
   uint8_t* immoderate;   // [batch * bands], set where an image is left to the general kernel
 };
 
-// Max, ReLU and code of one window, or of one for every lane, from its four outputs. The first
-// maximum wins; there is no NaN. codes: where to, or null.
+// Max, bias, ReLU and code of one window, or of one for every lane, from its four outputs. The
+// first maximum wins; there is no NaN. The maximum plus the bias is the maximum of the sums, as
+// rounding keeps the order. codes: where to, or null.
 FUSEDCNN_INLINE void finish_window(Vector<float> e0, Vector<float> e1, Vector<float> e2,
-                                   Vector<float> e3, float* values, uint8_t* codes) {
+                                   Vector<float> e3, Vector<float> bias, float* values,
+                                   uint8_t* codes) {
   const Vector<float> top = maximum(e1, e0), bottom = maximum(e3, e2);
-  const Vector<float> best = maximum(bottom, top);
+  const Vector<float> best = maximum(bottom, top) + bias;
   store(values, maximum(best, Vector<float>{}));
   if (!codes) return;
   const Vector<int32_t> in_top = e1 > e0 ? broadcast<int32_t>(1) : Vector<int32_t>{};
