@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 
 import fusedcnn
@@ -298,6 +300,39 @@ def test_rewritten_forwards_guard_what_was_assumed():
         fused(None)
     back = fusedcnn.unfuse(fused)
     back.doubled = False
+
+
+class Scaled(nn.Module):
+    """Reads a private number, a list, a class's default and a function, and not ``epoch``."""
+
+    shift = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self._scale, self.scales, self.last, self.epoch = 2.0, [3.0], torch.neg, 0
+
+    def forward(self, images):
+        out = F.max_pool2d(F.relu(self.conv(images)), 2)
+        return self.last(out * self._scale * self.scales[0] + self.shift)
+
+
+@pytest.mark.parametrize("way", ["as it is", "copied", "pickled"])
+def test_rewritten_forwards_guard_what_they_read(way):
+    """All of it, and nothing else."""
+    fused = fusedcnn.fuse(Scaled())
+    assert blocks(fused) == 1
+    fused = {"copied": copy.deepcopy, "pickled": lambda m: pickle.loads(pickle.dumps(m))}.get(
+        way, lambda m: m
+    )(fused)
+    for name, value in {"_scale": 4.0, "scales": [4.0], "shift": 2.0, "last": torch.abs}.items():
+        with pytest.raises(RuntimeError, match=rf"^{name}: .*unfuse"):
+            setattr(fused, name, value)
+    fused.epoch = 1
+    fused.new = 1
+    fused.conv.weight = nn.Parameter(torch.zeros(4, 3, 3, 3))
+    fused.conv.bias = None
+    assert torch.equal(fused(torch.ones(1, 3, 4, 4)), torch.full((1, 4, 1, 1), -1.0))
 
 
 # ---- bad input -----------------------------------------------------------------------------------

@@ -79,8 +79,9 @@ def fuse(model, *, inplace=False, report=False):
     is left alone; ``nn.Sequential`` and other modules inside are fused nevertheless, provided that
     it calls them and does not take them apart. What forward decides by an attribute (a flag, say)
     must not change afterwards. Where a function call has to go, the instance gets a class derived
-    from its own with the traced forward: attributes that forward reads (plain numbers, flags and
-    strings) cannot be set afterwards without :func:`unfuse`.
+    from its own with the traced forward: attributes of its own that forward reads, but for tensors
+    and modules, cannot be set afterwards without :func:`unfuse`; what lists among them hold and
+    what forward reads of other modules must not change.
 
     A chain is left alone, with a reason in the report, when a value in between is used elsewhere;
     hooks sit on an inner module or on one that the value in between enters or leaves; the pool

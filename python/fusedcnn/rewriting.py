@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fusedcnn.chains import Tracer, optional_parameters, shadow
 
@@ -27,7 +27,7 @@ class RewrittenForward:
     _fixed: frozenset[str]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._fixed and name in vars(self) and vars(self)[name] is not value:
+        if name in self._fixed and getattr(self, name, value) is not value:
             raise RuntimeError(
                 f"{name}: the forward of this {self.original_class.__name__} was rewritten by "
                 "fusedcnn.fuse for the value that it had; call fusedcnn.unfuse before setting it"
@@ -100,6 +100,7 @@ def rewritten_class(module: nn.Module, removed: Removed) -> type[nn.Module]:
                 graph.erase_node(node)
         traced = fx.GraphModule(copied, graph)
         forwards[training], code[training] = type(traced).forward, traced.code
+    fixed = _values_read(module)
     names = list(inspect.signature(module.forward).parameters)
 
     def forward(self, *args, **kwargs):
@@ -114,7 +115,6 @@ def rewritten_class(module: nn.Module, removed: Removed) -> type[nn.Module]:
 
     forward.__doc__ = cls.forward.__doc__
     forward.__wrapped__ = forwards[True]  # its signature, for torch.fx and torch.export
-    plain = (bool, int, float, str, type(None), tuple)
     return type(
         f"Fused{cls.__name__}",
         (RewrittenForward, cls),
@@ -125,13 +125,34 @@ def rewritten_class(module: nn.Module, removed: Removed) -> type[nn.Module]:
             "forward": forward,
             "_removed": removed,
             "_code": code,
-            "_fixed": frozenset(
-                name
-                for name, value in vars(module).items()
-                if name != "training" and not name.startswith("_") and isinstance(value, plain)
-            ),
+            "_fixed": fixed,
         },
     )
+
+
+def _values_read(module: nn.Module) -> frozenset[str]:
+    """The attributes that forward reads and torch.fx has frozen: neither tensors nor modules."""
+    read: set[str] = set()
+
+    class Recording(type(module)):
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    for training in (True, False):
+        copied = shadow(module).train(training)
+        object.__setattr__(copied, "__class__", Recording)
+        Tracer(None).trace(copied)
+    absent = object()
+
+    def frozen(name: str) -> bool:
+        if name in vars(module):
+            return not isinstance(vars(module)[name], (Tensor, nn.Module))
+        value = inspect.getattr_static(type(module), name, absent)  # a default in the class
+        return not (value is absent or callable(value) or hasattr(type(value), "__get__"))
+
+    own = nn.Module()
+    return frozenset(name for name in read if not hasattr(own, name) and frozen(name))
 
 
 class _Pending:
