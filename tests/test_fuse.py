@@ -196,6 +196,23 @@ def test_batch_norm_is_folded(affine, bias, pool_first):
         fused(integers((3, 8, 8)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_folded_in_float32(dtype):
+    """The folded bias is rounded once, as the stock layer's result is."""
+    model = nn.Sequential(nn.Conv2d(1, 64, 1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(1))
+    conv, norm = model[:2]
+    for tensor, low in ((conv.bias, 1), (norm.weight, 1), (norm.bias, 4)):
+        nn.init.uniform_(tensor, low, low + 1)
+    norm.running_mean.uniform_(0, 1)
+    norm.running_var.uniform_(0.5, 2)
+    model.eval().to(dtype)
+    scale = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
+    exact = norm.bias.double() + (conv.bias.double() - norm.running_mean.double()) * scale
+    # The output for black images. Half a unit in the last place; float32's own error is far less.
+    folded = fusedcnn.fuse(model)(torch.zeros(1, 1, 1, 1, dtype=dtype)).flatten()
+    assert ((folded - exact).abs() / exact <= torch.finfo(dtype).eps / 2 * 1.001).all()
+
+
 def test_folded_batch_norm_goes_on_training():
     """One optimizer made before, statistics included; then evaluated by the new values."""
     stock = nn.Sequential(*block(nn.BatchNorm2d(4)), nn.Flatten(), nn.Linear(64, 3)).double().eval()
