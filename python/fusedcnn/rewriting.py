@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fusedcnn.chains import Tracer, optional_parameters, shadow
+from fusedcnn.chains import Tracer, optional_parameters, shadow, surroundings
 
 Removed = dict[bool, tuple[int, ...]]  # by training mode: indices of the calls to take out
 
@@ -53,17 +53,28 @@ def why_not_rewritable(module: nn.Module) -> str:
         # `if mask is None:` is decided when torch.fx traces, not when forward runs.
         return f"its forward has optional arguments ({', '.join(optional_parameters(module))})"
     for training in (True, False):
-        copied = shadow(module).train(training)
-        before = _values(copied)
-        try:
-            graph = Tracer(None).trace(copied)
-        except Exception as error:  # whatever a forward may raise that is run on symbols
-            return f"torch.fx cannot follow its forward: {type(error).__name__}"
-        if any(str(node.target).startswith("_tensor_constant") for node in graph.nodes):
-            return "its forward makes tensors, which torch.fx would freeze"
-        # Where forward makes tensors, torch.fx stores them here; that is the case above.
-        if _values(copied) != before:
-            return "its forward sets attributes"
+        sources = set()
+        for plain, inside in ((True, training), (False, training), (True, not training)):
+            copied = shadow(module).train(training)
+            for child in copied.children():
+                child.train(inside)
+            before = _values(copied)
+            try:
+                with surroundings(plain):
+                    tracer = Tracer(None)
+                    graph = tracer.trace(copied)
+            except Exception as error:  # whatever a forward may raise that is run on symbols
+                return f"torch.fx cannot follow its forward: {type(error).__name__}"
+            if tracer.switched:
+                return "its forward switches gradients, autocast or checkpointing on or off"
+            if any(str(node.target).startswith("_tensor_constant") for node in graph.nodes):
+                return "its forward makes tensors, which torch.fx would freeze"
+            # Where forward makes tensors, torch.fx stores them here; that is the case above.
+            if _values(copied) != before:
+                return "its forward sets attributes"
+            sources.add(graph.python_code("self").src)
+        if len(sources) > 1:
+            return "its forward depends on gradients or autocast, or on another module's mode"
     return ""
 
 
@@ -92,7 +103,8 @@ def rewritten_class(module: nn.Module, removed: Removed) -> type[nn.Module]:
     code: dict[bool, str] = {}
     for training in (True, False):
         copied = shadow(module).train(training)
-        graph = Tracer(None).trace(copied)
+        with surroundings(plain=True):
+            graph = Tracer(None).trace(copied)
         for node in list(graph.nodes):
             call = node.meta.get("call")
             if call is not None and call[1] in removed.get(training, ()):
@@ -142,7 +154,8 @@ def _values_read(module: nn.Module) -> frozenset[str]:
     for training in (True, False):
         copied = shadow(module).train(training)
         object.__setattr__(copied, "__class__", Recording)
-        Tracer(None).trace(copied)
+        with surroundings(plain=True):
+            Tracer(None).trace(copied)
     absent = object()
 
     def frozen(name: str) -> bool:
