@@ -173,6 +173,8 @@ def test_winograd_switch():
     assert not torch.equal(by_default, direct)  # or this test has compared nothing
     with pytest.raises(TypeError, match="enabled"):
         winograd.enabled = 1
+    with pytest.raises(AttributeError, match="enable"):
+        winograd.enable = False
     assert winograd.enabled
 
 

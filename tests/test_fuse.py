@@ -16,6 +16,7 @@ from fusedcnn.folding import ConvBatchNormReLUMaxPool2d
 from fusing import LeNet, assert_equal, assert_fused, block, blocks, integers, run, with_integers
 from hypothesis import strategies
 from torch import nn
+from torch.nn.utils import parametrize
 
 pytestmark = pytest.mark.usefixtures("exact")
 
@@ -193,6 +194,23 @@ def test_batch_norm_is_folded(affine, bias, pool_first):
     assert isinstance(fused[0], ConvBatchNormReLUMaxPool2d)
     with pytest.raises(ValueError, match="4D"):
         fused(integers((3, 8, 8)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_folded_in_float32(dtype):
+    """The folded bias is rounded once, as the stock layer's result is."""
+    model = nn.Sequential(nn.Conv2d(1, 64, 1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(1))
+    conv, norm = model[:2]
+    for tensor, low in ((conv.bias, 1), (norm.weight, 1), (norm.bias, 4)):
+        nn.init.uniform_(tensor, low, low + 1)
+    norm.running_mean.uniform_(0, 1)
+    norm.running_var.uniform_(0.5, 2)
+    model.eval().to(dtype)
+    scale = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
+    exact = norm.bias.double() + (conv.bias.double() - norm.running_mean.double()) * scale
+    # The output for black images. Half a unit in the last place; float32's own error is far less.
+    folded = fusedcnn.fuse(model)(torch.zeros(1, 1, 1, 1, dtype=dtype)).flatten()
+    assert ((folded - exact).abs() / exact <= torch.finfo(dtype).eps / 2 * 1.001).all()
 
 
 def test_folded_batch_norm_goes_on_training():
@@ -400,3 +418,68 @@ def test_unfuse_refuses_hooks():
     with pytest.raises(ValueError, match=r"no hooks on fused blocks, got some on '0'"):
         fusedcnn.unfuse(fused, inplace=True)
     assert blocks(fused) == 1
+    fused = fusedcnn.fuse(nn.Sequential(*block()))
+    fused[1].register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match=r"no hooks on fused blocks, got some on '1'"):
+        fusedcnn.unfuse(fused, inplace=True)
+    assert blocks(fused) == 1
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+class MyBlock(ConvReLUMaxPool2d):
+    pass
+
+
+@pytest.mark.parametrize("part", ["block", "norm", "rewritten", "own"])
+def test_unfuse_refuses_derived_classes(part):
+    """Taken for what it is not, such a part would stay, and compute ReLU and pool twice."""
+    if part == "own":
+        fused, path = nn.Sequential(MyBlock(3, 4, 3)), "'0'"
+    elif part == "rewritten":
+        model = LeNet()
+        model.scale = nn.Parameter(torch.ones(1))
+        fused, path = fusedcnn.fuse(model), "the model"
+        parametrize.register_parametrization(fused, "scale", Doubled())
+    else:
+        fused = fusedcnn.fuse(nn.Sequential(*block(nn.BatchNorm2d(4))).eval())
+        index = {"block": 0, "norm": 1}[part]
+        parametrize.register_parametrization(fused[index], "weight", Doubled())
+        path = f"'{index}'"
+    before = repr(fused)
+    with pytest.raises(ValueError, match=rf"model: expected fused parts .*, got \w+ at {path}"):
+        fusedcnn.unfuse(fused, inplace=True)
+    assert repr(fused) == before
+
+
+class Alias(nn.Module):
+    """One convolution in two places, called from one."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu, self.pool = block()
+        self.layers = nn.Sequential(self.conv, self.relu, self.pool)
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+def test_unfuse_keeps_one_module_one():
+    back = fusedcnn.unfuse(fusedcnn.fuse(Alias()))
+    assert type(back.conv) is nn.Conv2d
+    assert back.conv is back.layers[0]
+    assert blocks(fusedcnn.fuse(back)) == 1
+
+
+def test_attributes_of_a_convolution_stay():
+    model = nn.Sequential(*block())
+    model[0].tag = "stem"
+    fused = fusedcnn.fuse(model)
+    assert fused[0].tag == "stem"
+    fused[0].note = "seen"
+    back = fusedcnn.unfuse(fused)
+    assert (back[0].tag, back[0].note) == ("stem", "seen")
+    assert vars(back[0]).keys() - {"note"} == vars(model[0]).keys()

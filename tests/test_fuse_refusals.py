@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 
 import fusedcnn
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from fusing import LeNet, assert_equal, assert_fused, block, blocks, integers, run, with_integers
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
+from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.usefixtures("exact")
 
@@ -129,6 +132,66 @@ class FrozenNoise(nn.Module):
         return F.max_pool2d(F.relu(self.conv(images)), 2) + torch.randn(3, 1, 1)
 
 
+class Surrounded(nn.Module):
+    """Function calls in a context, none of which a graph of torch.fx holds."""
+
+    def __init__(self, context):
+        super().__init__()
+        self.conv, self.context = nn.Conv2d(3, 3, 3), context
+
+    def forward(self, images):
+        with self.context():
+            return F.max_pool2d(F.relu(self.conv(images)), 2)
+
+
+class Decorated(Surrounded):
+    @torch.no_grad()
+    def forward(self, images):
+        return F.max_pool2d(F.relu(self.conv(images)), 2)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
+
+    def forward(self, images):
+        images = checkpoint(self.first, images, use_reentrant=False)
+        return F.max_pool2d(F.relu(self.conv(images)), 2)
+
+
+class SwitchedInBetween(nn.Module):
+    """Modules, which could be replaced; but the gradient stops behind the convolution."""
+
+    def __init__(self, context):
+        super().__init__()
+        self.conv, self.relu, self.pool = block()
+        self.context = context
+
+    def forward(self, images):
+        images = self.conv(images)
+        with self.context():
+            return self.pool(self.relu(images))
+
+
+class Depending(nn.Module):
+    def __init__(self, condition):
+        super().__init__()
+        self.conv, self.drop, self.condition = nn.Conv2d(3, 3, 3), nn.Dropout(), condition
+
+    def forward(self, images):
+        out = F.max_pool2d(F.relu(self.conv(images)), 2)
+        return out + 1 if self.condition(self) else out
+
+
+def autocast_off():
+    return torch.autocast("cpu", enabled=False)
+
+
+def autocast_on():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
 class MyConv(nn.Conv2d):
     def forward(self, input):
         return -super().forward(input)
@@ -187,6 +250,22 @@ REFUSED = {
     "optional argument": (OptionalArgument, "optional arguments (scale)"),
     "forward with a side effect": (Counting, "sets attributes"),
     "forward that makes tensors": (FrozenNoise, "would freeze"),
+    "forward under no_grad": (lambda: Surrounded(torch.no_grad), "switches gradients"),
+    "forward under enable_grad": (lambda: Surrounded(torch.enable_grad), "switches gradients"),
+    "forward under inference_mode": (
+        lambda: Surrounded(torch.inference_mode), "switches gradients"),
+    "forward under autocast": (lambda: Surrounded(autocast_on), "switches gradients, autocast"),
+    "forward without autocast": (lambda: Surrounded(autocast_off), "switches gradients, autocast"),
+    "decorated forward": (lambda: Decorated(None), "switches gradients"),
+    "forward that checkpoints": (Checkpointed, "switches gradients, autocast or checkpointing"),
+    "no_grad in between": (lambda: SwitchedInBetween(torch.no_grad), "switched in between"),
+    "autocast in between": (lambda: SwitchedInBetween(autocast_off), "switched in between"),
+    "forward that asks for gradients": (
+        lambda: Depending(lambda self: torch.is_grad_enabled()), "depends on gradients"),
+    "forward that asks for autocast": (
+        lambda: Depending(lambda self: torch.is_autocast_enabled("cpu")), "depends on gradients"),
+    "forward that asks for a mode": (
+        lambda: Depending(lambda self: self.drop.training), "another module's mode"),
     "norm without statistics": (
         lambda: nn.Sequential(*block(nn.BatchNorm2d(4, track_running_stats=False))).eval(),
         "keeps no running statistics"),
@@ -298,6 +377,68 @@ def test_rewritten_forwards_guard_what_was_assumed():
         fused(None)
     back = fusedcnn.unfuse(fused)
     back.doubled = False
+
+
+def test_contexts_around_modules_stay():
+    """Where modules alone are replaced, forward is the model's own, contexts included."""
+
+    class InContext(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(*block())
+
+        def forward(self, images):
+            with torch.no_grad():
+                return self.layers(images)
+
+    assert blocks(fused := fusedcnn.fuse(InContext())) == 1
+    assert not fused(integers((1, 3, 8, 8))).requires_grad
+
+
+@pytest.mark.parametrize("make", [lambda: FrozenNoise(), lambda: LeNet()])
+@pytest.mark.parametrize("grad", [True, False])
+def test_fuse_leaves_random_numbers_and_modes(make, grad):
+    model = make()
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=not grad):
+        state = torch.get_rng_state()
+        fusedcnn.fuse(model)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.is_grad_enabled() == grad
+        assert torch.is_autocast_enabled("cpu") != grad
+        assert not torch.is_autocast_enabled("cuda")
+
+
+class Scaled(nn.Module):
+    """Reads a private number, a list, a class's default and a function, and not ``epoch``."""
+
+    shift = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self._scale, self.scales, self.last, self.epoch = 2.0, [3.0], torch.neg, 0
+
+    def forward(self, images):
+        out = F.max_pool2d(F.relu(self.conv(images)), 2)
+        return self.last(out * self._scale * self.scales[0] + self.shift)
+
+
+@pytest.mark.parametrize("way", ["as it is", "copied", "pickled"])
+def test_rewritten_forwards_guard_what_they_read(way):
+    """All of it, and nothing else."""
+    fused = fusedcnn.fuse(Scaled())
+    assert blocks(fused) == 1
+    fused = {"copied": copy.deepcopy, "pickled": lambda m: pickle.loads(pickle.dumps(m))}.get(
+        way, lambda m: m
+    )(fused)
+    for name, value in {"_scale": 4.0, "scales": [4.0], "shift": 2.0, "last": torch.abs}.items():
+        with pytest.raises(RuntimeError, match=rf"^{name}: .*unfuse"):
+            setattr(fused, name, value)
+    fused.epoch = 1
+    fused.new = 1
+    fused.conv.weight = nn.Parameter(torch.zeros(4, 3, 3, 3))
+    fused.conv.bias = None
+    assert torch.equal(fused(torch.ones(1, 3, 4, 4)), torch.full((1, 4, 1, 1), -1.0))
 
 
 # ---- bad input -----------------------------------------------------------------------------------

@@ -78,6 +78,17 @@ def test_parameters_on_several_devices_or_none():
         fusedcnn.GraphedTrainStep(model, nn.MSELoss(), optimizer)
 
 
+def test_wrong_types_are_named_at_construction():
+    model, criterion = nn.Linear(1, 1), nn.MSELoss()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got function"):
+        fusedcnn.GraphedTrainStep(lambda images: images, criterion, optimizer)
+    with pytest.raises(TypeError, match="criterion: expected a callable, got NoneType"):
+        fusedcnn.GraphedTrainStep(model, None, optimizer)
+    with pytest.raises(TypeError, match="optimizer: expected an instance, got the class SGD"):
+        fusedcnn.GraphedTrainStep(model, criterion, torch.optim.SGD)
+
+
 def test_an_optimizer_that_cannot_be_captured_is_named():
     """The check itself, which __init__ makes for models on CUDA."""
     parameters = list(nn.Linear(1, 1).parameters())

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fusedcnn import ConvReLUMaxPool2d
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, spectral_norm
 
 pytestmark = pytest.mark.usefixtures("exact")
 
@@ -167,6 +168,11 @@ def test_from_modules_refuses():
         ConvReLUMaxPool2d.from_modules(conv, nn.AvgPool2d(2))
     with pytest.raises(ValueError, match="return_indices"):
         ConvReLUMaxPool2d.from_modules(conv, nn.MaxPool2d(2, return_indices=True))
+    for computed in (parametrizations.weight_norm(conv), spectral_norm(nn.Conv2d(1, 1, 3))):
+        with pytest.raises(ValueError, match="conv: expected a plain Parameter weight"):
+            ConvReLUMaxPool2d.from_modules(computed, pool)
+    with pytest.raises(ValueError, match="conv: expected an initialised weight, got a LazyConv2d"):
+        ConvReLUMaxPool2d.from_modules(nn.LazyConv2d(1, 3), pool)
 
 
 # ---- copies, conversions, hooks -----------------------------------------------------------------

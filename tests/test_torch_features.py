@@ -57,6 +57,22 @@ def test_autocast_as_conv2d(dtype, inputs):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float64])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_autocast_casts_no_more_than_conv2d(which, dtype):
+    """Integers, complex numbers and float64 among others stay, and are an error."""
+    tensors = integers()
+    tensors[which] = tensors[which].to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError):
+            stock(*tensors)
+        with pytest.raises(RuntimeError, match=r"^(input|weight|bias): expected .*, got"):
+            fused(*tensors)
+        if dtype == torch.complex64:
+            with pytest.raises(RuntimeError, match=r"^input: expected .*, got complex64"):
+                fused(*(t.to(dtype) for t in integers()))
+
+
 @pytest.mark.parametrize("scale", [2.0**10, 2.0**40])
 def test_grad_scaler(scale):
     """Scaled loss, unscaled gradients, and a step that is skipped where they overflow."""

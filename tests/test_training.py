@@ -258,3 +258,55 @@ def test_train_step_works_with_any_model():
     inputs, targets = torch.randn(8, 4), torch.randn(8, 2)
     first = train_step(model, nn.MSELoss(), optimizer, inputs, targets)
     assert train_step(model, nn.MSELoss(), optimizer, inputs, targets) < first
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error", "message"),
+    [
+        ("model", "m", TypeError, "model: expected a callable, got str"),
+        ("model", nn.Linear, TypeError, "model: expected an instance, got the class Linear"),
+        ("criterion", None, TypeError, "criterion: expected a callable, got NoneType"),
+        ("criterion", nn.MSELoss, TypeError, "criterion: expected an instance, got .* MSELoss"),
+        ("criterion", lambda *_: 1.0, TypeError, "criterion: expected a 0-d loss, got a float"),
+        ("criterion", lambda *_: torch.ones(()), RuntimeError, "criterion: .* requires a gradient"),
+        ("optimizer", None, TypeError, "optimizer: expected a .*Optimizer, got NoneType"),
+        ("optimizer", nn.MSELoss(), TypeError, "optimizer: expected a .*Optimizer, got MSELoss"),
+        ("optimizer", torch.optim.SGD, TypeError, "optimizer: expected an instance, .* SGD"),
+        ("optimizer", torch.optim.LBFGS([torch.ones(1)]), TypeError, "no closure, got LBFGS"),
+    ],
+)
+def test_train_step_names_the_wrong_argument(argument, value, error, message):
+    model = nn.Linear(4, 2)
+    before = copy.deepcopy(model.state_dict())
+    arguments = {
+        "model": model,
+        "criterion": nn.MSELoss(),
+        "optimizer": torch.optim.SGD(model.parameters(), 0.1),
+    } | {argument: value}
+    with pytest.raises(error, match=message):
+        train_step(**arguments, inputs=torch.randn(8, 4), labels=torch.randn(8, 2))
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_train_step_where_gradients_are_off(mode):
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.weight.grad = torch.ones(2, 4)
+    with mode(), pytest.raises(RuntimeError, match="train_step: expected gradients to be enabled"):
+        train_step(model, nn.MSELoss(), optimizer, torch.randn(8, 4), torch.randn(8, 2))
+    assert model.weight.grad is not None
+
+
+@pytest.mark.parametrize("model_class", [SimpleCNN, FusedSimpleCNN])
+def test_bad_num_classes(model_class):
+    """Named, and no random number drawn."""
+    state = torch.get_rng_state()
+    for value in ("10", None, 2.5, True, [10]):
+        with pytest.raises(TypeError, match="num_classes: expected an int, got "):
+            model_class(num_classes=value)
+    for value in (0, -1):
+        with pytest.raises(ValueError, match=f"num_classes: expected at least 1, got {value}"):
+            model_class(num_classes=value)
+    assert torch.equal(torch.get_rng_state(), state)

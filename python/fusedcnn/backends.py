@@ -15,6 +15,8 @@ class _Winograd:
     of them decides windows whose outputs are exactly equal by its rounding. Process-wide.
     """
 
+    __slots__ = ()  # setting another name is an error, not a switch without effect
+
     @property
     def enabled(self) -> bool:
         """Whether they may be chosen; True at the start."""

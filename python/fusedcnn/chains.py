@@ -6,6 +6,7 @@ Nothing here changes a model: it is read, and copies without parameters of their
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from collections import Counter
@@ -28,6 +29,8 @@ _CONV_FUNCTIONS = (F.conv2d, torch.conv2d)
 _POOL_PARAMETERS = (
     "input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices",
 )  # fmt: skip
+
+_AUTOCAST_DEVICES = ("cpu", "cuda")
 
 # Leaves of the trace even where a user has derived from them: what the derived class computes is
 # its own, so that it is named as a reason instead of being looked into.
@@ -155,8 +158,43 @@ def shadow(model: nn.Module) -> nn.Module:
 # ---- tracing -------------------------------------------------------------------------------------
 
 
+def _modes() -> tuple[Any, ...]:
+    """What contexts decide around a call, and a graph of torch.fx does not hold."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # checkpointing sets them
+    autocast = [
+        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in _AUTOCAST_DEVICES
+    ]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), hooks is None, *autocast
+
+
+@contextlib.contextmanager
+def surroundings(plain: bool) -> Iterator[None]:
+    """Modes to trace in: gradients and no autocast, or else autocast and no gradients.
+
+    A forward that sets one of them by itself shows in one of the two. Random numbers that it draws
+    are not missed afterwards.
+    """
+    before = [torch.is_autocast_enabled(device) for device in _AUTOCAST_DEVICES]
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(plain),
+    ):
+        try:
+            for device in _AUTOCAST_DEVICES:
+                torch.set_autocast_enabled(device, not plain)
+            yield
+        finally:
+            for device, enabled in zip(_AUTOCAST_DEVICES, before, strict=True):
+                torch.set_autocast_enabled(device, enabled)
+            torch.clear_autocast_cache()
+
+
 class Tracer(fx.Tracer):
-    """A tracer that notes who makes each call, and the how manieth of its calls it is.
+    """A tracer that notes of each call who makes it, its number there, and the modes around it.
+
+    ``switched`` says whether a call was made in other modes than the tracer.
 
     Args:
         opaque: paths of modules whose forward is not entered; None enters no child at all. A
@@ -173,6 +211,8 @@ class Tracer(fx.Tracer):
         self.module_calls: dict[str, set[tuple[str, int]]] = {}
         self.calls: Counter[str] = Counter({"": 1})
         self._next: tuple[str, int] = ("", 0)
+        self._modes = _modes()
+        self.switched = False
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         """Whether the call is one node, not entered."""
@@ -204,6 +244,9 @@ class Tracer(fx.Tracer):
             node.meta["call"], node.meta["callers"] = self._next, tuple(self.callers[:-1])
         elif kind in ("call_function", "call_method"):
             node.meta["call"], node.meta["callers"] = self._count(), tuple(self.callers)
+        if kind in ("call_module", "call_function", "call_method"):
+            node.meta["modes"] = _modes()
+            self.switched |= node.meta["modes"] != self._modes
         return node
 
 
@@ -225,8 +268,9 @@ def _run(module: nn.Module, opaque: set[str] | None, defaults: bool) -> tuple[Tr
             for name, value in optional_parameters(module).items()
             if value is not inspect.Parameter.empty
         }
-    tracer = Tracer(opaque)
-    return tracer, tracer.trace(module, concrete)
+    with surroundings(plain=module.training):  # each mode once: both are traced
+        tracer = Tracer(opaque)
+        return tracer, tracer.trace(module, concrete)
 
 
 def analyse(model: nn.Module) -> Analysis:
@@ -453,6 +497,8 @@ def _why_not(
     for node in nodes[:-1]:
         if len(node.users) != 1:
             return f"the output of {_label(node)} is used in {len(node.users)} places"
+    if any(node.meta["modes"] != nodes[0].meta["modes"] for node in nodes):
+        return "gradients, autocast or checkpointing are switched in between"
     first = nodes[0].meta["callers"]
     for node in nodes[1:]:
         # The modules that the value in between enters or leaves.

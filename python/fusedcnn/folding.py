@@ -57,14 +57,16 @@ class ConvBatchNormReLUMaxPool2d(ConvReLUMaxPool2d):
                 self.ceil_mode,
             )
         norm._check_input_dim(input)  # no [C, H, W], as in training mode
-        scale = torch.rsqrt(norm.running_var + norm.eps)
-        if norm.weight is not None:
-            scale = scale * norm.weight
-        bias = -norm.running_mean * scale
-        if norm.bias is not None:
-            bias = bias + norm.bias
-        if self.bias is not None:
-            bias = bias + self.bias * scale
-        weight = self.weight * scale.view(-1, 1, 1, 1)
         dtype = self.weight.dtype
+        # Half types are folded in float32 and rounded once, as BatchNorm2d computes in float32.
+        wide = torch.promote_types(dtype, torch.float32)
+        scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
+        if norm.weight is not None:
+            scale = scale * norm.weight.to(wide)
+        bias = -norm.running_mean.to(wide) * scale
+        if norm.bias is not None:
+            bias = bias + norm.bias.to(wide)
+        if self.bias is not None:
+            bias = bias + self.bias.to(wide) * scale
+        weight = self.weight.to(wide) * scale.view(-1, 1, 1, 1)
         return self._block_forward(input, weight.to(dtype), bias.to(dtype))

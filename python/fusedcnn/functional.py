@@ -199,6 +199,13 @@ def _why_stock(input: Tensor, weight: Tensor, compiling: bool) -> str | None:
     return None
 
 
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # As torch casts operands: not float64, and never integers or complex numbers, whose imaginary
+    # part would be lost.
+    castable = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if castable else tensor
+
+
 def _stock(input, weight, bias, stride, padding, dilation, groups, pool) -> Tensor:
     return F.max_pool2d(
         F.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups)), **pool
@@ -277,15 +284,11 @@ def conv_relu_max_pool2d(
         )
     _check_tensors(input, weight, bias)  # what the lines below need; the operator checks the rest
     device_type = "cpu" if input.is_cpu else input.device.type  # the first is quicker
-    if (
-        device_type in _AUTOCAST_DEVICES
-        and torch.is_autocast_enabled(device_type)
-        and input.dtype != torch.float64
-    ):
+    if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        input = input.to(dtype)
-        weight = weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        input = _autocast(input, dtype)
+        weight = _autocast(weight, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
     geometry = pack_geometry(
         weight.shape[2:],
         stride,

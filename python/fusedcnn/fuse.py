@@ -79,8 +79,9 @@ def fuse(model, *, inplace=False, report=False):
     is left alone; ``nn.Sequential`` and other modules inside are fused nevertheless, provided that
     it calls them and does not take them apart. What forward decides by an attribute (a flag, say)
     must not change afterwards. Where a function call has to go, the instance gets a class derived
-    from its own with the traced forward: attributes that forward reads (plain numbers, flags and
-    strings) cannot be set afterwards without :func:`unfuse`.
+    from its own with the traced forward: attributes of its own that forward reads, but for tensors
+    and modules, cannot be set afterwards without :func:`unfuse`; what lists among them hold and
+    what forward reads of other modules must not change.
 
     A chain is left alone, with a reason in the report, when a value in between is used elsewhere;
     hooks sit on an inner module or on one that the value in between enters or leaves; the pool
@@ -125,24 +126,23 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         TypeError: model is no module, or inplace is no bool.
-        ValueError: hooks sit on a fused block, whose output no stock layer has. Whatever is raised,
-            the model is as it was.
+        ValueError: hooks sit on a fused block, whose output no stock layer has, or on an
+            ``nn.Identity`` that :func:`fuse` has put; or a fused part is of a class derived from
+            its own, as parametrisations and ``fully_shard`` make them. Whatever is raised, the
+            model is as it was.
     """
     _check("unfuse", model, inplace=inplace)
     for path, module in model.named_modules():
-        if isinstance(module, ConvReLUMaxPool2d) and hooks_of(module):
-            raise ValueError(
-                f"model: expected no hooks on fused blocks, got some on {name_of(path)} "
-                f"({', '.join(hooks_of(module))})"
-            )
+        _check_undoable(path, module)
     target = model if inplace else copy_sharing(model)
+    convs: dict[int, nn.Conv2d] = {}  # by block: one that stands in several places stays one
     with _Edits() as edits:
         for module in list(target.modules()):
             if isinstance(module, RewrittenForward):
                 edits.set_class(module, module.original_class)
             elif type(module) is FoldedBatchNorm2d:
                 edits.set_class(module, nn.BatchNorm2d)
-            _unfuse_children(module, edits)
+            _unfuse_children(module, edits, convs)
         if type(target) is ConvReLUMaxPool2d:
             edits.set_class(target, StockConvReLUMaxPool2d)
     return target
@@ -169,6 +169,26 @@ def _check(function: str, model: nn.Module, **flags: bool) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected a bool, got {value!r}")
+
+
+def _check_undoable(path: str, module: nn.Module) -> None:
+    known = True
+    if isinstance(module, RewrittenForward):
+        known = RewrittenForward in type(module).__bases__
+    elif isinstance(module, (ConvReLUMaxPool2d, FoldedBatchNorm2d)):
+        fused = (ConvReLUMaxPool2d, ConvBatchNormReLUMaxPool2d, FoldedBatchNorm2d)
+        known = type(module) in fused or isinstance(module, StockConvReLUMaxPool2d)
+    if not known:
+        raise ValueError(
+            f"model: expected fused parts of fusedcnn's own classes, got {type(module).__name__} "
+            f"at {name_of(path)}; undo what made that class (a parametrisation, say) first"
+        )
+    placed = isinstance(module, ConvReLUMaxPool2d) or "replaced" in vars(module)
+    if placed and hooks_of(module):
+        raise ValueError(
+            f"model: expected no hooks on fused blocks, got some on {name_of(path)} "
+            f"({', '.join(hooks_of(module))})"
+        )
 
 
 # ---- plan ----------------------------------------------------------------------------------------
@@ -240,7 +260,7 @@ class _Plan:
                     others = [p for p in owners[id(parameter)] if p != step.module]
                     if parameter is not None and others:
                         candidate.reason = (
-                            f"the weights of '{step.module}' are shared with '{others[0]}'"
+                            f"the weights of '{step.module}' are shared with {name_of(others[0])}"
                         )
                 for parent, _ in self.places[id(module)]:
                     if step.kind in ("conv", "norm") and parent in self.analysis.untraceable:
@@ -346,7 +366,16 @@ def _fused(conv: nn.Conv2d, norms: list[nn.Module], pool: dict[str, Any]) -> Con
 # ---- unfuse --------------------------------------------------------------------------------------
 
 
-def _unfuse_children(parent: nn.Module, edits: _Edits) -> None:
+# What a fused block has and a Conv2d has not.
+_BLOCK_ATTRIBUTES = frozenset(
+    {
+        *("pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode"),
+        *("batch_norm", "from_fuse"),
+    }
+)
+
+
+def _unfuse_children(parent: nn.Module, edits: _Edits, convs: dict[int, nn.Conv2d]) -> None:
     children = list(parent._modules.items())
     for i, (name, child) in enumerate(children):
         if "replaced" in vars(child or parent):
@@ -356,7 +385,8 @@ def _unfuse_children(parent: nn.Module, edits: _Edits) -> None:
             following = [module for _, module in children[i + 1 : i + 3]]
             identities = [type(m) is nn.Identity and "replaced" not in vars(m) for m in following]
             if "from_fuse" in vars(child):
-                edits.set_child(parent, name, _conv_of(child))
+                conv = convs.setdefault(id(child), _conv_of(child))
+                edits.set_child(parent, name, conv)
             elif type(parent) is nn.Sequential and identities == [True, True]:
                 pool = nn.MaxPool2d(
                     child.pool_kernel_size,
@@ -365,7 +395,7 @@ def _unfuse_children(parent: nn.Module, edits: _Edits) -> None:
                     child.pool_dilation,
                     ceil_mode=child.ceil_mode,
                 )
-                stock = (_conv_of(child), nn.ReLU(), pool)
+                stock = (convs.setdefault(id(child), _conv_of(child)), nn.ReLU(), pool)
                 for (place, _), module in zip(children[i : i + 3], stock, strict=True):
                     edits.set_child(parent, place, module.train(child.training))
             else:
@@ -387,6 +417,9 @@ def _conv_of(fused: ConvReLUMaxPool2d) -> nn.Conv2d:
     )
     conv.weight = fused.weight
     conv.bias = fused.bias
+    for name, value in vars(fused).items():
+        if name not in _BLOCK_ATTRIBUTES:
+            vars(conv).setdefault(name, value)  # a user's own attributes
     return conv.train(fused.training)
 
 

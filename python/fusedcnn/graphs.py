@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedcnn.training import train_step
+from fusedcnn.training import check_step, train_step
 
 # Eager steps before a recording: what is initialised lazily (the optimizer's state, cuDNN's
 # choices) allocates and synchronises, which a graph cannot record. torch's own recipe takes three;
@@ -55,6 +55,7 @@ class GraphedTrainStep:
             ``capturable=True`` where it has that option (Adam, AdamW, RMSprop, ...).
 
     Raises:
+        TypeError: model is no module, or what :func:`fusedcnn.train_step` refuses.
         ValueError: the optimizer has a ``capturable`` option that is off, on CUDA; or the model has
             no parameters, or has them on more than one device.
     """
@@ -65,6 +66,9 @@ class GraphedTrainStep:
         criterion: Callable[[Tensor, Tensor], Tensor],
         optimizer: torch.optim.Optimizer,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        check_step(model, criterion, optimizer)
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) != 1:
             found = ", ".join(sorted(map(str, devices))) or "none"
@@ -91,7 +95,8 @@ class GraphedTrainStep:
             the next step does not overwrite.
 
         Raises:
-            RuntimeError: the criterion's result is not a 0-d tensor; no parameter has changed.
+            TypeError: the criterion's result is no tensor.
+            RuntimeError: what :func:`fusedcnn.train_step` refuses. No parameter has changed then.
         """
         if self.device.type != "cuda":
             return train_step(self.model, self.criterion, self.optimizer, inputs, labels)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from fusedcnn.functional import conv_relu_max_pool2d
 
@@ -96,17 +97,28 @@ class ConvReLUMaxPool2d(nn.Conv2d):
         """Fuse ``pool(relu(conv(x)))``; the new module shares conv's Parameters.
 
         Args:
-            conv: a Conv2d; its hooks and parametrisations are not carried over.
+            conv: a Conv2d with plain parameters; its hooks are not carried over.
             pool: a MaxPool2d that does not return indices.
 
         Raises:
             TypeError: not a Conv2d or not a MaxPool2d.
-            ValueError: the pool returns indices, which the fused block does not compute.
+            ValueError: conv's weight or bias is no Parameter of its own (it is parametrised, or
+                weight_norm or pruning computes it) or not initialised yet (LazyConv2d); or the pool
+                returns indices, which the fused block does not compute.
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv: expected a Conv2d, got {type(conv).__name__}")
         if not isinstance(pool, nn.MaxPool2d):
             raise TypeError(f"pool: expected a MaxPool2d, got {type(pool).__name__}")
+        for name in ("weight", "bias"):
+            parameter = conv._parameters.get(name, conv)
+            if parameter is conv:
+                raise ValueError(f"conv: expected a plain Parameter {name}, got a computed one")
+            if isinstance(parameter, UninitializedParameter):
+                raise ValueError(
+                    f"conv: expected an initialised {name}, got a {type(conv).__name__} that has "
+                    "not run yet"
+                )
         if pool.return_indices:
             raise ValueError("pool: expected return_indices=False, got True")
         fused = cls(

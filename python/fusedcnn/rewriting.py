@@ -11,9 +11,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from fusedcnn.chains import Tracer, optional_parameters, shadow
+from fusedcnn.chains import Tracer, optional_parameters, shadow, surroundings
 
 Removed = dict[bool, tuple[int, ...]]  # by training mode: indices of the calls to take out
 
@@ -27,7 +27,7 @@ class RewrittenForward:
     _fixed: frozenset[str]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._fixed and name in vars(self) and vars(self)[name] is not value:
+        if name in self._fixed and getattr(self, name, value) is not value:
             raise RuntimeError(
                 f"{name}: the forward of this {self.original_class.__name__} was rewritten by "
                 "fusedcnn.fuse for the value that it had; call fusedcnn.unfuse before setting it"
@@ -53,17 +53,28 @@ def why_not_rewritable(module: nn.Module) -> str:
         # `if mask is None:` is decided when torch.fx traces, not when forward runs.
         return f"its forward has optional arguments ({', '.join(optional_parameters(module))})"
     for training in (True, False):
-        copied = shadow(module).train(training)
-        before = _values(copied)
-        try:
-            graph = Tracer(None).trace(copied)
-        except Exception as error:  # whatever a forward may raise that is run on symbols
-            return f"torch.fx cannot follow its forward: {type(error).__name__}"
-        if any(str(node.target).startswith("_tensor_constant") for node in graph.nodes):
-            return "its forward makes tensors, which torch.fx would freeze"
-        # Where forward makes tensors, torch.fx stores them here; that is the case above.
-        if _values(copied) != before:
-            return "its forward sets attributes"
+        sources = set()
+        for plain, inside in ((True, training), (False, training), (True, not training)):
+            copied = shadow(module).train(training)
+            for child in copied.children():
+                child.train(inside)
+            before = _values(copied)
+            try:
+                with surroundings(plain):
+                    tracer = Tracer(None)
+                    graph = tracer.trace(copied)
+            except Exception as error:  # whatever a forward may raise that is run on symbols
+                return f"torch.fx cannot follow its forward: {type(error).__name__}"
+            if tracer.switched:
+                return "its forward switches gradients, autocast or checkpointing on or off"
+            if any(str(node.target).startswith("_tensor_constant") for node in graph.nodes):
+                return "its forward makes tensors, which torch.fx would freeze"
+            # Where forward makes tensors, torch.fx stores them here; that is the case above.
+            if _values(copied) != before:
+                return "its forward sets attributes"
+            sources.add(graph.python_code("self").src)
+        if len(sources) > 1:
+            return "its forward depends on gradients or autocast, or on another module's mode"
     return ""
 
 
@@ -92,7 +103,8 @@ def rewritten_class(module: nn.Module, removed: Removed) -> type[nn.Module]:
     code: dict[bool, str] = {}
     for training in (True, False):
         copied = shadow(module).train(training)
-        graph = Tracer(None).trace(copied)
+        with surroundings(plain=True):
+            graph = Tracer(None).trace(copied)
         for node in list(graph.nodes):
             call = node.meta.get("call")
             if call is not None and call[1] in removed.get(training, ()):
@@ -100,6 +112,7 @@ def rewritten_class(module: nn.Module, removed: Removed) -> type[nn.Module]:
                 graph.erase_node(node)
         traced = fx.GraphModule(copied, graph)
         forwards[training], code[training] = type(traced).forward, traced.code
+    fixed = _values_read(module)
     names = list(inspect.signature(module.forward).parameters)
 
     def forward(self, *args, **kwargs):
@@ -114,7 +127,6 @@ def rewritten_class(module: nn.Module, removed: Removed) -> type[nn.Module]:
 
     forward.__doc__ = cls.forward.__doc__
     forward.__wrapped__ = forwards[True]  # its signature, for torch.fx and torch.export
-    plain = (bool, int, float, str, type(None), tuple)
     return type(
         f"Fused{cls.__name__}",
         (RewrittenForward, cls),
@@ -125,13 +137,35 @@ def rewritten_class(module: nn.Module, removed: Removed) -> type[nn.Module]:
             "forward": forward,
             "_removed": removed,
             "_code": code,
-            "_fixed": frozenset(
-                name
-                for name, value in vars(module).items()
-                if name != "training" and not name.startswith("_") and isinstance(value, plain)
-            ),
+            "_fixed": fixed,
         },
     )
+
+
+def _values_read(module: nn.Module) -> frozenset[str]:
+    """The attributes that forward reads and torch.fx has frozen: neither tensors nor modules."""
+    read: set[str] = set()
+
+    class Recording(type(module)):
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    for training in (True, False):
+        copied = shadow(module).train(training)
+        object.__setattr__(copied, "__class__", Recording)
+        with surroundings(plain=True):
+            Tracer(None).trace(copied)
+    absent = object()
+
+    def frozen(name: str) -> bool:
+        if name in vars(module):
+            return not isinstance(vars(module)[name], (Tensor, nn.Module))
+        value = inspect.getattr_static(type(module), name, absent)  # a default in the class
+        return not (value is absent or callable(value) or hasattr(type(value), "__get__"))
+
+    own = nn.Module()
+    return frozenset(name for name in read if not hasattr(own, name) and frozen(name))
 
 
 class _Pending:
