@@ -112,6 +112,19 @@ def test_graphs_give_the_same_as_eager_steps():
 
 @pytest.mark.cuda
 @needs_cuda
+def test_expanded_inputs_and_labels():
+    """One image and one label for the whole batch, as views of stride 0."""
+    model = fusedcnn.FusedSimpleCNN().cuda()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    step = fusedcnn.GraphedTrainStep(model, nn.CrossEntropyLoss(), optimizer)
+    images = torch.randn(1, 3, 32, 32, device="cuda").expand(4, -1, -1, -1)
+    labels = torch.ones(1, dtype=torch.long, device="cuda").expand(4)
+    losses = [float(step(images, labels)) for _ in range(12)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.cuda
+@needs_cuda
 def test_an_optimizer_that_cannot_be_captured_is_refused():
     model = fusedcnn.FusedSimpleCNN().cuda()
     with pytest.raises(ValueError, match="capturable"):

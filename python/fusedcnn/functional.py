@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import operator
 import sys
 from collections.abc import Sequence
@@ -179,7 +178,7 @@ def _why_stock(input: Tensor, weight: Tensor, compiling: bool) -> str | None:
             return f"no fused kernel for device type '{device}' in this version"
         if _cuda.reason is not None:
             return f"no fused kernel for device type 'cuda': {_cuda.reason}"
-        if math.prod(input.shape[-2:]) > _MAX_CUDA_PIXELS:
+        if input.shape[-2] * input.shape[-1] > _MAX_CUDA_PIXELS:
             return f"CUDA images of more than {_MAX_CUDA_PIXELS} pixels"
     if input.layout != torch.strided:
         return f"no fused kernel for layout {input.layout}"
@@ -193,7 +192,7 @@ def _why_stock(input: Tensor, weight: Tensor, compiling: bool) -> str | None:
         return "torch.onnx.export, for which the stock operators have translations"
     # The whole batch is quicker to look at, but must not bound a symbolic batch size.
     if (compiling or input.numel() > _MAX_IMAGE_ELEMENTS) and (
-        math.prod(input.shape[-3:]) > _MAX_IMAGE_ELEMENTS
+        input.shape[-3] * input.shape[-2] * input.shape[-1] > _MAX_IMAGE_ELEMENTS
     ):
         return f"images of more than {_MAX_IMAGE_ELEMENTS} elements"
     return None

@@ -137,10 +137,8 @@ class GraphedTrainStep:
 
     def _record(self, inputs: Tensor, labels: Tensor) -> _Recording:
         _check_capturable(self.optimizer)
-        buffers = [
-            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=self.device)
-            for t in (inputs, labels)
-        ]
+        # In the memory format given, but dense: elements of an expanded tensor share memory.
+        buffers = [torch.empty_like(t, device=self.device) for t in (inputs, labels)]
         for buffer, tensor in zip(buffers, (inputs, labels), strict=True):
             buffer.copy_(tensor)
         # The last eager step's gradients live outside the graph's memory: it allocates its own.
