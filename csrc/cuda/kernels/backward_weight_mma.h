@@ -1,0 +1,511 @@
+// grad_weight and grad_bias on tensor cores: 3x3 convolution of stride 1 under a 2x2 pool of stride
+// 2, in bfloat16, float16, or float32 rounded to tf32; sums in float.
+//
+// A matrix product, output channels (M) x input channels and taps (N), over pixels (K). TODO
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "cuda/kernels/backward_weight_general.h"
+#include "cuda/kernels/mma.h"
+#include "cuda/kernels/windows.h"
+
+namespace fusedcnn::cuda {
+namespace {
+
+constexpr int kMmaResident = 2;  // blocks to a multiprocessor
+constexpr int kMmaThreads = 256, kMmaWarps = kMmaThreads / kWarp;
+constexpr int kQuad = 16;         // windows that a warp takes at a time
+constexpr int kNTile = 8;         // input channels of a tile of N
+constexpr int kTileSums = 9 * 4;  // of a lane, for a tile's nine taps
+constexpr int kSumPitch = kMmaThreads + 1;
+// Products that are added up in a register before it is added to the slab's sums in memory.
+constexpr int kMmaChain = 256;
+
+// What pixels are in shared memory.
+template <typename S>
+using Pixel = std::conditional_t<sizeof(S) == 4, uint32_t, S>;
+// Places left free after every eight pixels.
+template <typename S>
+constexpr int kSkew = sizeof(S) == 4 ? 1 : 2;
+// Steps of K in a quad, and pixels of a row that each takes of four neighbouring windows.
+template <typename S>
+constexpr int kQuadSteps = sizeof(S) == 4 ? 8 : 4;
+template <typename S>
+constexpr int kStepPixels = 8 / kQuadSteps<S>;
+
+struct WeightMmaSizes {
+  WeightSizes general;  // of the second stage: its slabs are rows of `partial`
+  int in_h, in_w, out_h, out_w, padding_h, padding_w;
+  int cover_h, cover_w;  // convolution outputs that lie in windows
+  int channels, out_channels;
+  int tile_h, tile_w;        // windows of a tile
+  int tiles_h, tiles_w;      // of an image
+  int rows, pitch, pairs;    // of pixels of a tile: rows, places in a row, pairs in a row
+  int step_line, step_pair;  // from a thread's pair to its next
+  int plane;                 // elements of a tile of channels in shared memory
+  int quads, quad_h;         // of a tile; rows of windows of one
+  int slices;                // of input channels
+  int m_warps;           // warps of a block with different output channels; the others share these
+  int shares;            // warps that share output channels: each takes quads of its own
+  int channel_blocks;    // of output channels
+  int chain;             // tiles that make one chain
+  int64_t units, slabs;  // tiles of all images
+  bool input_pairs;      // two pixels of a row can be read at once
+  bool input_channels;   // kNTile channels of a pixel can
+  bool window_fours;     // gradients of four windows, and their codes, can
+};
+
+// Four neighbouring windows of a row, in output channels g and g + 8.
+template <typename S>
+struct Gradients {
+  uint32_t values[2][sizeof(S)];  // as they lie in memory
+  uint32_t codes[2];              // a byte each; off where there is no window
+};
+
+template <typename S>
+FUSEDCNN_DEVICE Gradients<S> fetch_gradients(const BackwardArgs& args, const WeightMmaSizes& sizes,
+                                             int64_t n, int oh, int ow, int oc) {
+  Gradients<S> got;
+  FUSEDCNN_UNROLL
+  for (int row = 0; row < 2; ++row) {
+    constexpr uint8_t kNone = kOff<uint8_t>;
+    Pack<4, S> values{};
+    Pack<4, uint8_t> codes{{kNone, kNone, kNone, kNone}};
+    const int channel = oc + 8 * row;
+    if (channel < sizes.out_channels && oh < sizes.out_h && ow < sizes.out_w) {
+      const Strides &at = args.code_strides, &from = args.grad_output_strides;
+      const uint8_t* const code = static_cast<const uint8_t*>(args.code) + n * at.n +
+                                  channel * at.c + oh * at.h + ow * at.w;
+      const S* const value = static_cast<const S*>(args.grad_output) + n * from.n +
+                             channel * from.c + oh * from.h + ow * from.w;
+      if (sizes.window_fours) {
+        values = load_pack<4, S>(value);
+        codes = load_pack<4, uint8_t>(code);
+      } else {
+        FUSEDCNN_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          if (ow + j >= sizes.out_w) continue;
+          values.values[j] = load_constant(value + j * from.w);
+          codes.values[j] = load_constant(code + j * at.w);
+        }
+      }
+    }
+    std::memcpy(got.values[row], values.values, sizeof values.values);
+    std::memcpy(&got.codes[row], codes.values, sizeof codes.values);
+  }
+  return got;
+}
+
+template <typename S>
+FUSEDCNN_DEVICE S gradient_of(const Gradients<S>& from, int row, int window) {
+  S value;
+  if constexpr (sizeof(S) == 4) {
+    std::memcpy(&value, &from.values[row][window], sizeof value);
+  } else {
+    value.bits = static_cast<uint16_t>(from.values[row][window / 2] >> window % 2 * 16);
+  }
+  return value;
+}
+
+// The fragment of a step: the gradients where their codes say, zeros at the other pixels.
+template <typename S>
+FUSEDCNN_DEVICE void expand(const Gradients<S>& from, int step, uint32_t (&a)[4]) {
+  const int window = step * kStepPixels<S> / 2;
+  FUSEDCNN_UNROLL
+  for (int row = 0; row < 2; ++row) {
+    const uint32_t code = from.codes[row] >> 8 * window & 0xff;
+    const S value = gradient_of(from, row, window);
+    if constexpr (sizeof(S) == 4) {
+      const uint32_t bits = to_tf32(value), dx = step % 2;
+      a[row] = code == dx ? bits : 0;
+      a[row + 2] = code == 2 + dx ? bits : 0;
+    } else {
+      const uint32_t bits = code % 2 ? static_cast<uint32_t>(value.bits) << 16 : value.bits;
+      a[row] = code < 2 ? bits : 0;
+      a[row + 2] = code / 2 == 1 ? bits : 0;
+    }
+  }
+}
+
+// Four rows of pixels, `column` columns right of `at`, as fragments: register r is row r.
+template <typename S>
+FUSEDCNN_DEVICE void load_column(Shared<Pixel<S>> at, int pitch, int column, int odd,
+                                 uint32_t (&to)[4]) {
+  if constexpr (sizeof(S) == 4) {
+    const Shared<Pixel<S>> first = at + (column + column / 8 * kSkew<S>)*kNTile;
+    FUSEDCNN_UNROLL
+    for (int row = 0; row < 4; ++row) to[row] = first[row * pitch * kNTile];
+  } else {
+    // This lane's row of its matrix is a pixel to the right where `odd`.
+    const int skew = column == 7 ? odd * kSkew<S> : column / 8 * kSkew<S>;
+    load_matrices_transposed(to, at + (column + skew) * kNTile);
+  }
+}
+
+// Adds a quad's products. `at`: of the quad's pixels, what this lane loads; `plane`: elements to
+// the next tile of channels. `valid`: of this lane's four windows, which of the upper eight and
+// lower eight pixels exist, where Masked; otherwise all do.
+template <bool Masked, typename S, int CTiles>
+FUSEDCNN_DEVICE void multiply_quad(const Gradients<S>& gradients, Shared<Pixel<S>> at, int plane,
+                                   int pitch, int odd, uint32_t valid, float (&acc)[CTiles][9][4]) {
+  constexpr int kNew = kStepPixels<S>;  // columns; the others are those of the step before
+  uint32_t columns[CTiles][3][4];
+  FUSEDCNN_UNROLL
+  for (int step = 0; step < kQuadSteps<S>; ++step) {
+    uint32_t a[4];
+    expand(gradients, step, a);
+    uint32_t masks[2] = {~0u, ~0u};
+    if constexpr (Masked) {
+      FUSEDCNN_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t bits = valid >> (8 * i + kNew * step);
+        masks[i] = sizeof(S) == 4 ? (bits & 1 ? ~0u : 0u)
+                                  : (bits & 1 ? 0xffffu : 0u) | (bits & 2 ? 0xffff0000u : 0u);
+      }
+    }
+    FUSEDCNN_UNROLL
+    for (int tile = 0; tile < CTiles; ++tile) {
+      FUSEDCNN_UNROLL
+      for (int kw = 0; kw < 3; ++kw) {
+        if (step > 0 && kw + kNew < 3) {
+          FUSEDCNN_UNROLL
+          for (int r = 0; r < 4; ++r) columns[tile][kw][r] = columns[tile][kw + kNew][r];
+        } else {
+          load_column<S>(at + tile * plane, pitch, kNew * step + kw, odd, columns[tile][kw]);
+        }
+        FUSEDCNN_UNROLL
+        for (int kh = 0; kh < 3; ++kh) {
+          uint32_t b[2];
+          FUSEDCNN_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            b[i] = columns[tile][kw][kh + i];
+            if constexpr (Masked) b[i] &= masks[i];
+          }
+          multiply(S{}, acc[tile][3 * kh + kw], a, b);
+        }
+      }
+    }
+  }
+}
+
+// A thread's walk over the pairs of pixels of a tile, row by row, one tile of channels after the
+// other; without divisions on the way.
+struct PairWalk {
+  int line, pair;  // of all channels' rows; of a row
+
+  FUSEDCNN_DEVICE explicit PairWalk(const WeightMmaSizes& sizes)
+      : line(thread_index() / sizes.pairs), pair(thread_index() % sizes.pairs) {}
+  FUSEDCNN_DEVICE void advance(const WeightMmaSizes& sizes) {
+    line += sizes.step_line;
+    pair += sizes.step_pair;
+    if (pair >= sizes.pairs) pair -= sizes.pairs, ++line;
+  }
+};
+
+FUSEDCNN_DEVICE uint32_t to_pixel(float value) { return to_tf32(value); }
+FUSEDCNN_DEVICE BFloat16 to_pixel(BFloat16 value) { return value; }
+FUSEDCNN_DEVICE Float16 to_pixel(Float16 value) { return value; }
+
+// Writes the pixels of input channels from `first` on whose upper left one is (h0, w0), [tile of
+// channels][row][place][channel], with zeros outside the image and behind the last channel.
+template <typename S, int CTiles>
+FUSEDCNN_DEVICE void stage_pixels(const BackwardArgs& args, const WeightMmaSizes& sizes,
+                                  PairWalk walk, int n, int first, int h0, int w0,
+                                  Shared<Pixel<S>> to) {
+  constexpr int kPack = 16 / sizeof(S);  // channels that are written at once
+  const Strides from = args.input_strides;
+  const S* const image = static_cast<const S*>(args.input) + n * from.n;
+  FUSEDCNN_NO_UNROLL
+  for (; walk.line < CTiles * sizes.rows; walk.advance(sizes)) {
+    const bool second = CTiles > 1 && walk.line >= sizes.rows;
+    const int h = h0 + walk.line - (second ? sizes.rows : 0);
+    // Pairs begin at odd columns: with a padding of 1, at even ones of the image.
+    const int col = 2 * walk.pair - 1;
+    FUSEDCNN_NO_UNROLL
+    for (int group = 0; group < kNTile; group += kPack) {
+      const int c0 = first + (second ? kNTile : 0) + group;
+      const S* const row = image + (inside(h, sizes.in_h) ? h * from.h + c0 * from.c : 0);
+      const auto place = [&](int i) {
+        const int x = col + i;
+        return to + ((walk.line * sizes.pitch + x + x / 8 * kSkew<S>)*kNTile + group);
+      };
+      const auto exists = [&](int i) { return inside(col + i, 2 * sizes.tile_w + 2); };
+      const auto real = [&](int i) {
+        return inside(h, sizes.in_h) && inside(w0 + col + i, sizes.in_w) && c0 < sizes.channels;
+      };
+      if (sizes.input_pairs) {
+        Pack<kPack, Pixel<S>> pixels[2]{};
+        if (real(0)) {
+          FUSEDCNN_UNROLL
+          for (int c = 0; c < kPack; ++c) {
+            if (c0 + c >= sizes.channels) continue;
+            const Pack<2, S> pack = load_pack<2, S>(row + c * from.c + (w0 + col));
+            pixels[0].values[c] = to_pixel(pack.values[0]);
+            pixels[1].values[c] = to_pixel(pack.values[1]);
+          }
+        }
+        if (exists(0)) store_pack(place(0), pixels[0]);
+        if (exists(1)) store_pack(place(1), pixels[1]);
+        continue;
+      }
+      FUSEDCNN_NO_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        if (!exists(i)) continue;
+        const S* const at = real(i) ? row + (w0 + col + i) * from.w : row;
+        if (sizes.input_channels) {
+          Pack<kPack, S> pack{};
+          if (real(i)) pack = load_pack<kPack, S>(at);
+          Pack<kPack, Pixel<S>> pixels;
+          FUSEDCNN_UNROLL
+          for (int c = 0; c < kPack; ++c) pixels.values[c] = to_pixel(pack.values[c]);
+          store_pack(place(i), pixels);
+        } else {
+          FUSEDCNN_NO_UNROLL
+          for (int c = 0; c < kPack; ++c) {
+            S value{};
+            if (real(i) && c0 + c < sizes.channels) value = load_constant(at + c * from.c);
+            place(i)[c] = to_pixel(value);
+          }
+        }
+      }
+    }
+  }
+}
+
+// args: grad_output and code [N, OC, OH, OW], input [N, C, H, W] or null where only grad_bias is
+// wanted. partial: [slabs][OC][9 C + 1].
+template <typename S, int CTiles>
+FUSEDCNN_KERNEL_RESIDENT(kMmaThreads, kMmaResident)
+grad_weight_mma_kernel(BackwardArgs args, WeightMmaSizes sizes, float* partial) {
+  const bool want_weight = args.grad_weight != nullptr;
+  SharedMemory memory;
+  const Shared<float> biases = memory.array<float>(kMmaWarps * 16);
+  const Shared<float> sums = memory.array<float>(want_weight ? kTileSums * kSumPitch : 0);
+  const Shared<Pixel<S>> pixels = memory.array<Pixel<S>>(want_weight ? CTiles * sizes.plane : 0);
+
+  const int lane = thread_index() % kWarp, warp = thread_index() / kWarp, g = lane / 4,
+            t = lane % 4;
+  const int m_warp = warp % sizes.m_warps, share = warp / sizes.m_warps;
+  // Where this lane's four neighbouring windows lie in a quad.
+  const int window_h = 4 * t / sizes.tile_w, window_w = 4 * t % sizes.tile_w;
+  // What this lane loads of a quad's pixels: channel g of its windows; or, for ldmatrix, all
+  // channels of pixel lane % 8, of the row that is matrix lane / 8.
+  const int odd = sizeof(S) == 4 ? 0 : lane % 2;
+  const int loaded = sizeof(S) == 4 ? 4 * t : lane % 8 / 2 * 4;
+  const int loaded_h = loaded / sizes.tile_w * 2 + (sizeof(S) == 4 ? 0 : lane / 8);
+  const int loaded_w = loaded % sizes.tile_w;
+  const Shared<Pixel<S>> lane_pixels =
+      pixels + ((loaded_h * sizes.pitch + 2 * loaded_w + loaded_w / 4 * kSkew<S> + odd) * kNTile +
+                (sizeof(S) == 4 ? g : 0));
+  const PairWalk pairs(sizes);
+
+  const int slices = want_weight ? sizes.slices : 1;
+  const int tasks = static_cast<int>(sizes.slabs) * slices * sizes.channel_blocks;
+  for (int task = static_cast<int>(block_index()); task < tasks;
+       task += static_cast<int>(grid_blocks())) {
+    const int first = task % slices * kNTile * CTiles;
+    const int block_oc = task / slices % sizes.channel_blocks * sizes.m_warps * 16;
+    const int slab = task / slices / sizes.channel_blocks;
+
+    float acc[CTiles][9][4], bias[2] = {0, 0};
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < CTiles * kTileSums; ++i) acc[i / kTileSums][i / 4 % 9][i % 4] = 0;
+
+    const int64_t begin = slab * sizes.units / sizes.slabs;
+    int left = static_cast<int>((slab + 1) * sizes.units / sizes.slabs - begin);
+    const int tiles = sizes.tiles_h * sizes.tiles_w;
+    int n = static_cast<int>(begin / tiles);
+    int tile_y = static_cast<int>(begin % tiles) / sizes.tiles_w;
+    int tile_x = static_cast<int>(begin % tiles) % sizes.tiles_w;
+    for (; left > 0; --left) {
+      const int first_h = tile_y * sizes.tile_h, first_w = tile_x * sizes.tile_w;
+      const auto fetch = [&](int quad) {
+        return fetch_gradients<S>(args, sizes, n, first_h + quad * sizes.quad_h + window_h,
+                                  first_w + window_w, block_oc + m_warp * 16 + g);
+      };
+      // Under way while the pixels are.
+      Gradients<S> gradients{};
+      if (share < sizes.quads) gradients = fetch(share);
+      if (want_weight) {
+        stage_pixels<S, CTiles>(args, sizes, pairs, n, first, 2 * first_h - sizes.padding_h,
+                                2 * first_w - sizes.padding_w, pixels);
+        sync_threads();
+      }
+      FUSEDCNN_NO_UNROLL
+      for (int quad = share; quad < sizes.quads; quad += sizes.shares) {
+        if (quad != share) gradients = fetch(quad);
+        FUSEDCNN_UNROLL
+        for (int i = 0; i < 8; ++i) {
+          // Where ReLU is off nothing flows, whatever stands there.
+          const bool live = (gradients.codes[i / 4] >> 8 * (i % 4) & 0xff) < 4;
+          if (live) bias[i / 4] += widen(gradient_of(gradients, i / 4, i % 4));
+        }
+        if (!want_weight) continue;
+        // Pixels of this lane's windows, upper and lower, that are the convolution's. Zero times
+        // what others find in the image would be NaN where that is infinite.
+        const int cols = sizes.cover_w - 2 * (first_w + window_w);
+        const int rows = sizes.cover_h - 2 * (first_h + quad * sizes.quad_h + window_h);
+        const uint32_t upper = cols >= 8 ? 0xffu : cols > 0 ? (1u << cols) - 1 : 0u;
+        const uint32_t valid = (rows > 0 ? upper : 0u) | (rows > 1 ? upper << 8 : 0u);
+        const Shared<Pixel<S>> at = lane_pixels + quad * sizes.quad_h * 2 * sizes.pitch * kNTile;
+        if (ballot(valid == 0xffffu) == ~0u) {
+          multiply_quad<false, S, CTiles>(gradients, at, sizes.plane, sizes.pitch, odd, valid, acc);
+        } else {
+          multiply_quad<true, S, CTiles>(gradients, at, sizes.plane, sizes.pitch, odd, valid, acc);
+        }
+      }
+      if (want_weight) sync_threads();  // the next tile overwrites this one
+      if (++tile_x == sizes.tiles_w) tile_x = 0, ++tile_y;
+      if (tile_y == sizes.tiles_h) tile_y = 0, ++n;
+    }
+
+    // The slab's sums are those of the warps, in the order of their shares.
+    float* const to =
+        partial + (static_cast<int64_t>(slab) * sizes.out_channels + block_oc) * sizes.general.row;
+    FUSEDCNN_UNROLL
+    for (int row = 0; row < 2; ++row) {
+      bias[row] += shuffle_xor(bias[row], 1);
+      bias[row] += shuffle_xor(bias[row], 2);
+      if (t == 0) biases[warp * 16 + 8 * row + g] = bias[row];
+    }
+    FUSEDCNN_UNROLL
+    for (int tile = 0; tile < CTiles; ++tile) {
+      if (want_weight) {
+        FUSEDCNN_UNROLL
+        for (int i = 0; i < kTileSums; ++i) {
+          sums[i * kSumPitch + thread_index()] = acc[tile][i / 4][i % 4];
+        }
+      }
+      sync_threads();
+      const int channels = sizes.m_warps * 16;
+      FUSEDCNN_NO_UNROLL
+      for (int e = thread_index(); want_weight && e < channels * 9 * kNTile; e += kMmaThreads) {
+        const int oc = e / (9 * kNTile), k = e % (9 * kNTile);
+        const int c = k / 9, tap = k % 9;
+        if (block_oc + oc >= sizes.out_channels || first + tile * kNTile + c >= sizes.channels) {
+          continue;
+        }
+        // Where the fragment has row oc and column c.
+        const int slot =
+            (tap * 4 + oc % 16 / 8 * 2 + c % 2) * kSumPitch + oc / 16 * kWarp + oc % 8 * 4 + c / 2;
+        float sum = 0;
+        for (int i = 0; i < sizes.shares; ++i) sum += sums[slot + i * sizes.m_warps * kWarp];
+        to[oc * sizes.general.row + (first + tile * kNTile) * 9 + k] = sum;
+      }
+      if (tile == 0 && first == 0 && thread_index() < channels &&
+          block_oc + thread_index() < sizes.out_channels) {
+        float sum = 0;
+        for (int i = 0; i < sizes.shares; ++i) sum += biases[i * channels + thread_index()];
+        to[(thread_index() + 1) * sizes.general.row - 1] = sum;
+      }
+      sync_threads();  // the next sums overwrite these
+    }
+  }
+}
+
+// ---- host ---------------------------------------------------------------------------------------
+
+template <typename S, int CTiles>
+WeightMmaSizes weight_mma_sizes(const Geometry& g) {
+  const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  const auto parts = [](int whole, int part) { return (whole + part - 1) / part; };
+  WeightMmaSizes s{};
+  const AxisSizes h = sizes_of(g.h), w = sizes_of(g.w);
+  s.general = weight_sizes(g, sizeof(float));
+  s.in_h = h.in, s.in_w = w.in;
+  s.out_h = h.out, s.out_w = w.out;
+  s.padding_h = h.padding, s.padding_w = w.padding;
+  s.cover_h = static_cast<int>(least(h.conv, 2 * h.out));
+  s.cover_w = static_cast<int>(least(w.conv, 2 * w.out));
+  s.channels = static_cast<int>(g.in_channels);
+  s.out_channels = static_cast<int>(g.out_channels);
+  // A row of a quad, half or a quarter of one, whichever leaves less of it empty.
+  const bool wide = parts(s.out_w, 16) * 16 <= parts(s.out_w, 8) * 8;
+  s.tile_w = s.out_w <= 4 ? 4 : wide ? 16 : 8;
+  // Quads for every warp, in as much shared memory as lets kResident blocks in.
+  constexpr int kMostRows = CTiles == 1 && sizeof(S) == 2 ? 16 : 8;
+  s.quad_h = kQuad / s.tile_w;
+  s.tile_h = parts(parts(s.out_h, parts(s.out_h, kMostRows)), s.quad_h) * s.quad_h;
+  s.tiles_h = parts(s.out_h, s.tile_h);
+  s.tiles_w = parts(s.out_w, s.tile_w);
+  s.quads = s.tile_h / s.quad_h;
+  s.rows = 2 * s.tile_h + 2;
+  s.pairs = s.tile_w + 2;
+  s.step_line = kMmaThreads / s.pairs, s.step_pair = kMmaThreads % s.pairs;
+  const int last = 2 * s.tile_w + 1;  // column
+  s.pitch = last + last / 8 * kSkew<S> + 1;
+  // Lanes that look at different rows of windows find different banks.
+  if (s.tile_w == 4) s.pitch |= 1;
+  if (s.tile_w == 8 && sizeof(S) == 4) s.pitch |= 1;
+  if (s.tile_w == 8 && sizeof(S) == 2) s.pitch += (2 - s.pitch % 4 + 4) % 4;
+  s.plane = s.rows * s.pitch * kNTile;
+  s.slices = parts(s.channels, kNTile * CTiles);
+  s.m_warps = s.out_channels <= 16 ? 1 : s.out_channels <= 32 ? 2 : 4;
+  s.shares = kMmaWarps / s.m_warps;
+  s.channel_blocks = parts(s.out_channels, 16 * s.m_warps);
+  s.units = g.batch * s.tiles_h * s.tiles_w;
+  // As many blocks as 132 multiprocessors hold.
+  s.slabs = 132 * kMmaResident / (static_cast<int64_t>(s.slices) * s.channel_blocks);
+  const int64_t products = s.units * parts(s.quads, s.shares) * kQuadSteps<S>;
+  if (s.slabs < products / kMmaChain) s.slabs = products / kMmaChain;
+  s.slabs = least(s.slabs, kMostPartialBytes / (g.out_channels * s.general.row * 4));
+  s.slabs = least(s.slabs, s.units);
+  if (s.slabs < 1) s.slabs = 1;
+  s.general.slabs = s.slabs;
+  return s;
+}
+
+// Bytes of shared memory of a block.
+template <typename S, int CTiles>
+int64_t weight_mma_shared(const WeightMmaSizes& sizes, bool want_weight) {
+  return shared_bytes<float>(kMmaWarps * 16) +
+         shared_bytes<float>(want_weight ? kTileSums * kSumPitch : 0) +
+         shared_bytes<Pixel<S>>(want_weight ? CTiles * sizes.plane : 0);
+}
+
+template <typename S, int CTiles>
+void launch_grad_weight_mma(const BackwardArgs& args, const Execution& execution) {
+  constexpr int64_t kBytes = sizeof(S);
+  WeightMmaSizes sizes = weight_mma_sizes<S, CTiles>(args.geometry);
+  const Geometry& g = args.geometry;
+  const Strides &in = args.input_strides, &out = args.grad_output_strides,
+                &code = args.code_strides;
+  sizes.input_pairs = in.w == 1 && g.w.padding == 1 && g.w.in % 2 == 0 &&
+                      aligned(args.input, kBytes, 2 * kBytes, {in.n, in.c, in.h});
+  sizes.input_channels = in.c == 1 && g.in_channels % kNTile == 0 &&
+                         aligned(args.input, kBytes, 16, {in.n, in.h, in.w});
+  sizes.window_fours = out.w == 1 && code.w == 1 && g.w.out % 4 == 0 &&
+                       aligned(args.grad_output, kBytes, 4 * kBytes, {out.n, out.c, out.h}) &&
+                       aligned(args.code, 1, 4, {code.n, code.c, code.h});
+  float* const partial = static_cast<float*>(execution.workspace);
+  const bool want_weight = args.grad_weight != nullptr;
+  const int64_t tasks = sizes.slabs * (want_weight ? sizes.slices : 1) * sizes.channel_blocks;
+  launch("grad_weight_mma", grad_weight_mma_kernel<S, CTiles>, blocks_for(tasks), kMmaThreads,
+         weight_mma_shared<S, CTiles>(sizes, want_weight), execution, args, sizes, partial);
+  launch_grad_weight_finish<S>(args, sizes.general, partial, execution);
+}
+
+// Calls body(S{}, integral constant of the tiles of channels) for the problem.
+template <typename Body>
+int64_t for_weight_mma(const Problem& problem, const Body& body) {
+  int64_t result = 0;
+  const auto typed = [&](auto storage) {
+    if (problem.geometry.in_channels <= kNTile) {
+      result = body(storage, std::integral_constant<int, 1>{});
+    } else {
+      result = body(storage, std::integral_constant<int, 2>{});
+    }
+  };
+  switch (problem.type) {
+    case DataType::kFloat32: typed(float{}); break;
+    case DataType::kBFloat16: typed(BFloat16{}); break;
+    case DataType::kFloat16: typed(Float16{}); break;
+    case DataType::kFloat64: break;  // why_not_mma
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace fusedcnn::cuda
