@@ -14,8 +14,7 @@
 namespace fusedcnn::cuda {
 namespace {
 
-constexpr int kMmaResident = 2;  // blocks to a multiprocessor
-constexpr int kMmaThreads = 256, kMmaWarps = kMmaThreads / kWarp;
+constexpr int kMmaThreads = 128, kMmaWarps = kMmaThreads / kWarp;
 constexpr int kQuad = 16;         // windows that a warp takes at a time
 constexpr int kNTile = 8;         // input channels of a tile of N
 constexpr int kTileSums = 9 * 4;  // of a lane, for a tile's nine taps
@@ -23,6 +22,9 @@ constexpr int kSumPitch = kMmaThreads + 1;
 // Products that are added up in a register before it is added to the slab's sums in memory.
 constexpr int kMmaChain = 256;
 
+// Blocks to a multiprocessor.
+template <int CTiles>
+constexpr int kMmaResident = CTiles == 1 ? 4 : 3;
 // What pixels are in shared memory.
 template <typename S>
 using Pixel = std::conditional_t<sizeof(S) == 4, uint32_t, S>;
@@ -50,7 +52,6 @@ struct WeightMmaSizes {
   int m_warps;           // warps of a block with different output channels; the others share these
   int shares;            // warps that share output channels: each takes quads of its own
   int channel_blocks;    // of output channels
-  int chain;             // tiles that make one chain
   int64_t units, slabs;  // tiles of all images
   bool input_pairs;      // two pixels of a row can be read at once
   bool input_channels;   // kNTile channels of a pixel can
@@ -204,71 +205,90 @@ struct PairWalk {
   }
 };
 
-FUSEDCNN_DEVICE uint32_t to_pixel(float value) { return to_tf32(value); }
-FUSEDCNN_DEVICE BFloat16 to_pixel(BFloat16 value) { return value; }
-FUSEDCNN_DEVICE Float16 to_pixel(Float16 value) { return value; }
+// Two neighbouring pixels of a row, 16 bytes of channels each.
+template <typename S>
+struct PixelPair {
+  static constexpr int kChannels = 16 / sizeof(S);
+  Pack<2, S> channels[kChannels];
+};
+
+// Reads input channels c0, c0 + 1, ... of pixels (h, w) and (h, w + 1); zeros outside the image and
+// behind the last channel.
+template <typename S>
+FUSEDCNN_DEVICE PixelPair<S> load_pair(const BackwardArgs& args, const WeightMmaSizes& sizes, int n,
+                                       int c0, int h, int w) {
+  constexpr int kChannels = PixelPair<S>::kChannels;
+  PixelPair<S> got{};
+  if (!inside(h, sizes.in_h)) return got;
+  const Strides from = args.input_strides;
+  const S* const row = static_cast<const S*>(args.input) + n * from.n + c0 * from.c + h * from.h;
+  if (sizes.input_pairs) {
+    if (!inside(w, sizes.in_w)) return got;
+    FUSEDCNN_UNROLL
+    for (int c = 0; c < kChannels; ++c) {
+      if (c0 + c < sizes.channels) got.channels[c] = load_pack<2, S>(row + c * from.c + w);
+    }
+    return got;
+  }
+  FUSEDCNN_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    if (!inside(w + i, sizes.in_w) || c0 >= sizes.channels) continue;
+    const S* const pixel = row + (w + i) * from.w;
+    if (sizes.input_channels) {
+      const Pack<kChannels, S> pack = load_pack<kChannels, S>(pixel);
+      FUSEDCNN_UNROLL
+      for (int c = 0; c < kChannels; ++c) got.channels[c].values[i] = pack.values[c];
+    } else {
+      FUSEDCNN_UNROLL
+      for (int c = 0; c < kChannels; ++c) {
+        if (c0 + c < sizes.channels) {
+          got.channels[c].values[i] = load_constant(pixel + c * from.c);
+        }
+      }
+    }
+  }
+  return got;
+}
+
+// All channels of the pair's first or second pixel, 16 bytes.
+template <typename S>
+FUSEDCNN_DEVICE Pack<PixelPair<S>::kChannels, Pixel<S>> pixel_of(const PixelPair<S>& pair, int i) {
+  Pack<PixelPair<S>::kChannels, Pixel<S>> pixel;
+  FUSEDCNN_UNROLL
+  for (int c = 0; c < PixelPair<S>::kChannels; ++c) {
+    const S value = pair.channels[c].values[i];
+    if constexpr (sizeof(S) == 4) {
+      pixel.values[c] = to_tf32(value);
+    } else {
+      pixel.values[c] = value;
+    }
+  }
+  return pixel;
+}
 
 // Writes the pixels of input channels from `first` on whose upper left one is (h0, w0), [tile of
-// channels][row][place][channel], with zeros outside the image and behind the last channel.
+// channels][row][place][channel].
 template <typename S, int CTiles>
 FUSEDCNN_DEVICE void stage_pixels(const BackwardArgs& args, const WeightMmaSizes& sizes,
                                   PairWalk walk, int n, int first, int h0, int w0,
                                   Shared<Pixel<S>> to) {
-  constexpr int kPack = 16 / sizeof(S);  // channels that are written at once
-  const Strides from = args.input_strides;
-  const S* const image = static_cast<const S*>(args.input) + n * from.n;
+  constexpr int kChannels = PixelPair<S>::kChannels;
   FUSEDCNN_NO_UNROLL
   for (; walk.line < CTiles * sizes.rows; walk.advance(sizes)) {
     const bool second = CTiles > 1 && walk.line >= sizes.rows;
     const int h = h0 + walk.line - (second ? sizes.rows : 0);
     // Pairs begin at odd columns: with a padding of 1, at even ones of the image.
     const int col = 2 * walk.pair - 1;
-    FUSEDCNN_NO_UNROLL
-    for (int group = 0; group < kNTile; group += kPack) {
-      const int c0 = first + (second ? kNTile : 0) + group;
-      const S* const row = image + (inside(h, sizes.in_h) ? h * from.h + c0 * from.c : 0);
-      const auto place = [&](int i) {
-        const int x = col + i;
-        return to + ((walk.line * sizes.pitch + x + x / 8 * kSkew<S>)*kNTile + group);
-      };
-      const auto exists = [&](int i) { return inside(col + i, 2 * sizes.tile_w + 2); };
-      const auto real = [&](int i) {
-        return inside(h, sizes.in_h) && inside(w0 + col + i, sizes.in_w) && c0 < sizes.channels;
-      };
-      if (sizes.input_pairs) {
-        Pack<kPack, Pixel<S>> pixels[2]{};
-        if (real(0)) {
-          FUSEDCNN_UNROLL
-          for (int c = 0; c < kPack; ++c) {
-            if (c0 + c >= sizes.channels) continue;
-            const Pack<2, S> pack = load_pack<2, S>(row + c * from.c + (w0 + col));
-            pixels[0].values[c] = to_pixel(pack.values[0]);
-            pixels[1].values[c] = to_pixel(pack.values[1]);
-          }
-        }
-        if (exists(0)) store_pack(place(0), pixels[0]);
-        if (exists(1)) store_pack(place(1), pixels[1]);
-        continue;
-      }
-      FUSEDCNN_NO_UNROLL
+    FUSEDCNN_UNROLL
+    for (int c = 0; c < kNTile; c += kChannels) {
+      const int c0 = first + (second ? kNTile : 0) + c;
+      const PixelPair<S> pair = load_pair<S>(args, sizes, n, c0, h, w0 + col);
+      FUSEDCNN_UNROLL
       for (int i = 0; i < 2; ++i) {
-        if (!exists(i)) continue;
-        const S* const at = real(i) ? row + (w0 + col + i) * from.w : row;
-        if (sizes.input_channels) {
-          Pack<kPack, S> pack{};
-          if (real(i)) pack = load_pack<kPack, S>(at);
-          Pack<kPack, Pixel<S>> pixels;
-          FUSEDCNN_UNROLL
-          for (int c = 0; c < kPack; ++c) pixels.values[c] = to_pixel(pack.values[c]);
-          store_pack(place(i), pixels);
-        } else {
-          FUSEDCNN_NO_UNROLL
-          for (int c = 0; c < kPack; ++c) {
-            S value{};
-            if (real(i) && c0 + c < sizes.channels) value = load_constant(at + c * from.c);
-            place(i)[c] = to_pixel(value);
-          }
-        }
+        const int x = col + i;
+        if (!inside(x, 2 * sizes.tile_w + 2)) continue;
+        const int place = walk.line * sizes.pitch + x + x / 8 * kSkew<S>;
+        store_pack(to + (place * kNTile + c), pixel_of(pair, i));
       }
     }
   }
@@ -277,7 +297,7 @@ FUSEDCNN_DEVICE void stage_pixels(const BackwardArgs& args, const WeightMmaSizes
 // args: grad_output and code [N, OC, OH, OW], input [N, C, H, W] or null where only grad_bias is
 // wanted. partial: [slabs][OC][9 C + 1].
 template <typename S, int CTiles>
-FUSEDCNN_KERNEL_RESIDENT(kMmaThreads, kMmaResident)
+FUSEDCNN_KERNEL_RESIDENT(kMmaThreads, kMmaResident<CTiles>)
 grad_weight_mma_kernel(BackwardArgs args, WeightMmaSizes sizes, float* partial) {
   const bool want_weight = args.grad_weight != nullptr;
   SharedMemory memory;
@@ -447,7 +467,7 @@ WeightMmaSizes weight_mma_sizes(const Geometry& g) {
   s.channel_blocks = parts(s.out_channels, 16 * s.m_warps);
   s.units = g.batch * s.tiles_h * s.tiles_w;
   // As many blocks as 132 multiprocessors hold.
-  s.slabs = 132 * kMmaResident / (static_cast<int64_t>(s.slices) * s.channel_blocks);
+  s.slabs = 132 * kMmaResident<CTiles> / (static_cast<int64_t>(s.slices) * s.channel_blocks);
   const int64_t products = s.units * parts(s.quads, s.shares) * kQuadSteps<S>;
   if (s.slabs < products / kMmaChain) s.slabs = products / kMmaChain;
   s.slabs = least(s.slabs, kMostPartialBytes / (g.out_channels * s.general.row * 4));
