@@ -10,13 +10,6 @@ int64_t grad_weight_mma_workspace(const Problem& problem) {
   });
 }
 
-int64_t grad_weight_mma_shared(const Problem& problem) {
-  return for_weight_mma(problem, [&](auto storage, auto tiles) {
-    using S = decltype(storage);
-    return weight_mma_shared<S, tiles>(weight_mma_sizes<S, tiles>(problem.geometry), true);
-  });
-}
-
 void grad_weight_mma(const BackwardArgs& args, const Execution& execution) {
   for_weight_mma({args.geometry, args.type, args.wide_code}, [&](auto storage, auto tiles) {
     launch_grad_weight_mma<decltype(storage), tiles>(args, execution);

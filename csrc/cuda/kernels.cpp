@@ -10,7 +10,7 @@ KernelList kernels() {
       {"mma", Pass::kForward, true, why_not_mma, nullptr, forward_mma, nullptr},
       {"windows", Pass::kForward, true, why_not_windows, nullptr, forward_windows, nullptr},
       {"general", Pass::kForward, true, why_not_general, nullptr, forward_general, nullptr},
-      {"mma", Pass::kGradWeight, true, why_not_weight_mma, grad_weight_mma_workspace, nullptr,
+      {"mma", Pass::kGradWeight, true, why_not_mma, grad_weight_mma_workspace, nullptr,
        grad_weight_mma, /*dense=*/true},
       {"windows", Pass::kGradWeight, true, why_not_weight_windows, grad_weight_windows_workspace,
        nullptr, grad_weight_windows},
@@ -88,14 +88,6 @@ const char* why_not_mma(const Problem& problem, const Target& target) {
   if (problem.wide_code) return "int32 codes";
   if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
   return why_not_general(problem, target);
-}
-
-const char* why_not_weight_mma(const Problem& problem, const Target& target) {
-  if (const char* reason = why_not_mma(problem, target)) return reason;
-  if (grad_weight_mma_shared(problem) > target.device.shared_bytes) {
-    return "the GPU's blocks have too little shared memory";
-  }
-  return nullptr;
 }
 
 }  // namespace fusedcnn::cuda

@@ -1,7 +1,45 @@
 // grad_weight and grad_bias on tensor cores: 3x3 convolution of stride 1 under a 2x2 pool of stride
 // 2, in bfloat16, float16, or float32 rounded to tf32; sums in float.
 //
-// A matrix product, output channels (M) x input channels and taps (N), over pixels (K). TODO
+// A matrix product, output channels (M) x input channels and taps (N), over pixels (K). A warp owns
+// 16 output channels and CTiles tiles of N = 8 input channels for each of the nine taps; it takes
+// quads of 16 windows, four neighbours for each t. Which pixel is which row of K is free to choose:
+//   16 bits  step j of 4: rows 2t, 2t + 1 are the upper pixels of window 4t + j, rows 2t + 8 and
+//            2t + 9 the lower ones
+//   tf32     step 2j + dx of 8: row t is the upper pixel dx of window 4t + j, row t + 4 the lower
+// So all of a lane's A are its own four windows in output channels g and g + 8: it reads their
+// gradients and codes from memory, four at a time, and puts zeros where the code says so. And B's
+// second half is its first half a row of pixels further down: four rows serve the three taps of a
+// column, and the next step needs only two (tf32: one) new columns.
+//
+// Shared memory holds a tile's pixels with a halo, eight channels of one pixel together, so that
+// ldmatrix, transposed, finds 8 pixels x 8 channels wherever a tap puts them. After every eight
+// pixels two places (tf32: one) stay free, and rows are as long as lets all 32 lanes meet 32 banks
+// (tf32, less than five windows wide: two lanes a bank). Staging goes through registers, since
+// channels become neighbours on the way; while one block waits for it, others compute.
+//
+// Estimates per image, an SM's issue slots from the compiled code (four a cycle), wavefronts of
+// shared memory, tensor cores at 60 % of their peak, and memory at 4.3 TB/s; 132 SMs, 1.98 GHz:
+//                      instructions            issue  shared  tensor  memory
+//   16 -> 32 at 16x16  8 quads of 320 + 1,700  4.1    2.9     1.8     3.3 ns   16 bits
+//                      8 quads of 550 + 2,100  6.2    5.4     3.7     6.2 ns   tf32
+//   3 -> 16 at 32x32   16 of 250 + 2,200       5.9    3.4     1.8     4.2 ns   16 bits
+//                      16 of 380 + 3,600       9.4    7.5     3.7     7.6 ns   tf32
+// Issue bounds it: of a quad's instructions, 36 CTiles (tf32: 72 CTiles) are products. Five of
+// eight channels are zeros where there are 3. Windows that a quad or ceil_mode adds to the image
+// double a quad's cost. Counts, not measurements: so far this has run on a CPU only.
+//
+// A block sums a slab of the images' tiles in registers; its warps' sums are added in order, and
+// the general kernel's second stage adds up the slabs. How many there are depends on the geometry
+// alone. A register takes at most kMmaChain products of an instruction (K = 16, tf32: 8, of which a
+// quarter is not zero), unless the slabs' sums would take more than kMostPartialBytes. Should each
+// addition truncate, that is kMmaChain / 2^24 = 2^-16 at most of the magnitudes added up: beside
+// 2^-9 and 2^-12 for rounding the result and 2^-11 for rounding tf32's operands, nothing. The bias,
+// which is not rounded to tf32, has chains of 4 gradients, and of 64 such sums.
+//
+// Products with gradients of zero are computed, as in stock layers and unlike in the kernels that
+// follow the codes: a pixel that is not finite makes NaN of every weight that it meets. No farther:
+// pixels at places that no window of the convolution's output covers are kept out.
 #pragma once
 
 #include <cstring>
@@ -346,8 +384,8 @@ grad_weight_mma_kernel(BackwardArgs args, WeightMmaSizes sizes, float* partial) 
                                   first_w + window_w, block_oc + m_warp * 16 + g);
       };
       // Under way while the pixels are.
-      Gradients<S> gradients{};
-      if (share < sizes.quads) gradients = fetch(share);
+      Gradients<S> next{};
+      if (share < sizes.quads) next = fetch(share);
       if (want_weight) {
         stage_pixels<S, CTiles>(args, sizes, pairs, n, first, 2 * first_h - sizes.padding_h,
                                 2 * first_w - sizes.padding_w, pixels);
@@ -355,12 +393,18 @@ grad_weight_mma_kernel(BackwardArgs args, WeightMmaSizes sizes, float* partial) 
       }
       FUSEDCNN_NO_UNROLL
       for (int quad = share; quad < sizes.quads; quad += sizes.shares) {
-        if (quad != share) gradients = fetch(quad);
+        const Gradients<S> gradients = next;
+        if (quad + sizes.shares < sizes.quads) next = fetch(quad + sizes.shares);
         FUSEDCNN_UNROLL
-        for (int i = 0; i < 8; ++i) {
-          // Where ReLU is off nothing flows, whatever stands there.
-          const bool live = (gradients.codes[i / 4] >> 8 * (i % 4) & 0xff) < 4;
-          if (live) bias[i / 4] += widen(gradient_of(gradients, i / 4, i % 4));
+        for (int row = 0; row < 2; ++row) {
+          float sum = 0;
+          FUSEDCNN_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            // Where ReLU is off nothing flows, whatever stands there.
+            const bool live = (gradients.codes[row] >> 8 * i & 0xff) < 4;
+            if (live) sum += widen(gradient_of(gradients, row, i));
+          }
+          bias[row] += sum;
         }
         if (!want_weight) continue;
         // Pixels of this lane's windows, upper and lower, that are the convolution's. Zero times
@@ -477,7 +521,7 @@ WeightMmaSizes weight_mma_sizes(const Geometry& g) {
   return s;
 }
 
-// Bytes of shared memory of a block.
+// Bytes of shared memory of a block: 63 KiB at most, where sm_80 and later have 99 or more.
 template <typename S, int CTiles>
 int64_t weight_mma_shared(const WeightMmaSizes& sizes, bool want_weight) {
   return shared_bytes<float>(kMmaWarps * 16) +
