@@ -412,13 +412,13 @@ MUTANTS = [
         "grad_weight mma: a pixel beyond eight is not found behind the free places",
         WEIGHT_MMA,
         "column == 7 ? odd * kSkew<S> : column / 8 * kSkew<S>;",
-        "column / 8 * kSkew<S>;",
+        "column == 7 ? odd * 0 : column / 8 * kSkew<S>;",
     ),
     Mutant(
         "grad_weight mma: pixels that no window covers take part",
         WEIGHT_MMA,
         "if constexpr (Masked) b[i] &= masks[i];",
-        "",
+        "if constexpr (Masked) b[i] &= masks[i] | ~0u;",
     ),
     Mutant(
         "grad_weight mma: sums of the other warps are lost",
