@@ -26,12 +26,14 @@
 //   3 -> 16 at 32x32   16 of 250 + 2,200       5.9    3.4     1.8     4.2 ns   16 bits
 //                      16 of 380 + 3,600       9.4    7.5     3.7     7.6 ns   tf32
 // Issue bounds it: of a quad's instructions, 36 CTiles (tf32: 72 CTiles) are products. Five of
-// eight channels are zeros where there are 3. Windows that a quad or ceil_mode adds to the image
-// double a quad's cost. Counts, not measurements: so far this has run on a CPU only.
+// eight channels are zeros where there are 3. A quad with windows or pixels that there are not
+// costs 70 % more. Counts, not measurements: so far this has run on a CPU only.
 //
 // A block sums a slab of the images' tiles in registers; its warps' sums are added in order, and
 // the general kernel's second stage adds up the slabs. How many there are depends on the geometry
-// alone. A register takes at most kMmaChain products of an instruction (K = 16, tf32: 8, of which a
+// alone. For 16 -> 32 channels a slab's sums are 18 KiB, as much as an image and its gradients: at
+// batches below some 1,000 these sums, which stay in the L2 cache, cost about as much as all else.
+// A register takes at most kMmaChain products of an instruction (K = 16, tf32: 8, of which a
 // quarter is not zero), unless the slabs' sums would take more than kMostPartialBytes. Should each
 // addition truncate, that is kMmaChain / 2^24 = 2^-16 at most of the magnitudes added up: beside
 // 2^-9 and 2^-12 for rounding the result and 2^-11 for rounding tf32's operands, nothing. The bias,
@@ -57,7 +59,7 @@ constexpr int kQuad = 16;         // windows that a warp takes at a time
 constexpr int kNTile = 8;         // input channels of a tile of N
 constexpr int kTileSums = 9 * 4;  // of a lane, for a tile's nine taps
 constexpr int kSumPitch = kMmaThreads + 1;
-// Products that are added up in a register before it is added to the slab's sums in memory.
+// Products that a register adds up at most, but for the tile that is begun then.
 constexpr int kMmaChain = 256;
 
 // Blocks to a multiprocessor.
@@ -488,7 +490,7 @@ WeightMmaSizes weight_mma_sizes(const Geometry& g) {
   // A row of a quad, half or a quarter of one, whichever leaves less of it empty.
   const bool wide = parts(s.out_w, 16) * 16 <= parts(s.out_w, 8) * 8;
   s.tile_w = s.out_w <= 4 ? 4 : wide ? 16 : 8;
-  // Quads for every warp, in as much shared memory as lets kResident blocks in.
+  // Quads for every warp, in as much shared memory as lets kMmaResident blocks in.
   constexpr int kMostRows = CTiles == 1 && sizeof(S) == 2 ? 16 : 8;
   s.quad_h = kQuad / s.tile_w;
   s.tile_h = parts(parts(s.out_h, parts(s.out_h, kMostRows)), s.quad_h) * s.quad_h;
@@ -513,7 +515,8 @@ WeightMmaSizes weight_mma_sizes(const Geometry& g) {
   // As many blocks as 132 multiprocessors hold.
   s.slabs = 132 * kMmaResident<CTiles> / (static_cast<int64_t>(s.slices) * s.channel_blocks);
   const int64_t products = s.units * parts(s.quads, s.shares) * kQuadSteps<S>;
-  if (s.slabs < products / kMmaChain) s.slabs = products / kMmaChain;
+  const int64_t chains = (products + kMmaChain - 1) / kMmaChain;
+  if (s.slabs < chains) s.slabs = chains;
   s.slabs = least(s.slabs, kMostPartialBytes / (g.out_channels * s.general.row * 4));
   s.slabs = least(s.slabs, s.units);
   if (s.slabs < 1) s.slabs = 1;
