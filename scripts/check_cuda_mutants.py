@@ -31,13 +31,17 @@ FORWARD = "kernels/forward_general.h"
 WEIGHT = "kernels/backward_weight_general.h"
 INPUT = "kernels/backward_input_general.h"
 POOL = "kernels/windows.h"
+WEIGHT_MMA = "kernels/backward_weight_mma.h"
 WEIGHT_WINDOWS = "kernels/backward_weight_windows.h"
 FORWARD_MMA = "kernels/forward_mma.h"
 FORWARD_WINDOWS = "kernels/forward_windows.h"
 # Each kernel's unit; a header's mutants are compiled in all units that include it.
 UNITS = {
     FORWARD: ["forward_general.cu"],
-    WEIGHT: ["backward_weight_general.cu", "backward_weight_windows.cu"],
+    WEIGHT: [
+        "backward_weight_general.cu", "backward_weight_mma.cu", "backward_weight_windows.cu",
+    ],
+    WEIGHT_MMA: ["backward_weight_mma.cu"],
     WEIGHT_WINDOWS: ["backward_weight_windows.cu"],
     INPUT: ["backward_input_general.cu"],
     FORWARD_MMA: ["forward_mma.cu"],
@@ -45,7 +49,8 @@ UNITS = {
     POOL: ["backward_weight_windows.cu", "forward_mma.cu", "forward_windows.cu"],
     "kernels/sizes.h": [
         "forward_general.cu", "backward_weight_general.cu", "backward_input_general.cu",
-        "backward_weight_windows.cu", "forward_mma.cu", "forward_windows.cu",
+        "backward_weight_mma.cu", "backward_weight_windows.cu", "forward_mma.cu",
+        "forward_windows.cu",
     ],
 }  # fmt: skip
 SECONDS = 600  # that one self-test may take; a mutant that hangs is caught, too
@@ -384,6 +389,48 @@ MUTANTS = [
         WEIGHT_WINDOWS,
         "    sync_threads();  // the next task's sums overwrite these\n",
         "",
+    ),
+    Mutant(
+        "grad_weight mma: no barrier after a tile has arrived",
+        WEIGHT_MMA,
+        "pixels);\n        sync_threads();\n",
+        "pixels);\n",
+    ),
+    Mutant(
+        "grad_weight mma: no barrier before the next tile",
+        WEIGHT_MMA,
+        "      if (want_weight) sync_threads();  // the next tile overwrites this one\n",
+        "",
+    ),
+    Mutant(
+        "grad_weight mma: the lower pixels are the upper ones",
+        WEIGHT_MMA,
+        "columns[tile][kw][kh + i];",
+        "columns[tile][kw][kh];",
+    ),
+    Mutant(
+        "grad_weight mma: a pixel beyond eight is not found behind the free places",
+        WEIGHT_MMA,
+        "column == 7 ? odd * kSkew<S> : column / 8 * kSkew<S>;",
+        "column == 7 ? odd * 0 : column / 8 * kSkew<S>;",
+    ),
+    Mutant(
+        "grad_weight mma: pixels that no window covers take part",
+        WEIGHT_MMA,
+        "if constexpr (Masked) b[i] &= masks[i];",
+        "if constexpr (Masked) b[i] &= masks[i] | ~0u;",
+    ),
+    Mutant(
+        "grad_weight mma: sums of the other warps are lost",
+        WEIGHT_MMA,
+        "sums[slot + i * sizes.m_warps * kWarp];",
+        "sums[slot];",
+    ),
+    Mutant(
+        "grad_weight mma: the second slice of channels is written over the first",
+        WEIGHT_MMA,
+        "(first + tile * kNTile) * 9 + k]",
+        "tile * kNTile * 9 + k]",
     ),
     Mutant(
         "grad_weight finish: no barrier before the warps' sums are read",

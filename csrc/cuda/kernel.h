@@ -46,6 +46,9 @@ struct Kernel {
   int64_t (*workspace_bytes)(const Problem& problem);
   void (*forward)(const ForwardArgs& args, const Execution& execution);
   void (*backward)(const BackwardArgs& args, const Execution& execution);
+  // A grad_weight kernel that multiplies every pixel by a gradient, as stock layers do, zeros too:
+  // NaN spreads from a pixel that is not finite to weights that no gradient links to it.
+  bool dense = false;
 };
 
 struct KernelList {

@@ -10,6 +10,8 @@ KernelList kernels() {
       {"mma", Pass::kForward, true, why_not_mma, nullptr, forward_mma, nullptr},
       {"windows", Pass::kForward, true, why_not_windows, nullptr, forward_windows, nullptr},
       {"general", Pass::kForward, true, why_not_general, nullptr, forward_general, nullptr},
+      {"mma", Pass::kGradWeight, true, why_not_mma, grad_weight_mma_workspace, nullptr,
+       grad_weight_mma, /*dense=*/true},
       {"windows", Pass::kGradWeight, true, why_not_weight_windows, grad_weight_windows_workspace,
        nullptr, grad_weight_windows},
       {"general", Pass::kGradWeight, true, why_not_general, grad_weight_general_workspace, nullptr,

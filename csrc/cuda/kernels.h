@@ -17,6 +17,8 @@ void forward_mma(const ForwardArgs& args, const Execution& execution);
 void forward_windows(const ForwardArgs& args, const Execution& execution);
 int64_t grad_weight_general_workspace(const Problem& problem);
 void grad_weight_general(const BackwardArgs& args, const Execution& execution);
+int64_t grad_weight_mma_workspace(const Problem& problem);
+void grad_weight_mma(const BackwardArgs& args, const Execution& execution);
 int64_t grad_weight_windows_shared(const Problem& problem);  // of a block
 int64_t grad_weight_windows_workspace(const Problem& problem);
 void grad_weight_windows(const BackwardArgs& args, const Execution& execution);

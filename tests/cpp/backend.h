@@ -19,6 +19,7 @@ struct TestedKernel {
   // which fails the check.
   std::function<void(const fusedcnn::ForwardArgs&, int way)> forward;
   std::function<void(const fusedcnn::BackwardArgs&, int way)> backward;
+  bool dense = false;  // grad_weight multiplies by gradients of zero, too
 };
 
 struct Backend {

@@ -111,4 +111,32 @@ Gradients backward(const Geometry& g, const Operands& operands, const std::vecto
   return grads;
 }
 
+std::vector<double> dense_grad_weight(const Geometry& g, const Operands& operands,
+                                      const std::vector<int32_t>& code) {
+  std::vector<double> grad_weight = backward(g, operands, code).weight;
+  // The convolution outputs that a gradient flows to are in that sum already; the others' is zero.
+  std::vector<bool> met(static_cast<size_t>(g.batch * g.out_channels * g.h.conv * g.w.conv));
+  const auto place = [&](int64_t image_channel, int64_t ch, int64_t cw) {
+    return static_cast<size_t>((image_channel * g.h.conv + ch) * g.w.conv + cw);
+  };
+  for (int64_t i = 0; i < static_cast<int64_t>(code.size()); ++i) {
+    if (code[i] < 0) continue;
+    const int64_t o = i % g.outputs();
+    met[place(i / g.outputs(), conv_place(g.h, o / g.w.out, code[i] / g.w.pool_kernel),
+              conv_place(g.w, o % g.w.out, code[i] % g.w.pool_kernel))] = true;
+  }
+  for (int64_t i = 0; i < g.batch * g.out_channels; ++i) {
+    for (int64_t ch = 0; ch < g.h.conv; ++ch) {
+      for (int64_t cw = 0; cw < g.w.conv; ++cw) {
+        if (met[place(i, ch, cw)]) continue;
+        for_taps(g, i / g.out_channels, i % g.out_channels, ch, cw,
+                 [&](int64_t input, int64_t weight) {
+                   grad_weight[weight] += 0 * operands.input[input];
+                 });
+      }
+    }
+  }
+  return grad_weight;
+}
+
 }  // namespace selftest

@@ -43,4 +43,9 @@ Forward forward(const fusedcnn::Geometry& g, const Operands& operands);
 Gradients backward(const fusedcnn::Geometry& g, const Operands& operands,
                    const std::vector<int32_t>& code);
 
+// grad_weight where also the gradients that are zero are multiplied, as stock layers do: NaN where
+// they meet an input that is not finite.
+std::vector<double> dense_grad_weight(const fusedcnn::Geometry& g, const Operands& operands,
+                                      const std::vector<int32_t>& code);
+
 }  // namespace selftest

@@ -63,6 +63,7 @@ Backend cuda_backend() {
   for (int i = 0; i < list.count; ++i) {
     const Kernel& kernel = list.kernels[i];
     TestedKernel tested{kernel.name, kernel.pass, kernel.exact, nullptr, nullptr, nullptr};
+    tested.dense = kernel.dense;
     tested.why_not = [&kernel](const fusedcnn::Problem& problem) {
       return kernel.why_not(problem, Target{cuda_on_cpu::options().device, true});
     };

@@ -28,6 +28,7 @@
 
 #include <cstring>
 
+#include "cuda/kernels/mma.h"
 #include "cuda/kernels/windows.h"
 
 namespace fusedcnn::cuda {
@@ -83,19 +84,6 @@ FUSEDCNN_DEVICE float float_from(uint32_t bits) {
 template <typename S>
 FUSEDCNN_DEVICE uint32_t two_halves(S low, S high) {
   return low.bits | static_cast<uint32_t>(high.bits) << 16;
-}
-
-FUSEDCNN_DEVICE void multiply(float, float (&d)[4], const uint32_t (&a)[4],
-                              const uint32_t (&b)[2]) {
-  mma_tf32_k8(d, a, b, d);
-}
-FUSEDCNN_DEVICE void multiply(BFloat16, float (&d)[4], const uint32_t (&a)[4],
-                              const uint32_t (&b)[2]) {
-  mma_bfloat16_k16(d, a, b, d);
-}
-FUSEDCNN_DEVICE void multiply(Float16, float (&d)[4], const uint32_t (&a)[4],
-                              const uint32_t (&b)[2]) {
-  mma_float16_k16(d, a, b, d);
 }
 
 // Calls body(plane, row, col, width) for the words of a stage that this thread fetches: `width`

@@ -1,0 +1,20 @@
+#include "cuda/kernels.h"
+#include "cuda/kernels/backward_weight_mma.h"
+
+namespace fusedcnn::cuda {
+
+int64_t grad_weight_mma_workspace(const Problem& problem) {
+  return for_weight_mma(problem, [&](auto storage, auto tiles) {
+    const auto sizes = weight_mma_sizes<decltype(storage), tiles>(problem.geometry);
+    return sizes.slabs * problem.geometry.out_channels * sizes.general.row * int64_t{4};
+  });
+}
+
+void grad_weight_mma(const BackwardArgs& args, const Execution& execution) {
+  for_weight_mma({args.geometry, args.type, args.wide_code}, [&](auto storage, auto tiles) {
+    launch_grad_weight_mma<decltype(storage), tiles>(args, execution);
+    return int64_t{0};
+  });
+}
+
+}  // namespace fusedcnn::cuda

@@ -1,0 +1,578 @@
+// grad_weight and grad_bias on tensor cores: 3x3 convolution of stride 1 under a 2x2 pool of stride
+// 2, in bfloat16, float16, or float32 rounded to tf32; sums in float.
+//
+// A matrix product, output channels (M) x input channels and taps (N), over pixels (K). A warp owns
+// 16 output channels and CTiles tiles of N = 8 input channels for each of the nine taps; it takes
+// quads of 16 windows, four neighbours for each t. Which pixel is which row of K is free to choose:
+//   16 bits  step j of 4: rows 2t, 2t + 1 are the upper pixels of window 4t + j, rows 2t + 8 and
+//            2t + 9 the lower ones
+//   tf32     step 2j + dx of 8: row t is the upper pixel dx of window 4t + j, row t + 4 the lower
+// So all of a lane's A are its own four windows in output channels g and g + 8: it reads their
+// gradients and codes from memory, four at a time, and puts zeros where the code says so. And B's
+// second half is its first half a row of pixels further down: four rows serve the three taps of a
+// column, and the next step needs only two (tf32: one) new columns.
+//
+// Shared memory holds a tile's pixels with a halo, eight channels of one pixel together, so that
+// ldmatrix, transposed, finds 8 pixels x 8 channels wherever a tap puts them. After every eight
+// pixels two places (tf32: one) stay free, and rows are as long as lets all 32 lanes meet 32 banks
+// (tf32, less than five windows wide: two lanes a bank). Staging goes through registers, since
+// channels become neighbours on the way; while one block waits for it, others compute.
+//
+// Estimates per image, an SM's issue slots from the compiled code (four a cycle), wavefronts of
+// shared memory, tensor cores at 60 % of their peak, and memory at 4.3 TB/s; 132 SMs, 1.98 GHz:
+//                      instructions            issue  shared  tensor  memory
+//   16 -> 32 at 16x16  8 quads of 320 + 1,700  4.1    2.9     1.8     3.3 ns   16 bits
+//                      8 quads of 550 + 2,100  6.2    5.4     3.7     6.2 ns   tf32
+//   3 -> 16 at 32x32   16 of 250 + 2,200       5.9    3.4     1.8     4.2 ns   16 bits
+//                      16 of 380 + 3,600       9.4    7.5     3.7     7.6 ns   tf32
+// Issue bounds it: of a quad's instructions, 36 CTiles (tf32: 72 CTiles) are products. Five of
+// eight channels are zeros where there are 3. A quad with windows or pixels that there are not
+// costs 70 % more. Counts, not measurements: so far this has run on a CPU only.
+//
+// A block sums a slab of the images' tiles in registers; its warps' sums are added in order, and
+// the general kernel's second stage adds up the slabs. How many there are depends on the geometry
+// alone. For 16 -> 32 channels a slab's sums are 18 KiB, as much as an image and its gradients: at
+// batches below some 1,000 these sums, which stay in the L2 cache, cost about as much as all else.
+// A register takes at most kMmaChain products of an instruction (K = 16, tf32: 8, of which a
+// quarter is not zero), unless the slabs' sums would take more than kMostPartialBytes. Should each
+// addition truncate, that is kMmaChain / 2^24 = 2^-16 at most of the magnitudes added up: beside
+// 2^-9 and 2^-12 for rounding the result and 2^-11 for rounding tf32's operands, nothing. The bias,
+// which is not rounded to tf32, has chains of 4 gradients, and of 64 such sums.
+//
+// Products with gradients of zero are computed, as in stock layers and unlike in the kernels that
+// follow the codes: a pixel that is not finite makes NaN of every weight that it meets. No farther:
+// pixels at places that no window of the convolution's output covers are kept out.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "cuda/kernels/backward_weight_general.h"
+#include "cuda/kernels/mma.h"
+#include "cuda/kernels/windows.h"
+
+namespace fusedcnn::cuda {
+namespace {
+
+constexpr int kMmaThreads = 128, kMmaWarps = kMmaThreads / kWarp;
+constexpr int kQuad = 16;         // windows that a warp takes at a time
+constexpr int kNTile = 8;         // input channels of a tile of N
+constexpr int kTileSums = 9 * 4;  // of a lane, for a tile's nine taps
+constexpr int kSumPitch = kMmaThreads + 1;
+// Products that a register adds up at most, but for the tile that is begun then.
+constexpr int kMmaChain = 256;
+
+// Blocks to a multiprocessor.
+template <int CTiles>
+constexpr int kMmaResident = CTiles == 1 ? 4 : 3;
+// What pixels are in shared memory.
+template <typename S>
+using Pixel = std::conditional_t<sizeof(S) == 4, uint32_t, S>;
+// Places left free after every eight pixels.
+template <typename S>
+constexpr int kSkew = sizeof(S) == 4 ? 1 : 2;
+// Steps of K in a quad, and pixels of a row that each takes of four neighbouring windows.
+template <typename S>
+constexpr int kQuadSteps = sizeof(S) == 4 ? 8 : 4;
+template <typename S>
+constexpr int kStepPixels = 8 / kQuadSteps<S>;
+
+struct WeightMmaSizes {
+  WeightSizes general;  // of the second stage: its slabs are rows of `partial`
+  int in_h, in_w, out_h, out_w, padding_h, padding_w;
+  int cover_h, cover_w;  // convolution outputs that lie in windows
+  int channels, out_channels;
+  int tile_h, tile_w;        // windows of a tile
+  int tiles_h, tiles_w;      // of an image
+  int rows, pitch, pairs;    // of pixels of a tile: rows, places in a row, pairs in a row
+  int step_line, step_pair;  // from a thread's pair to its next
+  int plane;                 // elements of a tile of channels in shared memory
+  int quads, quad_h;         // of a tile; rows of windows of one
+  int slices;                // of input channels
+  int m_warps;           // warps of a block with different output channels; the others share these
+  int shares;            // warps that share output channels: each takes quads of its own
+  int channel_blocks;    // of output channels
+  int64_t units, slabs;  // tiles of all images
+  bool input_pairs;      // two pixels of a row can be read at once
+  bool input_channels;   // kNTile channels of a pixel can
+  bool window_fours;     // gradients of four windows, and their codes, can
+};
+
+// Four neighbouring windows of a row, in output channels g and g + 8.
+template <typename S>
+struct Gradients {
+  uint32_t values[2][sizeof(S)];  // as they lie in memory
+  uint32_t codes[2];              // a byte each; off where there is no window
+};
+
+template <typename S>
+FUSEDCNN_DEVICE Gradients<S> fetch_gradients(const BackwardArgs& args, const WeightMmaSizes& sizes,
+                                             int64_t n, int oh, int ow, int oc) {
+  Gradients<S> got;
+  FUSEDCNN_UNROLL
+  for (int row = 0; row < 2; ++row) {
+    constexpr uint8_t kNone = kOff<uint8_t>;
+    Pack<4, S> values{};
+    Pack<4, uint8_t> codes{{kNone, kNone, kNone, kNone}};
+    const int channel = oc + 8 * row;
+    if (channel < sizes.out_channels && oh < sizes.out_h && ow < sizes.out_w) {
+      const Strides &at = args.code_strides, &from = args.grad_output_strides;
+      const uint8_t* const code = static_cast<const uint8_t*>(args.code) + n * at.n +
+                                  channel * at.c + oh * at.h + ow * at.w;
+      const S* const value = static_cast<const S*>(args.grad_output) + n * from.n +
+                             channel * from.c + oh * from.h + ow * from.w;
+      if (sizes.window_fours) {
+        values = load_pack<4, S>(value);
+        codes = load_pack<4, uint8_t>(code);
+      } else {
+        FUSEDCNN_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          if (ow + j >= sizes.out_w) continue;
+          values.values[j] = load_constant(value + j * from.w);
+          codes.values[j] = load_constant(code + j * at.w);
+        }
+      }
+    }
+    std::memcpy(got.values[row], values.values, sizeof values.values);
+    std::memcpy(&got.codes[row], codes.values, sizeof codes.values);
+  }
+  return got;
+}
+
+template <typename S>
+FUSEDCNN_DEVICE S gradient_of(const Gradients<S>& from, int row, int window) {
+  S value;
+  if constexpr (sizeof(S) == 4) {
+    std::memcpy(&value, &from.values[row][window], sizeof value);
+  } else {
+    value.bits = static_cast<uint16_t>(from.values[row][window / 2] >> window % 2 * 16);
+  }
+  return value;
+}
+
+// The fragment of a step: the gradients where their codes say, zeros at the other pixels.
+template <typename S>
+FUSEDCNN_DEVICE void expand(const Gradients<S>& from, int step, uint32_t (&a)[4]) {
+  const int window = step * kStepPixels<S> / 2;
+  FUSEDCNN_UNROLL
+  for (int row = 0; row < 2; ++row) {
+    const uint32_t code = from.codes[row] >> 8 * window & 0xff;
+    const S value = gradient_of(from, row, window);
+    if constexpr (sizeof(S) == 4) {
+      const uint32_t bits = to_tf32(value), dx = step % 2;
+      a[row] = code == dx ? bits : 0;
+      a[row + 2] = code == 2 + dx ? bits : 0;
+    } else {
+      const uint32_t bits = code % 2 ? static_cast<uint32_t>(value.bits) << 16 : value.bits;
+      a[row] = code < 2 ? bits : 0;
+      a[row + 2] = code / 2 == 1 ? bits : 0;
+    }
+  }
+}
+
+// Four rows of pixels, `column` columns right of `at`, as fragments: register r is row r.
+template <typename S>
+FUSEDCNN_DEVICE void load_column(Shared<Pixel<S>> at, int pitch, int column, int odd,
+                                 uint32_t (&to)[4]) {
+  if constexpr (sizeof(S) == 4) {
+    const Shared<Pixel<S>> first = at + (column + column / 8 * kSkew<S>)*kNTile;
+    FUSEDCNN_UNROLL
+    for (int row = 0; row < 4; ++row) to[row] = first[row * pitch * kNTile];
+  } else {
+    // This lane's row of its matrix is a pixel to the right where `odd`.
+    const int skew = column == 7 ? odd * kSkew<S> : column / 8 * kSkew<S>;
+    load_matrices_transposed(to, at + (column + skew) * kNTile);
+  }
+}
+
+// Adds a quad's products. `at`: of the quad's pixels, what this lane loads; `plane`: elements to
+// the next tile of channels. `valid`: of this lane's four windows, which of the upper eight and
+// lower eight pixels exist, where Masked; otherwise all do.
+template <bool Masked, typename S, int CTiles>
+FUSEDCNN_DEVICE void multiply_quad(const Gradients<S>& gradients, Shared<Pixel<S>> at, int plane,
+                                   int pitch, int odd, uint32_t valid, float (&acc)[CTiles][9][4]) {
+  constexpr int kNew = kStepPixels<S>;  // columns; the others are those of the step before
+  uint32_t columns[CTiles][3][4];
+  FUSEDCNN_UNROLL
+  for (int step = 0; step < kQuadSteps<S>; ++step) {
+    uint32_t a[4];
+    expand(gradients, step, a);
+    uint32_t masks[2] = {~0u, ~0u};
+    if constexpr (Masked) {
+      FUSEDCNN_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t bits = valid >> (8 * i + kNew * step);
+        masks[i] = sizeof(S) == 4 ? (bits & 1 ? ~0u : 0u)
+                                  : (bits & 1 ? 0xffffu : 0u) | (bits & 2 ? 0xffff0000u : 0u);
+      }
+    }
+    FUSEDCNN_UNROLL
+    for (int tile = 0; tile < CTiles; ++tile) {
+      FUSEDCNN_UNROLL
+      for (int kw = 0; kw < 3; ++kw) {
+        if (step > 0 && kw + kNew < 3) {
+          FUSEDCNN_UNROLL
+          for (int r = 0; r < 4; ++r) columns[tile][kw][r] = columns[tile][kw + kNew][r];
+        } else {
+          load_column<S>(at + tile * plane, pitch, kNew * step + kw, odd, columns[tile][kw]);
+        }
+        FUSEDCNN_UNROLL
+        for (int kh = 0; kh < 3; ++kh) {
+          uint32_t b[2];
+          FUSEDCNN_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            b[i] = columns[tile][kw][kh + i];
+            if constexpr (Masked) b[i] &= masks[i];
+          }
+          multiply(S{}, acc[tile][3 * kh + kw], a, b);
+        }
+      }
+    }
+  }
+}
+
+// A thread's walk over the pairs of pixels of a tile, row by row, one tile of channels after the
+// other; without divisions on the way.
+struct PairWalk {
+  int line, pair;  // of all channels' rows; of a row
+
+  FUSEDCNN_DEVICE explicit PairWalk(const WeightMmaSizes& sizes)
+      : line(thread_index() / sizes.pairs), pair(thread_index() % sizes.pairs) {}
+  FUSEDCNN_DEVICE void advance(const WeightMmaSizes& sizes) {
+    line += sizes.step_line;
+    pair += sizes.step_pair;
+    if (pair >= sizes.pairs) pair -= sizes.pairs, ++line;
+  }
+};
+
+// Two neighbouring pixels of a row, 16 bytes of channels each.
+template <typename S>
+struct PixelPair {
+  static constexpr int kChannels = 16 / sizeof(S);
+  Pack<2, S> channels[kChannels];
+};
+
+// Reads input channels c0, c0 + 1, ... of pixels (h, w) and (h, w + 1); zeros outside the image and
+// behind the last channel.
+template <typename S>
+FUSEDCNN_DEVICE PixelPair<S> load_pair(const BackwardArgs& args, const WeightMmaSizes& sizes, int n,
+                                       int c0, int h, int w) {
+  constexpr int kChannels = PixelPair<S>::kChannels;
+  PixelPair<S> got{};
+  if (!inside(h, sizes.in_h)) return got;
+  const Strides from = args.input_strides;
+  const S* const row = static_cast<const S*>(args.input) + n * from.n + c0 * from.c + h * from.h;
+  if (sizes.input_pairs) {
+    if (!inside(w, sizes.in_w)) return got;
+    FUSEDCNN_UNROLL
+    for (int c = 0; c < kChannels; ++c) {
+      if (c0 + c < sizes.channels) got.channels[c] = load_pack<2, S>(row + c * from.c + w);
+    }
+    return got;
+  }
+  FUSEDCNN_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    if (!inside(w + i, sizes.in_w) || c0 >= sizes.channels) continue;
+    const S* const pixel = row + (w + i) * from.w;
+    if (sizes.input_channels) {
+      const Pack<kChannels, S> pack = load_pack<kChannels, S>(pixel);
+      FUSEDCNN_UNROLL
+      for (int c = 0; c < kChannels; ++c) got.channels[c].values[i] = pack.values[c];
+    } else {
+      FUSEDCNN_UNROLL
+      for (int c = 0; c < kChannels; ++c) {
+        if (c0 + c < sizes.channels) {
+          got.channels[c].values[i] = load_constant(pixel + c * from.c);
+        }
+      }
+    }
+  }
+  return got;
+}
+
+// All channels of the pair's first or second pixel, 16 bytes.
+template <typename S>
+FUSEDCNN_DEVICE Pack<PixelPair<S>::kChannels, Pixel<S>> pixel_of(const PixelPair<S>& pair, int i) {
+  Pack<PixelPair<S>::kChannels, Pixel<S>> pixel;
+  FUSEDCNN_UNROLL
+  for (int c = 0; c < PixelPair<S>::kChannels; ++c) {
+    const S value = pair.channels[c].values[i];
+    if constexpr (sizeof(S) == 4) {
+      pixel.values[c] = to_tf32(value);
+    } else {
+      pixel.values[c] = value;
+    }
+  }
+  return pixel;
+}
+
+// Writes the pixels of input channels from `first` on whose upper left one is (h0, w0), [tile of
+// channels][row][place][channel].
+template <typename S, int CTiles>
+FUSEDCNN_DEVICE void stage_pixels(const BackwardArgs& args, const WeightMmaSizes& sizes,
+                                  PairWalk walk, int n, int first, int h0, int w0,
+                                  Shared<Pixel<S>> to) {
+  constexpr int kChannels = PixelPair<S>::kChannels;
+  FUSEDCNN_NO_UNROLL
+  for (; walk.line < CTiles * sizes.rows; walk.advance(sizes)) {
+    const bool second = CTiles > 1 && walk.line >= sizes.rows;
+    const int h = h0 + walk.line - (second ? sizes.rows : 0);
+    // Pairs begin at odd columns: with a padding of 1, at even ones of the image.
+    const int col = 2 * walk.pair - 1;
+    FUSEDCNN_UNROLL
+    for (int c = 0; c < kNTile; c += kChannels) {
+      const int c0 = first + (second ? kNTile : 0) + c;
+      const PixelPair<S> pair = load_pair<S>(args, sizes, n, c0, h, w0 + col);
+      FUSEDCNN_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int x = col + i;
+        if (!inside(x, 2 * sizes.tile_w + 2)) continue;
+        const int place = walk.line * sizes.pitch + x + x / 8 * kSkew<S>;
+        store_pack(to + (place * kNTile + c), pixel_of(pair, i));
+      }
+    }
+  }
+}
+
+// args: grad_output and code [N, OC, OH, OW], input [N, C, H, W] or null where only grad_bias is
+// wanted. partial: [slabs][OC][9 C + 1].
+template <typename S, int CTiles>
+FUSEDCNN_KERNEL_RESIDENT(kMmaThreads, kMmaResident<CTiles>)
+grad_weight_mma_kernel(BackwardArgs args, WeightMmaSizes sizes, float* partial) {
+  const bool want_weight = args.grad_weight != nullptr;
+  SharedMemory memory;
+  const Shared<float> biases = memory.array<float>(kMmaWarps * 16);
+  const Shared<float> sums = memory.array<float>(want_weight ? kTileSums * kSumPitch : 0);
+  const Shared<Pixel<S>> pixels = memory.array<Pixel<S>>(want_weight ? CTiles * sizes.plane : 0);
+
+  const int lane = thread_index() % kWarp, warp = thread_index() / kWarp, g = lane / 4,
+            t = lane % 4;
+  const int m_warp = warp % sizes.m_warps, share = warp / sizes.m_warps;
+  // Where this lane's four neighbouring windows lie in a quad.
+  const int window_h = 4 * t / sizes.tile_w, window_w = 4 * t % sizes.tile_w;
+  // What this lane loads of a quad's pixels: channel g of its windows; or, for ldmatrix, all
+  // channels of pixel lane % 8, of the row that is matrix lane / 8.
+  const int odd = sizeof(S) == 4 ? 0 : lane % 2;
+  const int loaded = sizeof(S) == 4 ? 4 * t : lane % 8 / 2 * 4;
+  const int loaded_h = loaded / sizes.tile_w * 2 + (sizeof(S) == 4 ? 0 : lane / 8);
+  const int loaded_w = loaded % sizes.tile_w;
+  const Shared<Pixel<S>> lane_pixels =
+      pixels + ((loaded_h * sizes.pitch + 2 * loaded_w + loaded_w / 4 * kSkew<S> + odd) * kNTile +
+                (sizeof(S) == 4 ? g : 0));
+  const PairWalk pairs(sizes);
+
+  const int slices = want_weight ? sizes.slices : 1;
+  const int tasks = static_cast<int>(sizes.slabs) * slices * sizes.channel_blocks;
+  for (int task = static_cast<int>(block_index()); task < tasks;
+       task += static_cast<int>(grid_blocks())) {
+    const int first = task % slices * kNTile * CTiles;
+    const int block_oc = task / slices % sizes.channel_blocks * sizes.m_warps * 16;
+    const int slab = task / slices / sizes.channel_blocks;
+
+    float acc[CTiles][9][4], bias[2] = {0, 0};
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < CTiles * kTileSums; ++i) acc[i / kTileSums][i / 4 % 9][i % 4] = 0;
+
+    const int64_t begin = slab * sizes.units / sizes.slabs;
+    int left = static_cast<int>((slab + 1) * sizes.units / sizes.slabs - begin);
+    const int tiles = sizes.tiles_h * sizes.tiles_w;
+    int n = static_cast<int>(begin / tiles);
+    int tile_y = static_cast<int>(begin % tiles) / sizes.tiles_w;
+    int tile_x = static_cast<int>(begin % tiles) % sizes.tiles_w;
+    for (; left > 0; --left) {
+      const int first_h = tile_y * sizes.tile_h, first_w = tile_x * sizes.tile_w;
+      const auto fetch = [&](int quad) {
+        return fetch_gradients<S>(args, sizes, n, first_h + quad * sizes.quad_h + window_h,
+                                  first_w + window_w, block_oc + m_warp * 16 + g);
+      };
+      // Under way while the pixels are.
+      Gradients<S> next{};
+      if (share < sizes.quads) next = fetch(share);
+      if (want_weight) {
+        stage_pixels<S, CTiles>(args, sizes, pairs, n, first, 2 * first_h - sizes.padding_h,
+                                2 * first_w - sizes.padding_w, pixels);
+        sync_threads();
+      }
+      FUSEDCNN_NO_UNROLL
+      for (int quad = share; quad < sizes.quads; quad += sizes.shares) {
+        const Gradients<S> gradients = next;
+        if (quad + sizes.shares < sizes.quads) next = fetch(quad + sizes.shares);
+        FUSEDCNN_UNROLL
+        for (int row = 0; row < 2; ++row) {
+          float sum = 0;
+          FUSEDCNN_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            // Where ReLU is off nothing flows, whatever stands there.
+            const bool live = (gradients.codes[row] >> 8 * i & 0xff) < 4;
+            if (live) sum += widen(gradient_of(gradients, row, i));
+          }
+          bias[row] += sum;
+        }
+        if (!want_weight) continue;
+        // Pixels of this lane's windows, upper and lower, that are the convolution's. Zero times
+        // what others find in the image would be NaN where that is infinite.
+        const int cols = sizes.cover_w - 2 * (first_w + window_w);
+        const int rows = sizes.cover_h - 2 * (first_h + quad * sizes.quad_h + window_h);
+        const uint32_t upper = cols >= 8 ? 0xffu : cols > 0 ? (1u << cols) - 1 : 0u;
+        const uint32_t valid = (rows > 0 ? upper : 0u) | (rows > 1 ? upper << 8 : 0u);
+        const Shared<Pixel<S>> at = lane_pixels + quad * sizes.quad_h * 2 * sizes.pitch * kNTile;
+        if (ballot(valid == 0xffffu) == ~0u) {
+          multiply_quad<false, S, CTiles>(gradients, at, sizes.plane, sizes.pitch, odd, valid, acc);
+        } else {
+          multiply_quad<true, S, CTiles>(gradients, at, sizes.plane, sizes.pitch, odd, valid, acc);
+        }
+      }
+      if (want_weight) sync_threads();  // the next tile overwrites this one
+      if (++tile_x == sizes.tiles_w) tile_x = 0, ++tile_y;
+      if (tile_y == sizes.tiles_h) tile_y = 0, ++n;
+    }
+
+    // The slab's sums are those of the warps, in the order of their shares.
+    float* const to =
+        partial + (static_cast<int64_t>(slab) * sizes.out_channels + block_oc) * sizes.general.row;
+    FUSEDCNN_UNROLL
+    for (int row = 0; row < 2; ++row) {
+      bias[row] += shuffle_xor(bias[row], 1);
+      bias[row] += shuffle_xor(bias[row], 2);
+      if (t == 0) biases[warp * 16 + 8 * row + g] = bias[row];
+    }
+    FUSEDCNN_UNROLL
+    for (int tile = 0; tile < CTiles; ++tile) {
+      if (want_weight) {
+        FUSEDCNN_UNROLL
+        for (int i = 0; i < kTileSums; ++i) {
+          sums[i * kSumPitch + thread_index()] = acc[tile][i / 4][i % 4];
+        }
+      }
+      sync_threads();
+      const int channels = sizes.m_warps * 16;
+      FUSEDCNN_NO_UNROLL
+      for (int e = thread_index(); want_weight && e < channels * 9 * kNTile; e += kMmaThreads) {
+        const int oc = e / (9 * kNTile), k = e % (9 * kNTile);
+        const int c = k / 9, tap = k % 9;
+        if (block_oc + oc >= sizes.out_channels || first + tile * kNTile + c >= sizes.channels) {
+          continue;
+        }
+        // Where the fragment has row oc and column c.
+        const int slot =
+            (tap * 4 + oc % 16 / 8 * 2 + c % 2) * kSumPitch + oc / 16 * kWarp + oc % 8 * 4 + c / 2;
+        float sum = 0;
+        for (int i = 0; i < sizes.shares; ++i) sum += sums[slot + i * sizes.m_warps * kWarp];
+        to[oc * sizes.general.row + (first + tile * kNTile) * 9 + k] = sum;
+      }
+      if (tile == 0 && first == 0 && thread_index() < channels &&
+          block_oc + thread_index() < sizes.out_channels) {
+        float sum = 0;
+        for (int i = 0; i < sizes.shares; ++i) sum += biases[i * channels + thread_index()];
+        to[(thread_index() + 1) * sizes.general.row - 1] = sum;
+      }
+      sync_threads();  // the next sums overwrite these
+    }
+  }
+}
+
+// ---- host ---------------------------------------------------------------------------------------
+
+template <typename S, int CTiles>
+WeightMmaSizes weight_mma_sizes(const Geometry& g) {
+  const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  const auto parts = [](int whole, int part) { return (whole + part - 1) / part; };
+  WeightMmaSizes s{};
+  const AxisSizes h = sizes_of(g.h), w = sizes_of(g.w);
+  s.general = weight_sizes(g, sizeof(float));
+  s.in_h = h.in, s.in_w = w.in;
+  s.out_h = h.out, s.out_w = w.out;
+  s.padding_h = h.padding, s.padding_w = w.padding;
+  s.cover_h = static_cast<int>(least(h.conv, 2 * h.out));
+  s.cover_w = static_cast<int>(least(w.conv, 2 * w.out));
+  s.channels = static_cast<int>(g.in_channels);
+  s.out_channels = static_cast<int>(g.out_channels);
+  // A row of a quad, half or a quarter of one, whichever leaves less of it empty.
+  const bool wide = parts(s.out_w, 16) * 16 <= parts(s.out_w, 8) * 8;
+  s.tile_w = s.out_w <= 4 ? 4 : wide ? 16 : 8;
+  // Quads for every warp, in as much shared memory as lets kMmaResident blocks in.
+  constexpr int kMostRows = CTiles == 1 && sizeof(S) == 2 ? 16 : 8;
+  s.quad_h = kQuad / s.tile_w;
+  s.tile_h = parts(parts(s.out_h, parts(s.out_h, kMostRows)), s.quad_h) * s.quad_h;
+  s.tiles_h = parts(s.out_h, s.tile_h);
+  s.tiles_w = parts(s.out_w, s.tile_w);
+  s.quads = s.tile_h / s.quad_h;
+  s.rows = 2 * s.tile_h + 2;
+  s.pairs = s.tile_w + 2;
+  s.step_line = kMmaThreads / s.pairs, s.step_pair = kMmaThreads % s.pairs;
+  const int last = 2 * s.tile_w + 1;  // column
+  s.pitch = last + last / 8 * kSkew<S> + 1;
+  // Lanes that look at different rows of windows find different banks.
+  if (s.tile_w == 4) s.pitch |= 1;
+  if (s.tile_w == 8 && sizeof(S) == 4) s.pitch |= 1;
+  if (s.tile_w == 8 && sizeof(S) == 2) s.pitch += (2 - s.pitch % 4 + 4) % 4;
+  s.plane = s.rows * s.pitch * kNTile;
+  s.slices = parts(s.channels, kNTile * CTiles);
+  s.m_warps = s.out_channels <= 16 ? 1 : s.out_channels <= 32 ? 2 : 4;
+  s.shares = kMmaWarps / s.m_warps;
+  s.channel_blocks = parts(s.out_channels, 16 * s.m_warps);
+  s.units = g.batch * s.tiles_h * s.tiles_w;
+  // As many blocks as 132 multiprocessors hold.
+  s.slabs = 132 * kMmaResident<CTiles> / (static_cast<int64_t>(s.slices) * s.channel_blocks);
+  const int64_t products = s.units * parts(s.quads, s.shares) * kQuadSteps<S>;
+  const int64_t chains = (products + kMmaChain - 1) / kMmaChain;
+  if (s.slabs < chains) s.slabs = chains;
+  s.slabs = least(s.slabs, kMostPartialBytes / (g.out_channels * s.general.row * 4));
+  s.slabs = least(s.slabs, s.units);
+  if (s.slabs < 1) s.slabs = 1;
+  s.general.slabs = s.slabs;
+  return s;
+}
+
+// Bytes of shared memory of a block: 63 KiB at most, where sm_80 and later have 99 or more.
+template <typename S, int CTiles>
+int64_t weight_mma_shared(const WeightMmaSizes& sizes, bool want_weight) {
+  return shared_bytes<float>(kMmaWarps * 16) +
+         shared_bytes<float>(want_weight ? kTileSums * kSumPitch : 0) +
+         shared_bytes<Pixel<S>>(want_weight ? CTiles * sizes.plane : 0);
+}
+
+template <typename S, int CTiles>
+void launch_grad_weight_mma(const BackwardArgs& args, const Execution& execution) {
+  constexpr int64_t kBytes = sizeof(S);
+  WeightMmaSizes sizes = weight_mma_sizes<S, CTiles>(args.geometry);
+  const Geometry& g = args.geometry;
+  const Strides &in = args.input_strides, &out = args.grad_output_strides,
+                &code = args.code_strides;
+  sizes.input_pairs = in.w == 1 && g.w.padding == 1 && g.w.in % 2 == 0 &&
+                      aligned(args.input, kBytes, 2 * kBytes, {in.n, in.c, in.h});
+  sizes.input_channels = in.c == 1 && g.in_channels % kNTile == 0 &&
+                         aligned(args.input, kBytes, 16, {in.n, in.h, in.w});
+  sizes.window_fours = out.w == 1 && code.w == 1 && g.w.out % 4 == 0 &&
+                       aligned(args.grad_output, kBytes, 4 * kBytes, {out.n, out.c, out.h}) &&
+                       aligned(args.code, 1, 4, {code.n, code.c, code.h});
+  float* const partial = static_cast<float*>(execution.workspace);
+  const bool want_weight = args.grad_weight != nullptr;
+  const int64_t tasks = sizes.slabs * (want_weight ? sizes.slices : 1) * sizes.channel_blocks;
+  launch("grad_weight_mma", grad_weight_mma_kernel<S, CTiles>, blocks_for(tasks), kMmaThreads,
+         weight_mma_shared<S, CTiles>(sizes, want_weight), execution, args, sizes, partial);
+  launch_grad_weight_finish<S>(args, sizes.general, partial, execution);
+}
+
+// Calls body(S{}, integral constant of the tiles of channels) for the problem.
+template <typename Body>
+int64_t for_weight_mma(const Problem& problem, const Body& body) {
+  int64_t result = 0;
+  const auto typed = [&](auto storage) {
+    if (problem.geometry.in_channels <= kNTile) {
+      result = body(storage, std::integral_constant<int, 1>{});
+    } else {
+      result = body(storage, std::integral_constant<int, 2>{});
+    }
+  };
+  switch (problem.type) {
+    case DataType::kFloat32: typed(float{}); break;
+    case DataType::kBFloat16: typed(BFloat16{}); break;
+    case DataType::kFloat16: typed(Float16{}); break;
+    case DataType::kFloat64: break;  // why_not_mma
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace fusedcnn::cuda
