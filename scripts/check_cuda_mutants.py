@@ -34,18 +34,22 @@ POOL = "kernels/windows.h"
 WEIGHT_WINDOWS = "kernels/backward_weight_windows.h"
 FORWARD_MMA = "kernels/forward_mma.h"
 FORWARD_WINDOWS = "kernels/forward_windows.h"
+SPLIT = "kernels/split_tf32.h"
 # Each kernel's unit; a header's mutants are compiled in all units that include it.
 UNITS = {
     FORWARD: ["forward_general.cu"],
     WEIGHT: ["backward_weight_general.cu", "backward_weight_windows.cu"],
     WEIGHT_WINDOWS: ["backward_weight_windows.cu"],
     INPUT: ["backward_input_general.cu"],
-    FORWARD_MMA: ["forward_mma.cu"],
+    FORWARD_MMA: ["forward_mma.cu", "forward_mma3.cu"],
+    SPLIT: ["forward_mma3.cu"],  # forward_mma.cu includes it and uses nothing of it
     FORWARD_WINDOWS: ["forward_windows.cu"],
-    POOL: ["backward_weight_windows.cu", "forward_mma.cu", "forward_windows.cu"],
+    POOL: [
+        "backward_weight_windows.cu", "forward_mma.cu", "forward_mma3.cu", "forward_windows.cu",
+    ],
     "kernels/sizes.h": [
         "forward_general.cu", "backward_weight_general.cu", "backward_input_general.cu",
-        "backward_weight_windows.cu", "forward_mma.cu", "forward_windows.cu",
+        "backward_weight_windows.cu", "forward_mma.cu", "forward_mma3.cu", "forward_windows.cu",
     ],
 }  # fmt: skip
 SECONDS = 600  # that one self-test may take; a mutant that hangs is caught, too
@@ -276,6 +280,42 @@ MUTANTS = [
         FORWARD_MMA,
         "real[i] = tap < 9;",
         "real[i] = tap < 10;",
+    ),
+    Mutant(
+        "forward mma3: what rounding to tf32 leaves is lost",
+        SPLIT,
+        "return {hi, bits_from(value - float_from(hi))};",
+        "return {hi, 0};",
+    ),
+    Mutant(
+        "forward mma3: the largest floats are rounded to infinity",
+        SPLIT,
+        "(127 + 49) << 23;",
+        "(127 + 128) << 23;",
+    ),
+    Mutant(
+        "forward mma3: extreme pixels that another warp met are multiplied by parts",
+        FORWARD_MMA,
+        "any |= votes[warp];",
+        "any |= votes[0];",
+    ),
+    Mutant(
+        "forward mma3: extreme weights are multiplied by parts",
+        FORWARD_MMA,
+        "ballot(met || extreme_weights);",
+        "ballot(met || (met && extreme_weights));",
+    ),
+    Mutant(
+        "forward mma3: no barrier between a plain slice and the next",
+        FORWARD_MMA,
+        "          sync_threads();  // as below\n",
+        "",
+    ),
+    Mutant(
+        "forward mma3: a plain slice takes the fragment's registers in another order",
+        FORWARD_MMA,
+        "plane % 4) * 4 + plane / 4 * 2;",
+        "plane % 4) * 4 + plane / 4;",
     ),
     Mutant(
         "windows: the last maximum wins a tie",

@@ -8,6 +8,7 @@
 #include "test_device.h"
 #include "test_kernels.h"
 #include "test_machine.h"
+#include "test_products.h"
 
 namespace {
 
@@ -36,6 +37,7 @@ int main(int count, char** arguments) {
   selftest::test_machine();
   selftest::test_device();
   const selftest::Backend backend = selftest::cuda_backend();
+  selftest::test_float32_products(backend, "mma");  // few calls, which tell much
   selftest::test_exact(backend, quick);
   selftest::test_special_values(backend);
   selftest::test_optional_arguments(backend);
