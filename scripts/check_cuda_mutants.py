@@ -313,7 +313,7 @@ MUTANTS = [
     ),
     Mutant(
         "forward mma3: a plain slice takes the fragment's registers in another order",
-        FORWARD_MMA,
+        SPLIT,
         "plane % 4) * 4 + plane / 4 * 2;",
         "plane % 4) * 4 + plane / 4;",
     ),

@@ -83,5 +83,38 @@ FUSEDCNN_DEVICE void multiply_split(float (&acc)[MTiles][2][4], const uint32_t (
   for (int i = 0; i < MTiles * 8; ++i) acc[i / 8][i / 4 % 2][i % 4] += sum[i / 8][i / 4 % 2][i % 4];
 }
 
+// What the steps of one slice compute, in plain float: for a slice with extreme operands. Tile is
+// an MmaTile; `place`: this thread's upper left pixel of plane 0, tap 0.
+template <typename Tile>
+FUSEDCNN_DEVICE void multiply_plainly(Shared<uint32_t> stage, Shared<uint32_t> stage_low, int place,
+                                      Shared<uint32_t> fragments, Shared<uint32_t> fragments_low,
+                                      float (&acc)[4][Tile::kMTiles][2][4]) {
+  const int g = thread_index() % kWarp / 4;
+  FUSEDCNN_NO_UNROLL
+  for (int k = 0; k < 9 * Tile::kPlanes; ++k) {
+    const int tap = k / Tile::kPlanes, plane = k % Tile::kPlanes;
+    const int pixel = place + plane * Tile::kPlane + tap / 3 * Tile::kPitch + tap % 3;
+    // The lane that holds column `plane` of rows g and g + 8, and its register for row g.
+    const int word = (tap * Tile::kMTiles * kWarp + 4 * g + plane % 4) * 4 + plane / 4 * 2;
+    float weights[2 * Tile::kMTiles];
+    FUSEDCNN_UNROLL
+    for (int row = 0; row < 2 * Tile::kMTiles; ++row) {
+      const int at = word + row / 2 * kWarp * 4 + row % 2;
+      weights[row] = float_from(fragments[at]) + float_from(fragments_low[at]);
+    }
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < 16; ++i) {
+      const int j = i / 4, dy = i / 2 % 2, dx = i % 2;
+      const int at = pixel + dy * Tile::kPitch + 2 * j + dx;
+      const float value = float_from(stage[at]) + float_from(stage_low[at]);
+      FUSEDCNN_UNROLL
+      for (int row = 0; row < 2 * Tile::kMTiles; ++row) {
+        float& sum = acc[j][row / 2][dy][row % 2 * 2 + dx];
+        sum = multiply_add(weights[row], value, sum);
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace fusedcnn::cuda
