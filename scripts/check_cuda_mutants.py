@@ -236,8 +236,8 @@ MUTANTS = [
     Mutant(
         "forward mma: the windows' lower pixels are their upper ones",
         FORWARD_MMA,
-        "pixels[offset[i] + dy * Tile::kPitch + 2 * j]",
-        "pixels[offset[i] + 2 * j]",
+        "const int at = offset[i] + dy * Tile::kPitch + 2 * j;",
+        "const int at = offset[i] + 2 * j;",
     ),
     Mutant(
         "forward mma: output channels g and g + 8 are exchanged",
@@ -254,8 +254,8 @@ MUTANTS = [
     Mutant(
         "forward mma: no barrier between a slice and its readers",
         FORWARD_MMA,
-        "      sync_threads();\n      Shared<uint32_t> pixels",
-        "      Shared<uint32_t> pixels",
+        "      sync_threads();\n      if constexpr (Tile::kSplit) {\n        uint32_t any = 0;",
+        "      if constexpr (Tile::kSplit) {\n        uint32_t any = 0;",
     ),
     Mutant(
         "forward mma: no barrier before the next weights",

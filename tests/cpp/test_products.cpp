@@ -1,6 +1,7 @@
 #include "test_products.h"
 
 #include <cmath>
+#include <cstdio>
 #include <functional>
 #include <limits>
 #include <random>
@@ -28,6 +29,12 @@ struct Allowed {
   double absolute;
 };
 
+std::string text(double value) {
+  char digits[32];
+  std::snprintf(digits, sizeof digits, "%.9g", value);
+  return digits;
+}
+
 void check_forward(const Backend& backend, const char* tf32, const char* case_name,
                    const Operands& operands, Allowed allowed, const std::string& data) {
   const Geometry& g = case_named(case_name).geometry;
@@ -51,8 +58,8 @@ void check_forward(const Backend& backend, const char* tf32, const char* case_na
       const double room = allowed.relative * scale.output[i] + allowed.absolute;
       const bool near = std::isfinite(expected) && std::fabs(value - expected) <= room;
       if (same || near) continue;
-      difference = " at " + std::to_string(i) + ": expected " + std::to_string(expected) +
-                   ", got " + std::to_string(value);
+      difference =
+          " at " + std::to_string(i) + ": expected " + text(expected) + ", got " + text(value);
     }
     check(difference.empty(), what + difference);
   }

@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "cuda_backend.h"
+#include "test_cuda_select.h"
 #include "test_device.h"
 #include "test_kernels.h"
 #include "test_machine.h"
@@ -36,6 +37,7 @@ int main(int count, char** arguments) {
   }
   selftest::test_machine();
   selftest::test_device();
+  selftest::test_cuda_select();
   const selftest::Backend backend = selftest::cuda_backend();
   selftest::test_float32_products(backend, "mma");  // few calls, which tell much
   selftest::test_exact(backend, quick);

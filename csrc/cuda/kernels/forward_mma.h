@@ -307,9 +307,9 @@ forward_mma_kernel(ForwardArgs args, MmaSizes sizes) {
         FUSEDCNN_UNROLL
         for (int warp = 0; warp < Tile::kWarps; ++warp) any |= votes[warp];
         if (any) {  // in all warps alike
-          const int window = first_window + 4 * t;
+          const int first = first_window + 4 * t;
           const int place =
-              window / Tile::kTileW * 2 * Tile::kPitch + Tile::kLead + window % Tile::kTileW * 2;
+              first / Tile::kTileW * 2 * Tile::kPitch + Tile::kLead + first % Tile::kTileW * 2;
           multiply_plainly<Tile>(input, inputs_low, place, fragments, fragments_low, acc);
           sync_threads();  // as below
           continue;
