@@ -9,10 +9,11 @@
 //
 // Errors, with x in [2^e, 2^(e + 1)): |low| <= 2^(e - 11) is a multiple of 2^(e - 23), so that its
 // leading eleven bits miss 2^(e - 23) <= 2^-23 |x| at most; with the product of both lows, which is
-// left out, each product of operands errs by at most 2^-22 + 2 * 2^-23 = 2^-21 of itself. The
-// matrix instructions' sums and 9 C / 8 float additions of relative error 2^-24 come on top. Low
-// parts under 2^-137 are lost: that adds 2^-137 (|x| + |w|) per product, under the smallest float
-// that is normal unless the other operand is over 2^11, and at most 2^-88.
+// left out, each product of operands errs by at most 2^-22 + 2 * 2^-23 = 2^-21 of itself. On top
+// come the matrix instructions' sums, whose rounding is not specified (on a CPU, truncating every
+// term to 24 bits of the largest changed little), and 9 C / 8 float additions of relative error
+// 2^-24. Parts under 2^-137 are lost: that adds 2^-137 (|x| + |w|) per product, 2^-87 at most. It
+// supposes that the hardware keeps subnormal tf32 numbers; the self-test on a GPU will tell.
 //
 // What could come out otherwise than in float is not computed so. inf - inf, inf * 0 where a part
 // is zero, rounding to tf32 beyond the largest float, and hi * hi beyond it where x * w is not: all
