@@ -92,7 +92,7 @@ void test_float32_products(const Backend& backend, const char* tf32) {
     check_forward(backend, tf32, case_name, dense, {chain, 0}, "reals");
 
     // One product an output: nothing hides what it has lost. 2^-21 is what three products in tf32
-    // may lose of one, and 2^-137 what they may lose of an operand.
+    // may lose of one, and 2^-136 what they may lose of an operand.
     Operands single = dense;
     fill(&single.weight, [] { return 0; });
     for (int64_t oc = 0; oc < g.out_channels; ++oc) {

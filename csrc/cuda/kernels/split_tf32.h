@@ -12,7 +12,7 @@
 // left out, each product of operands errs by at most 2^-22 + 2 * 2^-23 = 2^-21 of itself. On top
 // come the matrix instructions' sums, whose rounding is not specified (on a CPU, truncating every
 // term to 24 bits of the largest changed little), and 9 C / 8 float additions of relative error
-// 2^-24. Parts under 2^-137 are lost: that adds 2^-137 (|x| + |w|) per product, 2^-87 at most. It
+// 2^-24. Parts under 2^-136 are lost: that adds 2^-136 (|x| + |w|) per product, 2^-86 at most. It
 // supposes that the hardware keeps subnormal tf32 numbers; the self-test on a GPU will tell.
 //
 // What could come out otherwise than in float is not computed so. inf - inf, inf * 0 where a part
