@@ -3,6 +3,7 @@
 set(FUSEDCNN_CUDA_UNITS
   ${PROJECT_SOURCE_DIR}/csrc/cuda/forward_general.cu
   ${PROJECT_SOURCE_DIR}/csrc/cuda/forward_mma.cu
+  ${PROJECT_SOURCE_DIR}/csrc/cuda/forward_mma3.cu
   ${PROJECT_SOURCE_DIR}/csrc/cuda/forward_windows.cu
   ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_general.cu
   ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_mma.cu

@@ -35,6 +35,7 @@ WEIGHT_MMA = "kernels/backward_weight_mma.h"
 WEIGHT_WINDOWS = "kernels/backward_weight_windows.h"
 FORWARD_MMA = "kernels/forward_mma.h"
 FORWARD_WINDOWS = "kernels/forward_windows.h"
+SPLIT = "kernels/split_tf32.h"
 # Each kernel's unit; a header's mutants are compiled in all units that include it.
 UNITS = {
     FORWARD: ["forward_general.cu"],
@@ -44,13 +45,17 @@ UNITS = {
     WEIGHT_MMA: ["backward_weight_mma.cu"],
     WEIGHT_WINDOWS: ["backward_weight_windows.cu"],
     INPUT: ["backward_input_general.cu"],
-    FORWARD_MMA: ["forward_mma.cu"],
+    FORWARD_MMA: ["forward_mma.cu", "forward_mma3.cu"],
+    SPLIT: ["forward_mma3.cu"],  # forward_mma.cu includes it and uses nothing of it
     FORWARD_WINDOWS: ["forward_windows.cu"],
-    POOL: ["backward_weight_windows.cu", "forward_mma.cu", "forward_windows.cu"],
+    POOL: [
+        "backward_weight_mma.cu", "backward_weight_windows.cu", "forward_mma.cu",
+        "forward_mma3.cu", "forward_windows.cu",
+    ],
     "kernels/sizes.h": [
         "forward_general.cu", "backward_weight_general.cu", "backward_input_general.cu",
         "backward_weight_mma.cu", "backward_weight_windows.cu", "forward_mma.cu",
-        "forward_windows.cu",
+        "forward_mma3.cu", "forward_windows.cu",
     ],
 }  # fmt: skip
 SECONDS = 600  # that one self-test may take; a mutant that hangs is caught, too
@@ -237,8 +242,8 @@ MUTANTS = [
     Mutant(
         "forward mma: the windows' lower pixels are their upper ones",
         FORWARD_MMA,
-        "pixels[offset[i] + dy * Tile::kPitch + 2 * j]",
-        "pixels[offset[i] + 2 * j]",
+        "const int at = offset[i] + dy * Tile::kPitch + 2 * j;",
+        "const int at = offset[i] + 2 * j;",
     ),
     Mutant(
         "forward mma: output channels g and g + 8 are exchanged",
@@ -255,8 +260,8 @@ MUTANTS = [
     Mutant(
         "forward mma: no barrier between a slice and its readers",
         FORWARD_MMA,
-        "      sync_threads();\n      Shared<uint32_t> pixels",
-        "      Shared<uint32_t> pixels",
+        "      sync_threads();\n      if constexpr (Tile::kSplit) {\n        uint32_t any = 0;",
+        "      if constexpr (Tile::kSplit) {\n        uint32_t any = 0;",
     ),
     Mutant(
         "forward mma: no barrier before the next weights",
@@ -281,6 +286,42 @@ MUTANTS = [
         FORWARD_MMA,
         "real[i] = tap < 9;",
         "real[i] = tap < 10;",
+    ),
+    Mutant(
+        "forward mma3: what rounding to tf32 leaves is lost",
+        SPLIT,
+        "return {hi, bits_from(value - float_from(hi))};",
+        "return {hi, 0};",
+    ),
+    Mutant(
+        "forward mma3: the largest floats are rounded to infinity",
+        SPLIT,
+        "(127 + 49) << 23;",
+        "(127 + 128) << 23;",
+    ),
+    Mutant(
+        "forward mma3: extreme pixels that another warp met are multiplied by parts",
+        FORWARD_MMA,
+        "any |= votes[warp];",
+        "any |= votes[0];",
+    ),
+    Mutant(
+        "forward mma3: extreme weights are multiplied by parts",
+        FORWARD_MMA,
+        "ballot(met || extreme_weights);",
+        "ballot(met || (met && extreme_weights));",
+    ),
+    Mutant(
+        "forward mma3: no barrier between a plain slice and the next",
+        FORWARD_MMA,
+        "          sync_threads();  // as below\n",
+        "",
+    ),
+    Mutant(
+        "forward mma3: a plain slice takes the fragment's registers in another order",
+        SPLIT,
+        "plane % 4) * 4 + plane / 4 * 2;",
+        "plane % 4) * 4 + plane / 4;",
     ),
     Mutant(
         "windows: the last maximum wins a tie",

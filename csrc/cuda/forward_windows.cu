@@ -3,23 +3,37 @@
 
 namespace fusedcnn::cuda {
 
-void forward_windows(const ForwardArgs& args, const Execution& execution) {
+namespace {
+
+// Calls body(Tile{}) with the tile of the least work for a geometry; among equals the larger one,
+// whose halo is smaller.
+template <typename Body>
+auto with_windows_tile(const Geometry& g, const Body& body) {
   using Wide = WindowsTile<2, 16, 16>;  // 32x32 images, 16 output channels; large maps
   using Square = WindowsTile<4, 8, 8>;  // 16x16 images, 32 output channels
   using Few = WindowsTile<2, 8, 8>;     // the same for fewer output channels
   using Small = WindowsTile<8, 4, 4>;   // 8x8 images, 64 output channels
-  const int64_t wide = image_work<Wide>(args.geometry), square = image_work<Square>(args.geometry),
-                few = image_work<Few>(args.geometry), small = image_work<Small>(args.geometry);
-  // The least work; among equals the larger tile, whose halo is smaller.
-  if (wide <= square && wide <= few && wide <= small) {
-    launch_forward_windows<Wide>(args, execution);
-  } else if (square <= few && square <= small) {
-    launch_forward_windows<Square>(args, execution);
-  } else if (few <= small) {
-    launch_forward_windows<Few>(args, execution);
-  } else {
-    launch_forward_windows<Small>(args, execution);
-  }
+  const int64_t wide = image_work<Wide>(g), square = image_work<Square>(g),
+                few = image_work<Few>(g), small = image_work<Small>(g);
+  if (wide <= square && wide <= few && wide <= small) return body(Wide{});
+  if (square <= few && square <= small) return body(Square{});
+  return few <= small ? body(Few{}) : body(Small{});
+}
+
+}  // namespace
+
+int64_t forward_windows_cycles(const Problem& problem) {
+  const Geometry& g = problem.geometry;
+  return with_windows_tile(g, [&](auto tile) {
+    // 128 multiply-adds a cycle, four for each window and tap; and a seventh more for the other
+    // instructions of the loop around them (forward_windows.h).
+    return image_work<decltype(tile)>(g) * 4 * 9 * g.in_channels / 128 * 8 / 7;
+  });
+}
+
+void forward_windows(const ForwardArgs& args, const Execution& execution) {
+  with_windows_tile(args.geometry,
+                    [&](auto tile) { launch_forward_windows<decltype(tile)>(args, execution); });
 }
 
 }  // namespace fusedcnn::cuda

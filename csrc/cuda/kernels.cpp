@@ -8,6 +8,7 @@ KernelList kernels() {
   // name, pass, exact, why_not, workspace_bytes, forward, backward
   static constexpr Kernel list[] = {
       {"mma", Pass::kForward, true, why_not_mma, nullptr, forward_mma, nullptr},
+      {"mma3", Pass::kForward, true, why_not_mma3, nullptr, forward_mma3, nullptr},
       {"windows", Pass::kForward, true, why_not_windows, nullptr, forward_windows, nullptr},
       {"general", Pass::kForward, true, why_not_general, nullptr, forward_general, nullptr},
       {"mma", Pass::kGradWeight, true, why_not_mma, grad_weight_mma_workspace, nullptr,
@@ -88,6 +89,24 @@ const char* why_not_mma(const Problem& problem, const Target& target) {
   if (problem.wide_code) return "int32 codes";
   if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
   return why_not_general(problem, target);
+}
+
+const char* why_not_mma3(const Problem& problem, const Target& target) {
+  if (problem.type != DataType::kFloat32) return "not float32";
+  // Where tensor cores multiply tf32 at eight times the rate of CUDA cores. sm_86, sm_89 and sm_120
+  // do so at the same rate; of others it is not known.
+  if (target.device.capability != 80 && target.device.capability != 90) {
+    return "neither sm_80 nor sm_90";
+  }
+  if (const char* reason = why_not_windows(problem, target)) return reason;
+  if (forward_mma3_shared(problem) > target.device.shared_bytes) {
+    return "the GPU's blocks have too little shared memory";
+  }
+  // Counts, on either side: a margin for what they leave out.
+  if (10 * forward_windows_cycles(problem) < 13 * forward_mma3_cycles(problem)) {
+    return "CUDA cores take less than 1.3 times as long";
+  }
+  return nullptr;
 }
 
 }  // namespace fusedcnn::cuda

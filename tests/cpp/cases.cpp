@@ -74,6 +74,8 @@ std::vector<Case> all_cases() {
       make("one_channel", {2, 1, 33}, {6}, {10}),
       make("many_channels", {1, 33, 31}, {6}, {7}),
       make("channels64", {1, 64, 48}, {8}, {8}),
+      make("channels15", {1, 15, 31}, {.in = 17, .padding = 0}, {.in = 16, .padding = 0}, true),
+      make("channels8", {1, 8, 16}, {17}, {31}, true),
       make("outputs70", {1, 9, 70}, {5}, {4}),
       make("one_output", {2, 5, 1}, {8}, {10}),
       make("bands", {1, 48, 3}, {40}, {38}),

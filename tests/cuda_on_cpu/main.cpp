@@ -5,9 +5,11 @@
 
 #include "check.h"
 #include "cuda_backend.h"
+#include "test_cuda_select.h"
 #include "test_device.h"
 #include "test_kernels.h"
 #include "test_machine.h"
+#include "test_products.h"
 
 namespace {
 
@@ -35,7 +37,9 @@ int main(int count, char** arguments) {
   }
   selftest::test_machine();
   selftest::test_device();
+  selftest::test_cuda_select();
   const selftest::Backend backend = selftest::cuda_backend();
+  selftest::test_float32_products(backend, "mma");  // few calls, which tell much
   selftest::test_exact(backend, quick);
   selftest::test_special_values(backend);
   selftest::test_optional_arguments(backend);

@@ -1,5 +1,5 @@
 // Forward on tensor cores: 3x3 convolution of stride 1 under a 2x2 pool of stride 2, in bfloat16,
-// float16, or float32 rounded to tf32; sums in float.
+// float16, float32 rounded to tf32, or full float32 by three products in tf32; sums in float.
 //
 // An implicit matrix product, output channels (M) x pixels (N), over channels x taps (K). A warp
 // owns 16 windows, that is 64 pixels or eight tiles of N = 8, for 16 * MTiles output channels.
@@ -24,11 +24,20 @@
 // asynchronous for tf32 and for channels_last halves, by way of registers for halves in planes.
 // Outputs in channels_last are written one by one. Counts, not measurements: so far this has run on
 // a CPU only, which knows nothing of the order of sums inside a matrix instruction.
+//
+// With three products (split_tf32.h), pixels and weights are split once, when they have arrived,
+// not in each of the nine taps that load them: hi in place, low in a stage of its own. A step then
+// takes 32 + 8 MTiles wavefronts and 24 MTiles products; mma.sync may make six of ten cycles a
+// product. 16 -> 32 at 16x16, per image: 4 x 18 steps x 48 = 3,456 cycles of shared memory and
+// 3,456 products in 5,760 cycles, beside some 6,600 of issue slots (3,100 in steps, of which 1,152
+// are the float additions; 1,700 to fetch and split pixels, 1,440 weights, 400 to pool): 22 to 25
+// ns, where forward_windows.h counts 35 ns of multiply-adds and some 12,400 cycles of issue slots,
+// 47 ns. 3 -> 16 at 32x32 pads three channels to eight (or four, which gains less than is certain),
+// and stays on CUDA cores.
 #pragma once
 
-#include <cstring>
-
 #include "cuda/kernels/mma.h"
+#include "cuda/kernels/split_tf32.h"
 #include "cuda/kernels/windows.h"
 
 namespace fusedcnn::cuda {
@@ -37,8 +46,9 @@ namespace {
 template <typename S>
 constexpr int kPerWord = static_cast<int>(4 / sizeof(S));  // channels in a word
 
-// TileH x TileW windows, 16 * MTiles output channels; Planes words of channels at a time.
-template <int TileH, int TileW, int MTiles, int Planes>
+// TileH x TileW windows, 16 * MTiles output channels; Planes words of channels at a time. Products:
+// 3 for operands that are split, else 1.
+template <int TileH, int TileW, int MTiles, int Planes, int Products = 1>
 struct MmaTile {
   static constexpr int kTileH = TileH, kTileW = TileW, kMTiles = MTiles, kPlanes = Planes;
   static constexpr int kWarps = TileH * TileW / 16, kThreads = kWarps * kWarp;
@@ -54,14 +64,21 @@ struct MmaTile {
   static constexpr int kSteps = (9 + kTapsPerStep - 1) / kTapsPerStep;
   static constexpr int kInputStage = Planes * kPlane;
   static constexpr int kWeights = kSteps * MTiles * kWarp * 4;
+  static constexpr bool kSplit = Products == 3;
   static_assert((TileW == 16 || TileW == 8) && kPitch >= kLead + kCols && kPlane % 8 == 2);
+  static_assert(Products == 1 || (kSplit && Planes == 8));
 
   // Blocks to a multiprocessor: 512 threads have all the registers that they need, and 768 where
-  // accumulators and planes are few.
-  static constexpr int kResident = (MTiles == 1 && Planes == 2 ? 768 : 512) / kThreads;
+  // accumulators and planes are few. Three blocks' split planes fill sm_90's shared memory.
+  static constexpr int kResident =
+      kSplit && TileW == 8 ? 3 : (MTiles == 1 && Planes == 2 ? 768 : 512) / kThreads;
 
   static constexpr int64_t shared() {
-    return shared_bytes<uint32_t>(2 * kInputStage) + shared_bytes<uint32_t>(kWeights);
+    const int64_t bytes =
+        shared_bytes<uint32_t>(2 * kInputStage) + shared_bytes<uint32_t>(kWeights);
+    return !kSplit ? bytes
+                   : bytes + shared_bytes<uint32_t>(kInputStage) +
+                         shared_bytes<uint32_t>(kWeights) + shared_bytes<uint32_t>(kWarps);
   }
 };
 
@@ -76,11 +93,6 @@ struct MmaSizes {
   bool output_fours;   // four windows of a row can be written at once
 };
 
-FUSEDCNN_DEVICE float float_from(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
 template <typename S>
 FUSEDCNN_DEVICE uint32_t two_halves(S low, S high) {
   return low.bits | static_cast<uint32_t>(high.bits) << 16;
@@ -161,12 +173,34 @@ FUSEDCNN_DEVICE void round_planes(const MmaSizes& sizes, Shared<uint32_t> stage)
   });
 }
 
+// Splits what this thread has fetched: hi in place, low at the same place of `low`. Whether any of
+// it is extreme.
+template <typename Tile>
+FUSEDCNN_DEVICE bool split_planes(const MmaSizes& sizes, Shared<uint32_t> stage,
+                                  Shared<uint32_t> low) {
+  bool any = false;
+  for_words<Tile>(sizes, [&](int plane, int row, int col, int width) {
+    const int at = plane * Tile::kPlane + row * Tile::kPitch + Tile::kLead + col;
+    for (int i = 0; i < width; ++i) {
+      const float value = float_from(stage[at + i]);
+      const SplitFloat split = split_float(value);
+      stage[at + i] = split.hi;
+      low[at + i] = split.low;
+      any = any || extreme(value);
+    }
+  });
+  return any;
+}
+
 // The weights of the same channels, as fragments: [step][tile of M][lane][register]. Zeros behind
-// the last tap, channel and output channel.
+// the last tap, channel and output channel. Where they are split, low parts go to `to_low`, and the
+// result says whether any is extreme.
 template <typename S, typename Tile>
-FUSEDCNN_DEVICE void fetch_fragments(const ForwardArgs& args, const MmaSizes& sizes,
-                                     int channel_block, int first, Shared<uint32_t> to) {
+FUSEDCNN_DEVICE bool fetch_fragments(const ForwardArgs& args, const MmaSizes& sizes,
+                                     int channel_block, int first, Shared<uint32_t> to,
+                                     Shared<uint32_t> to_low) {
   const Strides strides = args.weight_strides;
+  bool any = false;
   FUSEDCNN_NO_UNROLL  // registers are for the accumulators
       for (int i = thread_index(); i < Tile::kWeights; i += Tile::kThreads) {
     const int part = i % 4, lane = i / 4 % kWarp;
@@ -178,7 +212,13 @@ FUSEDCNN_DEVICE void fetch_fragments(const ForwardArgs& args, const MmaSizes& si
     const bool real = oc < sizes.out_channels && tap < 9 && c < sizes.channels;
     const S* const from = static_cast<const S*>(args.weight) + oc * strides.n + c * strides.c +
                           tap / 3 * strides.h + tap % 3 * strides.w;
-    if constexpr (sizeof(S) == 4) {
+    if constexpr (Tile::kSplit) {
+      const float value = real ? load_constant(from) : 0.f;
+      const SplitFloat split = split_float(value);
+      to[i] = split.hi;
+      to_low[i] = split.low;
+      any = any || extreme(value);
+    } else if constexpr (sizeof(S) == 4) {
       to[i] = to_tf32(real ? load_constant(from) : 0.f);
     } else {
       S low{}, high{};
@@ -187,6 +227,7 @@ FUSEDCNN_DEVICE void fetch_fragments(const ForwardArgs& args, const MmaSizes& si
       to[i] = two_halves(low, high);
     }
   }
+  return any;
 }
 
 // args: input [N, C, H, W], weight [OC, C, 3, 3], bias [OC] or null, output and code
@@ -198,6 +239,11 @@ forward_mma_kernel(ForwardArgs args, MmaSizes sizes) {
   SharedMemory memory;
   const Shared<uint32_t> inputs = memory.array<uint32_t>(2 * Tile::kInputStage);
   const Shared<uint32_t> fragments = memory.array<uint32_t>(Tile::kWeights);
+  // Low parts of the slice in use, and whether each warp has met an extreme operand in it.
+  constexpr int kSplit = Tile::kSplit ? 1 : 0;
+  const Shared<uint32_t> inputs_low = memory.array<uint32_t>(kSplit * Tile::kInputStage);
+  const Shared<uint32_t> fragments_low = memory.array<uint32_t>(kSplit * Tile::kWeights);
+  const Shared<uint32_t> votes = memory.array<uint32_t>(kSplit * Tile::kWarps);
   const int lane = thread_index() % kWarp, g = lane / 4, t = lane % 4;
   const int first_window = thread_index() / kWarp * 16;
   // The pixel of column g in tile (0, 0), and this thread's rows of words.
@@ -205,50 +251,76 @@ forward_mma_kernel(ForwardArgs args, MmaSizes sizes) {
   const int b_place = b_window / Tile::kTileW * 2 * Tile::kPitch + Tile::kLead +
                       b_window % Tile::kTileW * 2 + g % 2 + t % Tile::kPlanes * Tile::kPlane;
 
-  TileWalk fetched(sizes.grid);
-  int fetched_channel = 0, stage = 0;
-  const auto fetch = [&](int into) {
-    if (!fetched.done(sizes.grid)) {
-      fetch_planes<S, Tile>(args, sizes, fetched, fetched_channel,
-                            inputs + into * Tile::kInputStage);
-      fetched_channel += kSliceChannels;
-      if (fetched_channel >= sizes.channels) fetched_channel = 0, fetched.advance(sizes.grid);
+  const auto fetch = [&](const TileWalk& task, int first, int into) {
+    if (!task.done(sizes.grid)) {
+      fetch_planes<S, Tile>(args, sizes, task, first, inputs + into * Tile::kInputStage);
     }
     commit_copies();
   };
-  fetch(0);
+  int stage = 0;
+  fetch(TileWalk(sizes.grid), 0, stage);
 
-  int weights_of = -1;  // channel block whose only slice of weights is in shared memory
+  int weights_of = -1;           // channel block whose only slice of weights is in shared memory
+  bool extreme_weights = false;  // among those that this thread fetched last
   for (TileWalk walk(sizes.grid); !walk.done(sizes.grid); walk.advance(sizes.grid)) {
     const int channel_block = walk.channel_block(sizes.grid);
-    float acc[kMTiles][4][2][4];  // [tile of M][j][dy][register]
+    float acc[4][kMTiles][2][4];  // [j][tile of M][dy][register]
     FUSEDCNN_UNROLL
-    for (int i = 0; i < kMTiles * 32; ++i) acc[i / 32][i / 8 % 4][i / 4 % 2][i % 4] = 0;
+    for (int i = 0; i < kMTiles * 32; ++i) {
+      acc[i / 8 / kMTiles][i / 8 % kMTiles][i / 4 % 2][i % 4] = 0;
+    }
 
     for (int channel = 0; channel < sizes.channels; channel += kSliceChannels, stage ^= 1) {
-      fetch(stage ^ 1);
+      TileWalk next = walk;  // the slice after this one, of the next task after the last
+      int next_channel = channel + kSliceChannels;
+      if (next_channel >= sizes.channels) next_channel = 0, next.advance(sizes.grid);
+      fetch(next, next_channel, stage ^ 1);
       if (sizes.channels > kSliceChannels || weights_of != channel_block) {
-        fetch_fragments<S, Tile>(args, sizes, channel_block, channel, fragments);
+        extreme_weights =
+            fetch_fragments<S, Tile>(args, sizes, channel_block, channel, fragments, fragments_low);
         weights_of = channel_block;
       }
       wait_copies<1>();
-      if constexpr (sizeof(S) == 4) {
-        round_planes<Tile>(sizes, inputs + stage * Tile::kInputStage);
+      const Shared<uint32_t> input = inputs + stage * Tile::kInputStage;
+      if constexpr (Tile::kSplit) {
+        const bool met = split_planes<Tile>(sizes, input, inputs_low);
+        const uint32_t vote = ballot(met || extreme_weights);
+        if (lane == 0) votes[thread_index() / kWarp] = vote;
+      } else if constexpr (sizeof(S) == 4) {
+        round_planes<Tile>(sizes, input);
       }
       sync_threads();
-      Shared<uint32_t> pixels = inputs + (stage * Tile::kInputStage + b_place);
-      Shared<uint32_t> fragment = fragments + lane * 4;
-      // All steps at once, or a row of taps at a time: more would be loaded ahead than there are
-      // registers.
-      constexpr int kSteps = Tile::kPlanes == 8 ? 3 : Tile::kSteps;
+      if constexpr (Tile::kSplit) {
+        uint32_t any = 0;
+        FUSEDCNN_UNROLL
+        for (int warp = 0; warp < Tile::kWarps; ++warp) any |= votes[warp];
+        if (any) {  // in all warps alike
+          const int first = first_window + 4 * t;
+          const int place =
+              first / Tile::kTileW * 2 * Tile::kPitch + Tile::kLead + first % Tile::kTileW * 2;
+          multiply_plainly<Tile>(input, inputs_low, place, fragments, fragments_low, acc);
+          sync_threads();  // as below
+          continue;
+        }
+      }
+      Shared<uint32_t> pixels = input + b_place, pixels_low = inputs_low + b_place;
+      Shared<uint32_t> fragment = fragments + lane * 4, fragment_low = fragments_low + lane * 4;
+      // All steps at once, or a row of taps, or, of split words, one tap at a time: more would be
+      // loaded ahead than there are registers.
+      constexpr int kSteps = Tile::kSplit ? 1 : Tile::kPlanes == 8 ? 3 : Tile::kSteps;
       FUSEDCNN_NO_UNROLL
       for (int done = 0; done < Tile::kSteps; done += kSteps) {
         FUSEDCNN_UNROLL
         for (int step = 0; step < kSteps; ++step) {
-          uint32_t a[kMTiles][4];
+          uint32_t a[kMTiles][4], a_low[kMTiles][4];
           FUSEDCNN_UNROLL
           for (int m = 0; m < kMTiles; ++m) {
             load_row(fragment + (step * kMTiles + m) * kWarp * 4, a[m]);
+            if constexpr (Tile::kSplit) {
+              load_row(fragment_low + (step * kMTiles + m) * kWarp * 4, a_low[m]);
+              FUSEDCNN_UNROLL
+              for (int i = 0; i < 4; ++i) a_low[m][i] = truncated_tf32(a_low[m][i]);
+            }
           }
           // Where rows t and t + 4 of this step are found: another tap, or four planes on.
           int offset[2];
@@ -262,23 +334,36 @@ forward_mma_kernel(ForwardArgs args, MmaSizes sizes) {
           }
           FUSEDCNN_UNROLL
           for (int j = 0; j < 4; ++j) {
+            uint32_t b[2][2], b_low[2][2];
             FUSEDCNN_UNROLL
             for (int dy = 0; dy < 2; ++dy) {
-              uint32_t b[2];
               FUSEDCNN_UNROLL
               for (int i = 0; i < 2; ++i) {
+                const int at = offset[i] + dy * Tile::kPitch + 2 * j;
                 // Zero times what lies there would be NaN where that is infinite.
-                b[i] = real[i]
-                           ? static_cast<uint32_t>(pixels[offset[i] + dy * Tile::kPitch + 2 * j])
-                           : 0u;
+                b[dy][i] = real[i] ? static_cast<uint32_t>(pixels[at]) : 0u;
+                if constexpr (Tile::kSplit) b_low[dy][i] = truncated_tf32(pixels_low[at]);
               }
-              FUSEDCNN_UNROLL
-              for (int m = 0; m < kMTiles; ++m) multiply(S{}, acc[m][j][dy], a[m], b);
+              if constexpr (!Tile::kSplit) {
+                FUSEDCNN_UNROLL
+                for (int m = 0; m < kMTiles; ++m) multiply(S{}, acc[j][m][dy], a[m], b[dy]);
+              }
+            }
+            if constexpr (Tile::kSplit) {
+              multiply_split(acc[j], a, a_low, b, b_low);
+              // Not all pixels of a step may be loaded ahead: there are no registers for them.
+              if (j == 1) sync_warp();
             }
           }
         }
-        pixels += Tile::kPitch;
+        // The next tap, or the next row of taps.
+        const int next = kSteps > 1 ? Tile::kPitch : done % 3 == 2 ? Tile::kPitch - 2 : 1;
+        pixels += next;
         fragment += kSteps * kMTiles * kWarp * 4;
+        if constexpr (Tile::kSplit) {
+          pixels_low += next;
+          fragment_low += kSteps * kMTiles * kWarp * 4;
+        }
       }
       sync_threads();  // the next but one overwrites this stage, the next the weights
     }
@@ -300,7 +385,7 @@ forward_mma_kernel(ForwardArgs args, MmaSizes sizes) {
       Pack<4, uint8_t> codes;
       FUSEDCNN_UNROLL
       for (int j = 0; j < 4; ++j) {
-        const float (&top)[4] = acc[m][j][0], (&bottom)[4] = acc[m][j][1];
+        const float (&top)[4] = acc[j][m][0], (&bottom)[4] = acc[j][m][1];
         const Pooled pooled =
             pool_window(top[i] + bias, top[i + 1] + bias, bottom[i] + bias, bottom[i + 1] + bias,
                         2 * (ow + j) + 1 < sizes.conv_w, 2 * oh + 1 < sizes.conv_h);
@@ -361,27 +446,31 @@ void launch_forward_mma(const ForwardArgs& args, const Execution& execution) {
          Tile::shared(), execution, args, sizes);
 }
 
-template <typename S, int Planes>
-void forward_mma_planes(const ForwardArgs& args, const Execution& execution) {
-  const Geometry& g = args.geometry;
-  // 8 x 16 windows unless 8 x 8 leave less of their tiles empty.
+// Calls body(Tile{}) with the tile for a geometry.
+template <int Planes, int Products, typename Body>
+auto with_mma_tile(const Geometry& g, const Body& body) {
+  // 8 x 16 windows unless 8 x 8 leave less of their tiles empty, or 128 registers are too few.
   const auto empty = [&](int tile_w) { return (g.w.out + tile_w - 1) / tile_w * tile_w; };
-  if (g.out_channels <= 16) {
-    launch_forward_mma<S, MmaTile<8, 16, 1, Planes>>(args, execution);
-  } else if (empty(16) <= empty(8)) {
-    launch_forward_mma<S, MmaTile<8, 16, 2, Planes>>(args, execution);
-  } else {
-    launch_forward_mma<S, MmaTile<8, 8, 2, Planes>>(args, execution);
+  if (g.out_channels <= 16) return body(MmaTile<8, 16, 1, Planes, Products>{});
+  if constexpr (Products == 1) {
+    if (empty(16) <= empty(8)) return body(MmaTile<8, 16, 2, Planes, Products>{});
   }
+  return body(MmaTile<8, 8, 2, Planes, Products>{});
+}
+
+template <typename S, int Planes, int Products>
+void forward_mma_planes(const ForwardArgs& args, const Execution& execution) {
+  with_mma_tile<Planes, Products>(
+      args.geometry, [&](auto tile) { launch_forward_mma<S, decltype(tile)>(args, execution); });
 }
 
 template <typename S>
 void forward_mma_typed(const ForwardArgs& args, const Execution& execution) {
   constexpr int kFew = 4 / kPerWord<S>;  // planes of up to four channels
   if (args.geometry.in_channels <= 4) {
-    forward_mma_planes<S, kFew>(args, execution);
+    forward_mma_planes<S, kFew, 1>(args, execution);
   } else {
-    forward_mma_planes<S, 8>(args, execution);
+    forward_mma_planes<S, 8, 1>(args, execution);
   }
 }
 

@@ -9,6 +9,7 @@
 #include "check.h"
 #include "gpu_backend.h"
 #include "test_kernels.h"
+#include "test_products.h"
 
 namespace {
 
@@ -41,6 +42,7 @@ int main(int count, char** arguments) {
     // Few calls first: where a sanitizer is slow, they are what it gets to see.
     selftest::test_optional_arguments(backend);
     selftest::test_special_values(backend);
+    selftest::test_float32_products(backend, "mma");
     selftest::test_determinism(backend);
     selftest::test_exact(backend, quick);
   } catch (const std::exception& error) {

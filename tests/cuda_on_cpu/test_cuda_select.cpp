@@ -1,0 +1,54 @@
+#include "test_cuda_select.h"
+
+#include <string>
+
+#include "cases.h"
+#include "check.h"
+#include "cuda/select.h"
+
+namespace selftest {
+
+void test_cuda_select() {
+  using fusedcnn::DataType;
+  using fusedcnn::cuda::Target;
+  struct Row {
+    const char* case_name;
+    DataType type;
+    int capability;
+    int shared_kib;
+    bool tf32;
+    const char* kernel;
+  };
+  constexpr Row kRows[] = {
+      // Three products where they should gain: enough channels, and fast tensor cores.
+      {"block2", DataType::kFloat32, 90, 227, false, "mma3"},
+      {"block2", DataType::kFloat32, 80, 163, false, "mma3"},
+      {"block1", DataType::kFloat32, 90, 227, false, "windows"},
+      {"one_output", DataType::kFloat32, 90, 227, false, "windows"},
+      {"many_channels", DataType::kFloat32, 90, 227, false, "windows"},
+      {"block2", DataType::kFloat32, 75, 64, false, "windows"},
+      {"block2", DataType::kFloat32, 86, 99, false, "windows"},
+      {"block2", DataType::kFloat32, 89, 99, false, "windows"},
+      {"block2", DataType::kFloat32, 120, 99, false, "windows"},
+      {"block2", DataType::kFloat32, 90, 48, false, "windows"},
+      {"dilation2x3", DataType::kFloat32, 90, 227, false, "general"},
+      // One product where tf32 is allowed, and for halves always.
+      {"block2", DataType::kFloat32, 90, 227, true, "mma"},
+      {"block1", DataType::kFloat32, 86, 99, true, "mma"},
+      {"block2", DataType::kBFloat16, 90, 227, false, "mma"},
+      {"block2", DataType::kFloat64, 90, 227, true, "general"},
+  };
+  for (const Row& row : kRows) {
+    const fusedcnn::Problem problem{case_named(row.case_name).geometry, row.type, false};
+    const Target target{{row.capability, 132, row.shared_kib * 1024}, row.tf32};
+    std::string reason;
+    const fusedcnn::cuda::Kernel* const kernel =
+        fusedcnn::cuda::select(fusedcnn::Pass::kForward, problem, target, &reason);
+    const std::string got = kernel ? kernel->name : "none";
+    check(got == row.kernel, std::string(row.case_name) + " in " + name(row.type) + " on sm_" +
+                                 std::to_string(row.capability) + ": expected " + row.kernel +
+                                 ", got " + got + " (" + reason + ")");
+  }
+}
+
+}  // namespace selftest
