@@ -200,6 +200,18 @@ MUTANTS = [
         "fetched_channel += 2 * kSlice;",
     ),
     Mutant(
+        "forward windows: all chains but the last are lost",
+        FORWARD_WINDOWS,
+        "total[i / 8][i / 4 % 2][i % 4] += acc[i / 8][i / 4 % 2][i % 4];\n          acc",
+        "acc",
+    ),
+    Mutant(
+        "forward windows: one chain for all channels",
+        FORWARD_WINDOWS,
+        "next % (kChainSlices * kSlice) == 0 &&",
+        "next < kSlice &&",
+    ),
+    Mutant(
         "forward windows: output channels that there are not are written",
         FORWARD_WINDOWS,
         "if (channel + o >= sizes.out_channels) continue;",
