@@ -31,21 +31,29 @@ FORWARD = "kernels/forward_general.h"
 WEIGHT = "kernels/backward_weight_general.h"
 INPUT = "kernels/backward_input_general.h"
 POOL = "kernels/windows.h"
+WEIGHT_LANES = "kernels/backward_weight_lanes.h"
 WEIGHT_WINDOWS = "kernels/backward_weight_windows.h"
 FORWARD_MMA = "kernels/forward_mma.h"
 FORWARD_WINDOWS = "kernels/forward_windows.h"
 # Each kernel's unit; a header's mutants are compiled in all units that include it.
 UNITS = {
     FORWARD: ["forward_general.cu"],
-    WEIGHT: ["backward_weight_general.cu", "backward_weight_windows.cu"],
+    WEIGHT: [
+        "backward_weight_general.cu", "backward_weight_lanes.cu", "backward_weight_windows.cu",
+    ],
+    WEIGHT_LANES: ["backward_weight_lanes.cu"],
     WEIGHT_WINDOWS: ["backward_weight_windows.cu"],
     INPUT: ["backward_input_general.cu"],
     FORWARD_MMA: ["forward_mma.cu"],
     FORWARD_WINDOWS: ["forward_windows.cu"],
-    POOL: ["backward_weight_windows.cu", "forward_mma.cu", "forward_windows.cu"],
+    POOL: [
+        "backward_weight_lanes.cu", "backward_weight_windows.cu", "forward_mma.cu",
+        "forward_windows.cu",
+    ],
     "kernels/sizes.h": [
         "forward_general.cu", "backward_weight_general.cu", "backward_input_general.cu",
-        "backward_weight_windows.cu", "forward_mma.cu", "forward_windows.cu",
+        "backward_weight_lanes.cu", "backward_weight_windows.cu", "forward_mma.cu",
+        "forward_windows.cu",
     ],
 }  # fmt: skip
 SECONDS = 600  # that one self-test may take; a mutant that hangs is caught, too
@@ -348,6 +356,42 @@ MUTANTS = [
         WEIGHT,
         "        if (code >= 0) {\n          const T gradient",
         "        if (code >= -1) {\n          const T gradient",
+    ),
+    Mutant(
+        "grad_weight lanes: no barrier between lists and their readers",
+        WEIGHT_LANES,
+        "          sync_threads();\n        } else {\n          sync_warp();\n        }\n",
+        "          sync_threads();\n        }\n",
+    ),
+    Mutant(
+        "grad_weight lanes: no barrier before the next tile",
+        WEIGHT_LANES,
+        "      sync_threads();  // the next tile overwrites this one\n",
+        "",
+    ),
+    Mutant(
+        "grad_weight lanes: the lower pixels of a window are a row too far",
+        WEIGHT_LANES,
+        "(winner[i] >> 1) * (kPitch - 2);",
+        "(winner[i] >> 1) * kPitch;",
+    ),
+    Mutant(
+        "grad_weight lanes: a window that is off counts",
+        WEIGHT_LANES,
+        "if (begins.values[j] == kNowhere) continue;",
+        "if (begins.values[j] > kNowhere) continue;",
+    ),
+    Mutant(
+        "grad_weight lanes: the widest tiles lack their right halo",
+        WEIGHT_LANES,
+        "  if (cols <= kWarp) return;\n",
+        "  if (cols > 0) return;\n",
+    ),
+    Mutant(
+        "grad_weight lanes: the other half-warp's windows are lost",
+        WEIGHT_LANES,
+        "other < kLanesThreads; other += sizes.lane_channels) {",
+        "other < kLanesThreads; other += kWarp) {",
     ),
     Mutant(
         "grad_weight windows: no barrier after a tile has arrived",

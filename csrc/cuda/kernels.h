@@ -11,12 +11,15 @@ KernelList kernels();
 const char* why_not_general(const Problem& problem, const Target& target);
 const char* why_not_windows(const Problem& problem, const Target& target);
 const char* why_not_weight_windows(const Problem& problem, const Target& target);
+const char* why_not_weight_lanes(const Problem& problem, const Target& target);
 const char* why_not_mma(const Problem& problem, const Target& target);
 void forward_general(const ForwardArgs& args, const Execution& execution);
 void forward_mma(const ForwardArgs& args, const Execution& execution);
 void forward_windows(const ForwardArgs& args, const Execution& execution);
 int64_t grad_weight_general_workspace(const Problem& problem);
 void grad_weight_general(const BackwardArgs& args, const Execution& execution);
+int64_t grad_weight_lanes_workspace(const Problem& problem);
+void grad_weight_lanes(const BackwardArgs& args, const Execution& execution);
 int64_t grad_weight_windows_shared(const Problem& problem);  // of a block
 int64_t grad_weight_windows_workspace(const Problem& problem);
 void grad_weight_windows(const BackwardArgs& args, const Execution& execution);
