@@ -14,10 +14,12 @@
 //
 // Banks: with rows of 4 (mod 32) words a window's four pixels are words 0, 1, 4 and 5, and 16
 // windows further on, one row of 16 windows, they are 8, 9, 12 and 13: a load takes one wavefront,
-// whatever the codes. Hence 32-bit loads: 128 bits, of four channels at once, would be a third of
-// the instructions, but four wavefronts each (eight lanes at a time), 36 a window instead of 27,
-// and wavefronts are what there is too few of. Nor are live windows moved together, lane by lane:
-// lanes at different windows would meet the same banks, 3.5 lanes in the fullest one on average.
+// whatever the codes (counted for other widths: with 16 output channels 1.25 where tiles are 12
+// wide, 1.16 where they are 13). Hence 32-bit loads: 128 bits, of four channels at once, would be a
+// third of the instructions, but four wavefronts each (eight lanes at a time), 36 a window instead
+// of 27, and wavefronts are what there is too few of. Nor are live windows moved together, lane by
+// lane: lanes at different windows would meet the same banks, 3.4 lanes in the fullest one on
+// average.
 //
 // 3 -> 16 at 32x32: an image is 4,096 windows x channels, 128 steps of a warp. In wavefronts a step
 // is 27, its share of the lists 3.5; the input's tiles are 230 in all: 4,100 cycles of an image. In
@@ -51,14 +53,13 @@ static_assert(kPitch >= kCols && kPitch % 32 == 4);
 // A warp's lists: for each lane, 16 windows. Four more to a row, so that eight rows of gradients
 // (128 bits of each) and 16 rows of places (64 bits of each) lie in different banks.
 constexpr int kList = 16, kListPitch = kList + 4;
-constexpr int kPlaces = kWarp * kListPitch;
-// Rows 16 to 31 begin 16 banks on: they are written at once with rows 0 to 15.
-FUSEDCNN_DEVICE int gradient_row(int row) { return row * kListPitch + row / 16 * 16; }
-constexpr int kGradients = kWarp * kListPitch + 16;
+// Rows 16 to 31 begin 16 elements on: they are written at once with rows 0 to 15, to other banks.
+FUSEDCNN_DEVICE int list_row(int row) { return row * kListPitch + row / 16 * 16; }
+constexpr int kLists = kWarp * kListPitch + 16;
 constexpr uint16_t kNowhere = 0xffff;  // the place of a window that is off
 static_assert(kMostChannels * kPlane < kNowhere);
 // At the end they hold the threads' sums, nine at a time.
-static_assert(kLanesWarps * kGradients >= 9 * kLanesThreads);
+static_assert(kLanesWarps * kLists >= 9 * kLanesThreads);
 
 struct LanesSizes {
   WeightSizes general;  // of the second stage: its slabs are rows of `partial`
@@ -149,14 +150,14 @@ FUSEDCNN_KERNEL_RESIDENT(kLanesThreads, 4)
 grad_weight_lanes_kernel(BackwardArgs args, LanesSizes sizes, float* partial) {
   constexpr int kWeights = 9 * Channels;
   SharedMemory memory;
-  const Shared<float> all_gradients = memory.array<float>(kLanesWarps * kGradients);
-  const Shared<uint16_t> all_places = memory.array<uint16_t>(kLanesWarps * kPlaces);
+  const Shared<float> all_gradients = memory.array<float>(kLanesWarps * kLists);
+  const Shared<uint16_t> all_places = memory.array<uint16_t>(kLanesWarps * kLists);
   const bool want_weight = args.grad_weight != nullptr;
   const Shared<float> pixels = memory.array<float>(want_weight ? Channels * kPlane : 0);
 
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
-  const Shared<float> gradients = all_gradients + warp * kGradients;
-  const Shared<uint16_t> places = all_places + warp * kPlaces;
+  const Shared<float> gradients = all_gradients + warp * kLists;
+  const Shared<uint16_t> places = all_places + warp * kLists;
   // What the lane fetches: one window of 16 rows, this one and those that follow.
   const int fetched_row = lane / 16 * 16, fetched_window = lane % 16;
   // Lists of the same output channels, for other windows.
@@ -195,8 +196,8 @@ grad_weight_lanes_kernel(BackwardArgs args, LanesSizes sizes, float* partial) {
                               oh * at.h + ow * at.w;
         const S* gradient = static_cast<const S*>(args.grad_output) + n * from.n +
                             first_oc * from.c + oh * from.h + ow * from.w;
-        Shared<float> to_gradients = gradients + (gradient_row(fetched_row) + fetched_window);
-        Shared<uint16_t> to_places = places + (fetched_row * kListPitch + fetched_window);
+        Shared<float> to_gradients = gradients + (list_row(fetched_row) + fetched_window);
+        Shared<uint16_t> to_places = places + (list_row(fetched_row) + fetched_window);
         const int place = 2 * y * kPitch + 2 * x;
         int left = real ? sizes.out_channels - first_oc : 0;
         constexpr int kAtOnce = 8;  // loads under way
@@ -230,8 +231,8 @@ grad_weight_lanes_kernel(BackwardArgs args, LanesSizes sizes, float* partial) {
 
         FUSEDCNN_NO_UNROLL
         for (int i = 0; i < kList; i += 4) {
-          const Pack<4, float> four = load_pack<4, float>(gradients + (gradient_row(lane) + i));
-          const Pack<4, uint16_t> begins = load_pack<4, uint16_t>(places + (lane * kListPitch + i));
+          const Pack<4, float> four = load_pack<4, float>(gradients + (list_row(lane) + i));
+          const Pack<4, uint16_t> begins = load_pack<4, uint16_t>(places + (list_row(lane) + i));
           FUSEDCNN_UNROLL
           for (int j = 0; j < 4; ++j) {
             // Where ReLU is off nothing flows, whatever stands there.
@@ -284,8 +285,8 @@ template <typename S, int Channels>
 void launch_grad_weight_lanes(const BackwardArgs& args, const Execution& execution) {
   const LanesSizes sizes = lanes_sizes(args.geometry);
   float* const partial = static_cast<float*>(execution.workspace);
-  const int64_t shared = shared_bytes<float>(kLanesWarps * kGradients) +
-                         shared_bytes<uint16_t>(kLanesWarps * kPlaces) +
+  const int64_t shared = shared_bytes<float>(kLanesWarps * kLists) +
+                         shared_bytes<uint16_t>(kLanesWarps * kLists) +
                          shared_bytes<float>(args.grad_weight ? Channels * kPlane : 0);
   launch("grad_weight_lanes", grad_weight_lanes_kernel<S, Channels>,
          blocks_for(sizes.slabs * sizes.channel_blocks), kLanesThreads, shared, execution, args,
