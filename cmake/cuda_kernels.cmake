@@ -6,6 +6,7 @@ set(FUSEDCNN_CUDA_UNITS
   ${PROJECT_SOURCE_DIR}/csrc/cuda/forward_mma3.cu
   ${PROJECT_SOURCE_DIR}/csrc/cuda/forward_windows.cu
   ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_general.cu
+  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_lanes.cu
   ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_mma.cu
   ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_windows.cu
   ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_input_general.cu)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -31,33 +32,13 @@ FORWARD = "kernels/forward_general.h"
 WEIGHT = "kernels/backward_weight_general.h"
 INPUT = "kernels/backward_input_general.h"
 POOL = "kernels/windows.h"
+WEIGHT_LANES = "kernels/backward_weight_lanes.h"
 WEIGHT_MMA = "kernels/backward_weight_mma.h"
 WEIGHT_WINDOWS = "kernels/backward_weight_windows.h"
 FORWARD_MMA = "kernels/forward_mma.h"
 FORWARD_WINDOWS = "kernels/forward_windows.h"
 SPLIT = "kernels/split_tf32.h"
-# Each kernel's unit; a header's mutants are compiled in all units that include it.
-UNITS = {
-    FORWARD: ["forward_general.cu"],
-    WEIGHT: [
-        "backward_weight_general.cu", "backward_weight_mma.cu", "backward_weight_windows.cu",
-    ],
-    WEIGHT_MMA: ["backward_weight_mma.cu"],
-    WEIGHT_WINDOWS: ["backward_weight_windows.cu"],
-    INPUT: ["backward_input_general.cu"],
-    FORWARD_MMA: ["forward_mma.cu", "forward_mma3.cu"],
-    SPLIT: ["forward_mma3.cu"],  # forward_mma.cu includes it and uses nothing of it
-    FORWARD_WINDOWS: ["forward_windows.cu"],
-    POOL: [
-        "backward_weight_mma.cu", "backward_weight_windows.cu", "forward_mma.cu",
-        "forward_mma3.cu", "forward_windows.cu",
-    ],
-    "kernels/sizes.h": [
-        "forward_general.cu", "backward_weight_general.cu", "backward_input_general.cu",
-        "backward_weight_mma.cu", "backward_weight_windows.cu", "forward_mma.cu",
-        "forward_mma3.cu", "forward_windows.cu",
-    ],
-}  # fmt: skip
+_INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 SECONDS = 600  # that one self-test may take; a mutant that hangs is caught, too
 
 
@@ -208,6 +189,18 @@ MUTANTS = [
         FORWARD_WINDOWS,
         "fetched_channel += kSlice;",
         "fetched_channel += 2 * kSlice;",
+    ),
+    Mutant(
+        "forward windows: all chains but the last are lost",
+        FORWARD_WINDOWS,
+        "total[i / 8][i / 4 % 2][i % 4] += acc[i / 8][i / 4 % 2][i % 4];\n          acc",
+        "acc",
+    ),
+    Mutant(
+        "forward windows: one chain for all channels",
+        FORWARD_WINDOWS,
+        "next % (kChainSlices * kSlice) == 0 &&",
+        "next < kSlice &&",
     ),
     Mutant(
         "forward windows: output channels that there are not are written",
@@ -384,6 +377,42 @@ MUTANTS = [
         "        if (code >= -1) {\n          const T gradient",
     ),
     Mutant(
+        "grad_weight lanes: no barrier between lists and their readers",
+        WEIGHT_LANES,
+        "          sync_threads();\n        } else {\n          sync_warp();\n        }\n",
+        "          sync_threads();\n        }\n",
+    ),
+    Mutant(
+        "grad_weight lanes: no barrier before the next tile",
+        WEIGHT_LANES,
+        "      sync_threads();  // the next tile overwrites this one\n",
+        "",
+    ),
+    Mutant(
+        "grad_weight lanes: the lower pixels of a window are a row too far",
+        WEIGHT_LANES,
+        "(winner[i] >> 1) * (kPitch - 2);",
+        "(winner[i] >> 1) * kPitch;",
+    ),
+    Mutant(
+        "grad_weight lanes: a window that is off counts",
+        WEIGHT_LANES,
+        "if (begins.values[j] == kNowhere) continue;",
+        "if (begins.values[j] > kNowhere) continue;",
+    ),
+    Mutant(
+        "grad_weight lanes: the widest tiles lack their right halo",
+        WEIGHT_LANES,
+        "  if (cols <= kWarp) return;\n",
+        "  if (cols > 0) return;\n",
+    ),
+    Mutant(
+        "grad_weight lanes: the other half-warp's windows are lost",
+        WEIGHT_LANES,
+        "other < kLanesThreads; other += sizes.lane_channels) {",
+        "other < kLanesThreads; other += kWarp) {",
+    ),
+    Mutant(
         "grad_weight windows: no barrier after a tile has arrived",
         WEIGHT_WINDOWS,
         "        wait_copies<0>();\n        sync_threads();\n",
@@ -557,6 +586,26 @@ class Build:
         ]
 
 
+def included(file: Path) -> set[Path]:
+    """The file and what it includes of csrc, directly or not."""
+    found, left = set(), {file}
+    while left:
+        found |= left
+        names = {name for one in left for name in _INCLUDE.findall(one.read_text())}
+        left = {ROOT / "csrc" / name for name in names if (ROOT / "csrc" / name).exists()} - found
+    return found
+
+
+def units(header: str) -> list[str]:
+    """The kernels' units that a header of csrc/cuda is compiled in.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    found = [unit.name for unit in sorted(CUDA.glob("*.cu")) if CUDA / header in included(unit)]
+    return found or sys.exit(f"no unit includes csrc/cuda/{header}")
+
+
 def plant(mutant: Mutant, folder: Path) -> None:
     """Copy csrc with the one change into `folder`.
 
@@ -575,7 +624,7 @@ def build(build_: Build, mutant: Mutant | None, folder: Path) -> Path:
     """The self-test with the mutant's units compiled from `folder`."""
     program = folder / "selftest"
     objects = []
-    for unit in UNITS[mutant.file] if mutant else []:
+    for unit in units(mutant.file) if mutant else []:
         command = list(build_.compile[unit])
         command[command.index("-o") + 1] = str(folder / f"{unit}.o")
         # The self-test's time is next to nothing beside the compiler's.

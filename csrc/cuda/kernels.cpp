@@ -13,6 +13,8 @@ KernelList kernels() {
       {"general", Pass::kForward, true, why_not_general, nullptr, forward_general, nullptr},
       {"mma", Pass::kGradWeight, true, why_not_mma, grad_weight_mma_workspace, nullptr,
        grad_weight_mma, /*dense=*/true},
+      {"lanes", Pass::kGradWeight, true, why_not_weight_lanes, grad_weight_lanes_workspace, nullptr,
+       grad_weight_lanes},
       {"windows", Pass::kGradWeight, true, why_not_weight_windows, grad_weight_windows_workspace,
        nullptr, grad_weight_windows},
       {"general", Pass::kGradWeight, true, why_not_general, grad_weight_general_workspace, nullptr,
@@ -67,6 +69,14 @@ const char* why_not_3x3_pool2(const Geometry& g) {
 const char* why_not_windows(const Problem& problem, const Target& target) {
   if (problem.type != DataType::kFloat32) return "not float32";
   if (problem.wide_code) return "int32 codes";
+  if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
+  return why_not_general(problem, target);
+}
+
+const char* why_not_weight_lanes(const Problem& problem, const Target& target) {
+  if (problem.type == DataType::kFloat64) return "float64";
+  if (problem.wide_code) return "int32 codes";
+  if (problem.geometry.in_channels > 4) return "more than 4 input channels";
   if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
   return why_not_general(problem, target);
 }

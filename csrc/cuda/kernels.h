@@ -11,6 +11,7 @@ KernelList kernels();
 const char* why_not_general(const Problem& problem, const Target& target);
 const char* why_not_windows(const Problem& problem, const Target& target);
 const char* why_not_weight_windows(const Problem& problem, const Target& target);
+const char* why_not_weight_lanes(const Problem& problem, const Target& target);
 const char* why_not_mma(const Problem& problem, const Target& target);
 const char* why_not_mma3(const Problem& problem, const Target& target);
 void forward_general(const ForwardArgs& args, const Execution& execution);
@@ -23,6 +24,8 @@ int64_t forward_windows_cycles(const Problem& problem);
 void forward_windows(const ForwardArgs& args, const Execution& execution);
 int64_t grad_weight_general_workspace(const Problem& problem);
 void grad_weight_general(const BackwardArgs& args, const Execution& execution);
+int64_t grad_weight_lanes_workspace(const Problem& problem);
+void grad_weight_lanes(const BackwardArgs& args, const Execution& execution);
 int64_t grad_weight_mma_workspace(const Problem& problem);
 void grad_weight_mma(const BackwardArgs& args, const Execution& execution);
 int64_t grad_weight_windows_shared(const Problem& problem);  // of a block

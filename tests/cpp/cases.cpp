@@ -72,6 +72,7 @@ std::vector<Case> all_cases() {
       make("padding2", {1, 3, 16}, {.in = 5, .padding = 2}, {.in = 6, .padding = 2}),
       make("ceil", {2, 3, 16}, {9}, {11}, true),
       make("one_channel", {2, 1, 33}, {6}, {10}),
+      make("wide_pooled_map", {1, 2, 17}, {11}, {30}),
       make("many_channels", {1, 33, 31}, {6}, {7}),
       make("channels64", {1, 64, 48}, {8}, {8}),
       make("channels15", {1, 15, 31}, {.in = 17, .padding = 0}, {.in = 16, .padding = 0}, true),

@@ -58,6 +58,7 @@ int main(int count, char** arguments) {
     selftest::test_exact(backend, quick);
     selftest::test_special_values(backend);
     selftest::test_optional_arguments(backend);
+    selftest::test_rounding(backend);
     selftest::test_determinism(backend);
   }
   selftest::check(found, "no ISA named " + only + " was compiled in");

@@ -59,6 +59,22 @@ double window_element(const Geometry& g, const Operands& operands, int64_t i, in
   return convolution(g, operands, n, oc, ch, cw);
 }
 
+double window_element_in_chains(const Geometry& g, const Operands& operands, int64_t i,
+                                int64_t code, int chain) {
+  const int64_t n = i / (g.outputs() * g.out_channels), oc = i / g.outputs() % g.out_channels;
+  const int64_t o = i % g.outputs();
+  float sum = 0, total = 0;
+  int length = 0;
+  for_taps(g, n, oc, conv_place(g.h, o / g.w.out, code / g.w.pool_kernel),
+           conv_place(g.w, o % g.w.out, code % g.w.pool_kernel),
+           [&](int64_t input, int64_t weight) {
+             sum = std::fma(static_cast<float>(operands.input[input]),
+                            static_cast<float>(operands.weight[weight]), sum);
+             if (++length % chain == 0) total += sum, sum = 0;
+           });
+  return total + sum;
+}
+
 Forward forward(const Geometry& g, const Operands& operands) {
   Forward result;
   std::vector<double> map(g.h.conv * g.w.conv);

@@ -37,6 +37,11 @@ double convolution(const fusedcnn::Geometry& g, const Operands& operands, int64_
 double window_element(const fusedcnn::Geometry& g, const Operands& operands, int64_t i,
                       int64_t code);
 
+// The same in float, without the bias: the products of at most `chain` taps at a time are added to
+// a sum, and these sums to the total.
+double window_element_in_chains(const fusedcnn::Geometry& g, const Operands& operands, int64_t i,
+                                int64_t code, int chain);
+
 Forward forward(const fusedcnn::Geometry& g, const Operands& operands);
 
 // The gradients that flow to the winners that `code` names.

@@ -14,6 +14,9 @@ void test_special_values(const Backend& backend);
 // Results that may be left out, and operands that are then null; expanded tensors.
 void test_optional_arguments(const Backend& backend);
 
+// Long sums of float data: their rounding errors, beside those of sums in short chains.
+void test_rounding(const Backend& backend);
+
 // Float data: the same bits whatever the way.
 void test_determinism(const Backend& backend);
 

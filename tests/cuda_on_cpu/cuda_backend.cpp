@@ -56,7 +56,7 @@ void call(const Kernel& kernel, Function function, const Args& args, int way) {
 
 }  // namespace
 
-Backend cuda_backend() {
+Backend cuda_backend(bool allow_tf32) {
   Backend backend{"cuda", {}, {}};
   for (const Way& way : kWays) backend.ways.push_back(way.name);
   const fusedcnn::cuda::KernelList list = fusedcnn::cuda::kernels();
@@ -64,8 +64,8 @@ Backend cuda_backend() {
     const Kernel& kernel = list.kernels[i];
     TestedKernel tested{kernel.name, kernel.pass, kernel.exact, nullptr, nullptr, nullptr};
     tested.dense = kernel.dense;
-    tested.why_not = [&kernel](const fusedcnn::Problem& problem) {
-      return kernel.why_not(problem, Target{cuda_on_cpu::options().device, true});
+    tested.why_not = [&kernel, allow_tf32](const fusedcnn::Problem& problem) {
+      return kernel.why_not(problem, Target{cuda_on_cpu::options().device, allow_tf32});
     };
     if (kernel.forward) {
       tested.forward = [&kernel](const fusedcnn::ForwardArgs& args, int way) {

@@ -5,6 +5,6 @@
 
 namespace selftest {
 
-Backend cuda_backend();
+Backend cuda_backend(bool allow_tf32 = true);
 
 }  // namespace selftest
