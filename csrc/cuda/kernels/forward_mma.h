@@ -26,15 +26,11 @@
 // a CPU only, which knows nothing of the order of sums inside a matrix instruction.
 #pragma once
 
-#include <cstring>
-
+#include "cuda/kernels/mma.h"
 #include "cuda/kernels/windows.h"
 
 namespace fusedcnn::cuda {
 namespace {
-
-template <typename S>
-constexpr int kPerWord = static_cast<int>(4 / sizeof(S));  // channels in a word
 
 // TileH x TileW windows, 16 * MTiles output channels; Planes words of channels at a time.
 template <int TileH, int TileW, int MTiles, int Planes>
@@ -74,29 +70,6 @@ struct MmaSizes {
   bool channel_pairs;  // two channels of a pixel can
   bool output_fours;   // four windows of a row can be written at once
 };
-
-FUSEDCNN_DEVICE float float_from(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-template <typename S>
-FUSEDCNN_DEVICE uint32_t two_halves(S low, S high) {
-  return low.bits | static_cast<uint32_t>(high.bits) << 16;
-}
-
-FUSEDCNN_DEVICE void multiply(float, float (&d)[4], const uint32_t (&a)[4],
-                              const uint32_t (&b)[2]) {
-  mma_tf32_k8(d, a, b, d);
-}
-FUSEDCNN_DEVICE void multiply(BFloat16, float (&d)[4], const uint32_t (&a)[4],
-                              const uint32_t (&b)[2]) {
-  mma_bfloat16_k16(d, a, b, d);
-}
-FUSEDCNN_DEVICE void multiply(Float16, float (&d)[4], const uint32_t (&a)[4],
-                              const uint32_t (&b)[2]) {
-  mma_float16_k16(d, a, b, d);
-}
 
 // Calls body(plane, row, col, width) for the words of a stage that this thread fetches: `width`
 // neighbours, 1 or 2.

@@ -1,0 +1,479 @@
+// grad_input on tensor cores: 3x3 convolution of stride 1 under a 2x2 pool of stride 2, in
+// bfloat16, float16, or float32 rounded to tf32; sums in float.
+//
+// An implicit matrix product, pixels of the input (M) x input channels (N), over taps x output
+// channels (K). Its left operand is the gradient of the convolution's outputs, which exists in
+// shared memory only: a pooled gradient and its code are fetched once per tile, and expanded into
+// four places of which the code names the one that gets it; the others get zeros.
+//
+// A warp owns 16 patches of 2 x 4 pixels, for 8 * NTiles input channels. Pixel (dy, j) of the
+// patches is tile (dy, j) of M, whose row is the patch: so a thread owns all of its two patches g
+// and g + 8, and the gradients that their nine taps meet are 4 rows of 6, of which each is loaded
+// once for all taps, rather than once for each. A product's four columns 2t, 2t + 1 are
+// neighbouring channels, and its rows four neighbouring pixels: either is one access to memory.
+//
+// Shared memory holds words of 32 bits: a tf32 number, or the halves of two output channels. The
+// words that a lane needs for one product, rows t and t + 4 of K, are neighbours: places lie in
+// planes [t][row][col] of two words. Which channels these are is free to choose, and they are 4
+// (tf32: 2) neighbours, so that layouts with channels last are fetched 4 (2) at a time. Planes are
+// 1 (mod 16) places apart and patches 4, or two rows 8 (mod 16): a load of a half warp meets all
+// banks. Weights lie as fragments, those of all output channels where there is room.
+//
+// The gradients of the next slice of output channels, or the next tile, are on their way to
+// registers while the products of this one are taken.
+//
+// 16 -> 32 channels at 16x16, per image and in bfloat16 (tf32): 2 (4) slices x 2 warps. Each takes
+// 144 products, 576 (1,152) in all, 3.7 (7.4) ns on 132 multiprocessors at 1.98 GHz if these reach
+// 60 % of their rate. Shared memory: 96 wavefronts of gradients, 36 of weights, 32 to expand: 656
+// (1,312) cycles, 2.5 (5.0) ns. Global memory: 14 (26) KiB, 3.3 (6.2) ns at 4.3 TB/s. Instructions:
+// 288 for products and their loads, 250 to fetch and expand; with 150 to write, 2,500 (4,600) on
+// four schedulers, 2.4 (4.4) ns. So products bound it, and memory is close; what does not overlap
+// adds up: between 4 (8) and 8 (14) ns. 3 -> 16 at 32x32, one (two) slices of 8 warps, half of the
+// products each, and 5 of the 8 columns for nothing: 576 (1,152) products again, 3.7 (7.4) ns,
+// where memory takes 4.2 (7.6) for 18 (32) KiB. Estimates, not measurements: so far this has run on
+// a CPU only, which knows nothing of the order of sums inside a matrix instruction.
+//
+// All taps and output channels make one chain per pixel and channel, of 9 OC / 16 (tf32: 8) matrix
+// instructions, each of which rounds once: 512 output channels make 288 (576), as many roundings as
+// 2^-15 of the sum of magnitudes at worst, beside 2^-12 and more for rounding the result to halves
+// or the operands to tf32. So chains are not cut.
+//
+// The product is dense: an infinite or NaN weight makes NaN of every pixel of its channel within a
+// tile, as it does in the stock layers' products, where the general kernel meets it only where a
+// gradient does. Gradients spread no farther than their nine pixels.
+#pragma once
+
+#include <cstring>
+
+#include "cuda/kernels/mma.h"
+#include "cuda/kernels/windows.h"
+
+namespace fusedcnn::cuda {
+namespace {
+
+// 16 x TileW pixels, 8 * NTiles * Split input channels: Split warps share a warp's pixels.
+template <int TileW, int NTiles, int Split>
+struct InputTile {
+  static constexpr int kTileH = 16, kTileW = TileW, kNTiles = NTiles, kSplit = Split;
+  static constexpr int kPixelWarps = kTileH * kTileW / 128;
+  static constexpr int kThreads = kPixelWarps * Split * kWarp;
+  static constexpr int kChannels = 8 * NTiles * Split;
+  static constexpr int kPatches = kTileW / 4;  // next to each other
+  // Windows that the tile's taps may meet: as many as its pixels have, and a ring around them.
+  static constexpr int kWindowsH = kTileH / 2 + 2, kWindowsW = kTileW / 2 + 2;
+  static constexpr int kCore = (kWindowsH - 2) * (kWindowsW - 2);
+  static constexpr int kRing = kWindowsH * kWindowsW - kCore;
+  // What a thread fetches: items are a plane's channels of a window.
+  static constexpr int kCoreItems = 4 * kCore / kThreads;
+  static constexpr int kRingItems = (4 * kRing + kThreads - 1) / kThreads;
+  static_assert(4 * kCore % kThreads == 0);
+  // In places of two words.
+  static constexpr int kPitch = 2 * kWindowsW, kPlane = 2 * kWindowsH * kPitch + 1;
+  static_assert(kPlane % 16 == 1 && (kPatches == 4 || (kPatches == 2 && 2 * kPitch % 16 == 8)));
+  // In words.
+  static constexpr int kGradients = 4 * kPlane * 2;
+  static constexpr int kTap = Split * kWarp * 2 * NTiles, kSlice = 9 * kTap;
+
+  // Blocks to a multiprocessor: 128 accumulators' worth of registers take 168 of a thread's.
+  static constexpr int kResident = (NTiles == 1 ? 512 : 384) / kThreads;
+};
+
+// Bytes of weights that a block keeps: two blocks fit into a multiprocessor of sm_90, one into any.
+constexpr int64_t kMostResidentWeights = 80 * 1024;
+
+struct InputMmaSizes {
+  int in_h, in_w, out_h, out_w, padding_h, padding_w;
+  int channels, out_channels;
+  int tiles_h, tiles_w, batch, channel_blocks;
+  int slices;           // of output channels
+  int kept_slices;      // of weights in shared memory: all, or one
+  bool ring;            // some tile meets windows beyond its own
+  bool gradients_last;  // grad_output's and the code's channels are neighbours in memory
+  bool gradient_packs;  // and can be loaded as many at once as a plane has
+  bool channel_packs;   // a thread's channels can be written at once
+  bool pixel_fours;     // four pixels of a row can
+  int64_t tasks;        // tiles of all images, for all blocks of channels
+};
+
+// A walk over a block's share of the tasks, one after the other: tiles first, so that neighbours'
+// rings are in the cache, and blocks of channels last, so that weights are kept.
+class InputWalk {
+ public:
+  FUSEDCNN_DEVICE explicit InputWalk(const InputMmaSizes& sizes) {
+    const int64_t share = sizes.tasks / grid_blocks(), more = sizes.tasks % grid_blocks();
+    const int64_t block = block_index();
+    left_ = share + (block < more);
+    const int64_t first = block * share + (block < more ? block : more);
+    const int tiles = sizes.tiles_h * sizes.tiles_w;
+    tile_ = static_cast<int>(first % tiles);
+    n_ = static_cast<int>(first / tiles % sizes.batch);
+    channel_block_ = static_cast<int>(first / tiles / sizes.batch);
+  }
+  FUSEDCNN_DEVICE bool done() const { return left_ == 0; }
+  FUSEDCNN_DEVICE void advance(const InputMmaSizes& sizes) {
+    --left_;
+    if (++tile_ < sizes.tiles_h * sizes.tiles_w) return;
+    tile_ = 0;
+    if (++n_ < sizes.batch) return;
+    n_ = 0;
+    ++channel_block_;
+  }
+  FUSEDCNN_DEVICE int64_t n() const { return n_; }
+  FUSEDCNN_DEVICE int tile_h(const InputMmaSizes& sizes) const { return tile_ / sizes.tiles_w; }
+  FUSEDCNN_DEVICE int tile_w(const InputMmaSizes& sizes) const { return tile_ % sizes.tiles_w; }
+  FUSEDCNN_DEVICE int channel_block() const { return channel_block_; }
+
+ private:
+  int64_t left_;
+  int n_, tile_, channel_block_;
+};
+
+// Gradients of a window in a plane's output channels, and their codes, a byte each.
+template <typename S>
+constexpr int kItemChannels = 2 * kPerWord<S>;
+struct InputItem {
+  uint32_t values[2];
+  uint32_t codes;
+};
+
+// The item whose first gradient and code these are, of `count` channels that there are.
+template <typename S>
+FUSEDCNN_DEVICE InputItem load_item(const BackwardArgs& args, const InputMmaSizes& sizes,
+                                    const S* gradient, const uint8_t* code, int count) {
+  constexpr int kItem = kItemChannels<S>;
+  InputItem item{{0, 0}, 0xffffffffu};
+  if (count <= 0) return item;
+  if (sizes.gradient_packs) {
+    const auto values = load_pack<kItem, S>(gradient);
+    const auto codes = load_pack<kItem, uint8_t>(code);
+    std::memcpy(item.values, values.values, sizeof item.values);
+    std::memcpy(&item.codes, codes.values, sizeof codes.values);
+    return item;
+  }
+  S values[kItem]{};
+  uint32_t codes = 0xffffffffu;
+  FUSEDCNN_UNROLL
+  for (int i = 0; i < kItem; ++i) {
+    if (i >= count) continue;
+    values[i] = load_constant(gradient + i * args.grad_output_strides.c);
+    const uint32_t one = load_constant(code + i * args.code_strides.c);
+    codes ^= (one ^ 0xffu) << 8 * i;
+  }
+  std::memcpy(item.values, values, sizeof item.values);
+  item.codes = codes;
+  return item;
+}
+
+// Calls body(index, plane, row, col) for this thread's items: windows of the region.
+template <typename Tile, typename Body>
+FUSEDCNN_DEVICE void for_items(const InputMmaSizes& sizes, const Body& body) {
+  FUSEDCNN_UNROLL
+  for (int k = 0; k < Tile::kCoreItems; ++k) {
+    const int i = thread_index() + k * Tile::kThreads;
+    const int plane = sizes.gradients_last ? i % 4 : i / Tile::kCore;
+    const int window = sizes.gradients_last ? i / 4 : i % Tile::kCore;
+    body(k, plane, 1 + window / (Tile::kWindowsW - 2), 1 + window % (Tile::kWindowsW - 2));
+  }
+  if (!sizes.ring) return;
+  FUSEDCNN_UNROLL
+  for (int k = 0; k < Tile::kRingItems; ++k) {
+    const int i = thread_index() + k * Tile::kThreads, window = i / 4;
+    if (window >= Tile::kRing) continue;
+    // The first row, the last one, and between them the first and the last column.
+    const int beside = window - 2 * Tile::kWindowsW;
+    const int row = beside < 0 ? window / Tile::kWindowsW * (Tile::kWindowsH - 1) : 1 + beside / 2;
+    const int col = beside < 0 ? window % Tile::kWindowsW : beside % 2 * (Tile::kWindowsW - 1);
+    body(Tile::kCoreItems + k, i % 4, row, col);
+  }
+}
+
+// A word's gradients where their codes say `element`, and zeros elsewhere: whatever stands there,
+// it is not multiplied.
+FUSEDCNN_DEVICE uint32_t chosen(float, const InputItem& item, int word, uint32_t element) {
+  return (item.codes >> 8 * word & 0xffu) == element ? item.values[word] : 0u;
+}
+template <typename S>
+FUSEDCNN_DEVICE uint32_t chosen(S, const InputItem& item, int word, uint32_t element) {
+  const uint32_t codes = item.codes >> 16 * word;
+  return ((codes & 0xffu) == element ? item.values[word] & 0xffffu : 0u) |
+         ((codes >> 8 & 0xffu) == element ? item.values[word] & 0xffff0000u : 0u);
+}
+
+// Writes an item's four places, `to` being the first. Windows of neighbouring lanes are two places
+// apart: every other eight lanes begin with the second column, and a half warp meets all banks.
+template <typename S, typename Tile>
+FUSEDCNN_DEVICE void expand(InputItem item, Shared<uint32_t> to) {
+  if constexpr (sizeof(S) == 4) {
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < 2; ++i) item.values[i] = to_tf32(float_from(item.values[i]));
+  }
+  FUSEDCNN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int dy = i / 2, dx = (i ^ thread_index() / 8) & 1;
+    const auto element = static_cast<uint32_t>(2 * dy + dx);
+    const Pack<2, uint32_t> words{{chosen(S{}, item, 0, element), chosen(S{}, item, 1, element)}};
+    store_pack(to + 2 * (dy * Tile::kPitch + dx), words);
+  }
+}
+
+// Column `col` of tile `tile` of N, as one of a warp's channels: columns 2t and 2t + 1 of all tiles
+// are neighbours.
+template <int NTiles>
+FUSEDCNN_DEVICE int channel_of(int tile, int col) {
+  return (col / 2 * NTiles + tile) * 2 + col % 2;
+}
+
+// Weights of `count` slices from `first` on, as fragments: [slice][tap][warp of Split][lane]
+// [tile of N][register]. Zeros behind the last channel and output channel.
+template <typename S, typename Tile>
+FUSEDCNN_DEVICE void fetch_input_fragments(const BackwardArgs& args, const InputMmaSizes& sizes,
+                                           int channel_block, int first, int count,
+                                           Shared<uint32_t> to) {
+  constexpr int kLaneWords = 2 * Tile::kNTiles;
+  const Strides strides = args.weight_strides;
+  FUSEDCNN_NO_UNROLL
+  for (int i = thread_index(); i < count * Tile::kSlice; i += Tile::kThreads) {
+    const int part = i % 2, tile = i % kLaneWords / 2, lane = i / kLaneWords % kWarp;
+    const int split = i / kLaneWords / kWarp % Tile::kSplit, tap = i / Tile::kTap % 9;
+    const int slice = first + i / Tile::kSlice;
+    const int c = channel_block * Tile::kChannels + split * 8 * Tile::kNTiles +
+                  channel_of<Tile::kNTiles>(tile, lane / 4);
+    const int oc = ((slice * 4 + lane % 4) * 2 + part) * kPerWord<S>;
+    const bool real = c < sizes.channels && oc < sizes.out_channels;
+    const S* const from = static_cast<const S*>(args.weight) + oc * strides.n + c * strides.c +
+                          tap / 3 * strides.h + tap % 3 * strides.w;
+    if constexpr (sizeof(S) == 4) {
+      to[i] = to_tf32(real ? load_constant(from) : 0.f);
+    } else {
+      S low{}, high{};
+      if (real) low = load_constant(from);
+      if (real && oc + 1 < sizes.out_channels) high = load_constant(from + strides.n);
+      to[i] = two_halves(low, high);
+    }
+  }
+}
+
+// Products of a row of four pixels with a row of taps: place `j + 2 - kw` meets tap kw.
+template <typename S, int NTiles>
+FUSEDCNN_DEVICE void multiply_row(float (&acc)[4][NTiles][4],
+                                  const Pack<2, uint32_t> (&places)[6][2],
+                                  const uint32_t (&taps)[3][2 * NTiles]) {
+  FUSEDCNN_UNROLL
+  for (int kw = 0; kw < 3; ++kw) {
+    FUSEDCNN_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const Pack<2, uint32_t>(&two)[2] = places[j + 2 - kw];
+      const uint32_t a[4] = {two[0].values[0], two[1].values[0], two[0].values[1],
+                             two[1].values[1]};
+      FUSEDCNN_UNROLL
+      for (int tile = 0; tile < NTiles; ++tile) {
+        const uint32_t b[2] = {taps[kw][2 * tile], taps[kw][2 * tile + 1]};
+        multiply(S{}, acc[j][tile], a, b);
+      }
+    }
+  }
+}
+
+// args: grad_output and code [N, OC, OH, OW], weight [OC, C, 3, 3], grad_input [N, C, H, W].
+template <typename S, typename Tile>
+FUSEDCNN_KERNEL_RESIDENT(Tile::kThreads, Tile::kResident)
+grad_input_mma_kernel(BackwardArgs args, InputMmaSizes sizes) {
+  constexpr int kNTiles = Tile::kNTiles, kItems = Tile::kCoreItems + Tile::kRingItems;
+  constexpr int kSliceChannels = 4 * kItemChannels<S>;
+  SharedMemory memory;
+  const Shared<uint32_t> gradients = memory.array<uint32_t>(Tile::kGradients);
+  const Shared<uint32_t> fragments = memory.array<uint32_t>(sizes.kept_slices * Tile::kSlice);
+  const int lane = thread_index() % kWarp, g = lane / 4, t = lane % 4;
+  const int warp = thread_index() / kWarp, split = warp / Tile::kPixelWarps;
+  const int patch = warp % Tile::kPixelWarps * 16 + g;  // and the one 8 on
+  const auto patch_row = [](int p) { return p / Tile::kPatches * 2; };
+  const auto patch_col = [](int p) { return p % Tile::kPatches * 4; };
+  // Places of windows begin at an even coordinate, those that pixel 0 meets at any.
+  const Shared<uint32_t> patch_gradients =
+      gradients + 2 * (t * Tile::kPlane + (patch_row(patch) + sizes.padding_h % 2) * Tile::kPitch +
+                       patch_col(patch) + sizes.padding_w % 2);
+  const Shared<uint32_t> lane_fragments = fragments + (split * kWarp + lane) * 2 * kNTiles;
+
+  InputWalk fetched(sizes);
+  int fetched_slice = 0;
+  InputItem items[kItems];
+  const auto fetch = [&] {
+    if (fetched.done()) return;
+    const Strides &from = args.grad_output_strides, &at = args.code_strides;
+    const int first = fetched_slice * kSliceChannels;
+    const int h0 = fetched.tile_h(sizes) * (Tile::kTileH / 2) + sizes.padding_h / 2 - 1;
+    const int w0 = fetched.tile_w(sizes) * (Tile::kTileW / 2) + sizes.padding_w / 2 - 1;
+    const S* const image =
+        static_cast<const S*>(args.grad_output) + fetched.n() * from.n + first * from.c;
+    const uint8_t* const codes =
+        static_cast<const uint8_t*>(args.code) + fetched.n() * at.n + first * at.c;
+    for_items<Tile>(sizes, [&](int index, int plane, int row, int col) {
+      const int oc = plane * kItemChannels<S>, h = h0 + row, w = w0 + col;
+      const bool real = inside(h, sizes.out_h) && inside(w, sizes.out_w);
+      items[index] = load_item(args, sizes, image + oc * from.c + h * from.h + w * from.w,
+                               codes + oc * at.c + h * at.h + w * at.w,
+                               real ? sizes.out_channels - first - oc : 0);
+    });
+    if (++fetched_slice == sizes.slices) fetched_slice = 0, fetched.advance(sizes);
+  };
+  if (!sizes.ring) {
+    for (int i = thread_index(); i < Tile::kGradients; i += Tile::kThreads) gradients[i] = 0;
+  }
+  fetch();
+
+  int weights_of = -1;  // channel block whose weights, all of them, are in shared memory
+  for (InputWalk walk(sizes); !walk.done(); walk.advance(sizes)) {
+    float acc[2][4][kNTiles][4];  // [dy][j][tile of N][register]
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < 32 * kNTiles; ++i) {
+      acc[i / kNTiles / 16][i / kNTiles / 4 % 4][i / 4 % kNTiles][i % 4] = 0;
+    }
+
+    for (int slice = 0; slice < sizes.slices; ++slice) {
+      sync_threads();  // the slice before is no longer read
+      for_items<Tile>(sizes, [&](int index, int plane, int row, int col) {
+        expand<S, Tile>(items[index],
+                        gradients + 2 * (plane * Tile::kPlane + 2 * row * Tile::kPitch + 2 * col));
+      });
+      const bool kept = sizes.kept_slices == sizes.slices;
+      if (!kept || weights_of != walk.channel_block()) {
+        fetch_input_fragments<S, Tile>(args, sizes, walk.channel_block(), kept ? 0 : slice,
+                                       sizes.kept_slices, fragments);
+        weights_of = walk.channel_block();
+      }
+      sync_threads();
+      fetch();
+
+      // Row r of the gradients meets tap kh in row dy of pixels where r = dy + 2 - kh.
+      const Shared<uint32_t> taps = lane_fragments + (kept ? slice : 0) * Tile::kSlice;
+      uint32_t b[3][2 * kNTiles];
+      FUSEDCNN_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        Pack<2, uint32_t> places[6][2];
+        FUSEDCNN_UNROLL
+        for (int i = 0; i < 12; ++i) {
+          places[i / 2][i % 2] = load_pack<2, uint32_t>(
+              patch_gradients + 2 * ((r + i % 2 * patch_row(8)) * Tile::kPitch + i / 2));
+        }
+        if (r > 0) multiply_row<S, kNTiles>(acc[1], places, b);
+        if (r == 3) continue;
+        FUSEDCNN_UNROLL
+        for (int kw = 0; kw < 3; ++kw) {
+          load_row(taps + (3 * (2 - r) + kw) * Tile::kTap, b[kw]);
+        }
+        multiply_row<S, kNTiles>(acc[0], places, b);
+      }
+    }
+
+    const Strides to = args.grad_input_strides;
+    const int channel = walk.channel_block() * Tile::kChannels + split * 8 * kNTiles +
+                        channel_of<kNTiles>(0, 2 * t);
+    S* const image = static_cast<S*>(args.grad_input) + walk.n() * to.n + channel * to.c;
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int dy = i % 2, half = i / 2;
+      const int h = walk.tile_h(sizes) * Tile::kTileH + patch_row(patch + 8 * half) + dy;
+      const int w = walk.tile_w(sizes) * Tile::kTileW + patch_col(patch);
+      if (h >= sizes.in_h || w >= sizes.in_w || channel >= sizes.channels) continue;
+      S* const pixel = image + h * to.h + w * to.w;
+      const auto value = [&](int j, int c) {
+        return narrow<S>(acc[dy][j][c / 2][2 * half + c % 2]);
+      };
+      if (sizes.channel_packs) {
+        FUSEDCNN_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          if (w + j >= sizes.in_w) continue;
+          Pack<2 * kNTiles, S> pack;
+          FUSEDCNN_UNROLL
+          for (int c = 0; c < 2 * kNTiles; ++c) pack.values[c] = value(j, c);
+          store_pack(pixel + j * to.w, pack);
+        }
+        continue;
+      }
+      FUSEDCNN_UNROLL
+      for (int c = 0; c < 2 * kNTiles; ++c) {
+        if (channel + c >= sizes.channels) continue;
+        Pack<4, S> pack;
+        FUSEDCNN_UNROLL
+        for (int j = 0; j < 4; ++j) pack.values[j] = value(j, c);
+        if (sizes.pixel_fours) {
+          store_pack(pixel + c * to.c, pack);
+          continue;
+        }
+        FUSEDCNN_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          if (w + j < sizes.in_w) pixel[c * to.c + j * to.w] = pack.values[j];
+        }
+      }
+    }
+  }
+}
+
+// ---- host ---------------------------------------------------------------------------------------
+
+template <typename S, typename Tile>
+void launch_grad_input_mma(const BackwardArgs& args, const Execution& execution) {
+  constexpr int64_t kBytes = sizeof(S), kItem = kItemChannels<S>, kLane = 2 * Tile::kNTiles;
+  const Geometry& g = args.geometry;
+  const AxisSizes h = sizes_of(g.h), w = sizes_of(g.w);
+  const auto parts = [](int whole, int part) { return (whole + part - 1) / part; };
+  InputMmaSizes s{};
+  s.in_h = h.in, s.in_w = w.in;
+  s.out_h = h.out, s.out_w = w.out;
+  s.padding_h = h.padding, s.padding_w = w.padding;
+  s.channels = static_cast<int>(g.in_channels);
+  s.out_channels = static_cast<int>(g.out_channels);
+  s.tiles_h = parts(h.in, Tile::kTileH);
+  s.tiles_w = parts(w.in, Tile::kTileW);
+  s.batch = static_cast<int>(g.batch);
+  s.channel_blocks = parts(s.channels, Tile::kChannels);
+  s.tasks = static_cast<int64_t>(s.channel_blocks) * s.batch * s.tiles_h * s.tiles_w;
+  s.slices = parts(s.out_channels, 4 * kItem);
+  s.kept_slices = s.slices;
+  if (shared_bytes<uint32_t>(static_cast<int64_t>(s.slices) * Tile::kSlice) >
+      kMostResidentWeights) {
+    s.kept_slices = 1;
+  }
+  s.ring = s.tiles_h > 1 || s.tiles_w > 1 || h.padding > 1 || w.padding > 1 ||
+           h.out > Tile::kWindowsH - 2 || w.out > Tile::kWindowsW - 2;
+  const Strides from = args.grad_output_strides, at = args.code_strides;
+  s.gradients_last = from.c == 1 && at.c == 1 && s.out_channels > 1;
+  s.gradient_packs = s.gradients_last && s.out_channels % kItem == 0 &&
+                     aligned(args.grad_output, kBytes, kItem * kBytes, {from.n, from.h, from.w}) &&
+                     aligned(args.code, 1, kItem, {at.n, at.h, at.w});
+  const Strides to = args.grad_input_strides;
+  s.channel_packs = to.c == 1 && s.channels % kLane == 0 &&
+                    aligned(args.grad_input, kBytes, kLane * kBytes, {to.n, to.h, to.w});
+  s.pixel_fours = to.w == 1 && s.in_w % 4 == 0 &&
+                  aligned(args.grad_input, kBytes, 4 * kBytes, {to.n, to.c, to.h});
+  // As many as 132 multiprocessors hold: each takes its share in one go.
+  constexpr int64_t kMostBlocks = 132 * Tile::kResident;
+  const int64_t blocks = blocks_for(s.tasks);
+  launch("grad_input_mma", grad_input_mma_kernel<S, Tile>,
+         blocks < kMostBlocks ? blocks : kMostBlocks, Tile::kThreads,
+         shared_bytes<uint32_t>(Tile::kGradients) +
+             shared_bytes<uint32_t>(static_cast<int64_t>(s.kept_slices) * Tile::kSlice),
+         execution, args, s);
+}
+
+template <typename S, int TileW>
+void grad_input_mma_wide(const BackwardArgs& args, const Execution& execution) {
+  if (args.geometry.in_channels <= 8) {
+    launch_grad_input_mma<S, InputTile<TileW, 1, 1>>(args, execution);
+  } else if (args.geometry.in_channels <= 16) {
+    launch_grad_input_mma<S, InputTile<TileW, 2, 1>>(args, execution);
+  } else {
+    launch_grad_input_mma<S, InputTile<TileW, 2, 2>>(args, execution);
+  }
+}
+
+template <typename S>
+void grad_input_mma_typed(const BackwardArgs& args, const Execution& execution) {
+  // 16 x 16 pixels unless 16 x 8 leave less of their tiles empty.
+  const int64_t width = args.geometry.w.in;
+  (width + 15) / 16 * 2 <= (width + 7) / 8 ? grad_input_mma_wide<S, 16>(args, execution)
+                                           : grad_input_mma_wide<S, 8>(args, execution);
+}
+
+}  // namespace
+}  // namespace fusedcnn::cuda

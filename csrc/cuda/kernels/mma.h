@@ -1,0 +1,40 @@
+// What the kernels on tensor cores share. They hold their operands in shared memory as 32-bit
+// words, the registers of a matrix instruction: a tf32 number, or two halves that are neighbours
+// along K.
+#pragma once
+
+#include <cstring>
+
+#include "cuda/device.h"
+
+namespace fusedcnn::cuda {
+namespace {
+
+template <typename S>
+constexpr int kPerWord = static_cast<int>(4 / sizeof(S));  // channels in a word
+
+FUSEDCNN_DEVICE float float_from(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+template <typename S>
+FUSEDCNN_DEVICE uint32_t two_halves(S low, S high) {
+  return low.bits | static_cast<uint32_t>(high.bits) << 16;
+}
+
+FUSEDCNN_DEVICE void multiply(float, float (&d)[4], const uint32_t (&a)[4],
+                              const uint32_t (&b)[2]) {
+  mma_tf32_k8(d, a, b, d);
+}
+FUSEDCNN_DEVICE void multiply(BFloat16, float (&d)[4], const uint32_t (&a)[4],
+                              const uint32_t (&b)[2]) {
+  mma_bfloat16_k16(d, a, b, d);
+}
+FUSEDCNN_DEVICE void multiply(Float16, float (&d)[4], const uint32_t (&a)[4],
+                              const uint32_t (&b)[2]) {
+  mma_float16_k16(d, a, b, d);
+}
+
+}  // namespace
+}  // namespace fusedcnn::cuda
