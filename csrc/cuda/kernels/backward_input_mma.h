@@ -67,11 +67,11 @@ struct InputTile {
   static constexpr int kCoreItems = 4 * kCore / kThreads;
   static constexpr int kRingItems = (4 * kRing + kThreads - 1) / kThreads;
   static_assert(4 * kCore % kThreads == 0);
-  // In places of two words.
-  static constexpr int kPitch = 2 * kWindowsW, kPlane = 2 * kWindowsH * kPitch + 1;
-  static_assert(kPlane % 16 == 1 && (kPatches == 4 || (kPatches == 2 && 2 * kPitch % 16 == 8)));
-  // In words.
-  static constexpr int kGradients = 4 * kPlane * 2;
+  // Lanes g of a load reach over 8 patches, lanes t over four planes: 32 banks.
+  static constexpr int kPitch = kPatches == 4 ? 24 : 12;
+  static constexpr int kPlane = (2 * kWindowsH * kPitch + 31) / 32 * 32 + 9;
+  static_assert(kPitch >= 2 * kWindowsW && (kPatches == 4 || kPatches == 2));
+  static constexpr int kGradients = 8 * kPlane;  // words
   static constexpr int kTap = Split * kWarp * 2 * NTiles, kSlice = 9 * kTap;
 
   // Blocks to a multiprocessor: 128 accumulators' worth of registers take 168 of a thread's.
@@ -164,55 +164,75 @@ FUSEDCNN_DEVICE InputItem load_item(const BackwardArgs& args, const InputMmaSize
   return item;
 }
 
-// Calls body(index, plane, row, col) for this thread's items: windows of the region.
+// Calls body(index, plane, row, col) for this thread's items: windows of the region, and planes q
+// of words q and q + 4.
 template <typename Tile, typename Body>
 FUSEDCNN_DEVICE void for_items(const InputMmaSizes& sizes, const Body& body) {
+  // Neighbouring lanes are neighbours in memory: planes of a window, or windows of a plane. A
+  // thread's items are then the same number of rows or planes apart.
+  constexpr int kCols = Tile::kWindowsW - 2;
+  static_assert(Tile::kThreads % (4 * kCols) == 0 && Tile::kThreads % Tile::kCore == 0);
+  const bool last = sizes.gradients_last;
+  const int plane = last ? thread_index() % 4 : thread_index() / Tile::kCore;
+  const int window = last ? thread_index() / 4 : thread_index() % Tile::kCore;
+  const int planes = last ? 0 : Tile::kThreads / Tile::kCore;
+  const int rows = last ? Tile::kThreads / 4 / kCols : 0;
   FUSEDCNN_UNROLL
   for (int k = 0; k < Tile::kCoreItems; ++k) {
-    const int i = thread_index() + k * Tile::kThreads;
-    const int plane = sizes.gradients_last ? i % 4 : i / Tile::kCore;
-    const int window = sizes.gradients_last ? i / 4 : i % Tile::kCore;
-    body(k, plane, 1 + window / (Tile::kWindowsW - 2), 1 + window % (Tile::kWindowsW - 2));
+    body(k, plane + k * planes, 1 + window / kCols + k * rows, 1 + window % kCols);
   }
   if (!sizes.ring) return;
   FUSEDCNN_UNROLL
   for (int k = 0; k < Tile::kRingItems; ++k) {
-    const int i = thread_index() + k * Tile::kThreads, window = i / 4;
-    if (window >= Tile::kRing) continue;
+    const int i = thread_index() + k * Tile::kThreads, ring = i / 4;
+    if (ring >= Tile::kRing) continue;
     // The first row, the last one, and between them the first and the last column.
-    const int beside = window - 2 * Tile::kWindowsW;
-    const int row = beside < 0 ? window / Tile::kWindowsW * (Tile::kWindowsH - 1) : 1 + beside / 2;
-    const int col = beside < 0 ? window % Tile::kWindowsW : beside % 2 * (Tile::kWindowsW - 1);
+    const int beside = ring - 2 * Tile::kWindowsW;
+    const int row = beside < 0 ? ring / Tile::kWindowsW * (Tile::kWindowsH - 1) : 1 + beside / 2;
+    const int col = beside < 0 ? ring % Tile::kWindowsW : beside % 2 * (Tile::kWindowsW - 1);
     body(Tile::kCoreItems + k, i % 4, row, col);
   }
 }
 
-// A word's gradients where their codes say `element`, and zeros elsewhere: whatever stands there,
-// it is not multiplied.
-FUSEDCNN_DEVICE uint32_t chosen(float, const InputItem& item, int word, uint32_t element) {
-  return (item.codes >> 8 * word & 0xffu) == element ? item.values[word] : 0u;
+// A window's four words, in the order of codes xor `flip`: gradients where their codes say so, and
+// zeros elsewhere. What stands where a code is off is not multiplied by zero, it is replaced.
+FUSEDCNN_DEVICE void place_word(float, uint32_t value, uint32_t code, uint32_t flip,
+                                uint32_t (&words)[4]) {
+  const uint32_t rounded = to_tf32(float_from(value)), at = (code & 0xffu) ^ flip;
+  FUSEDCNN_UNROLL
+  for (uint32_t i = 0; i < 4; ++i) words[i] = at == i ? rounded : 0u;
 }
 template <typename S>
-FUSEDCNN_DEVICE uint32_t chosen(S, const InputItem& item, int word, uint32_t element) {
-  const uint32_t codes = item.codes >> 16 * word;
-  return ((codes & 0xffu) == element ? item.values[word] & 0xffffu : 0u) |
-         ((codes >> 8 & 0xffu) == element ? item.values[word] & 0xffff0000u : 0u);
-}
-
-// Writes an item's four places, `to` being the first. Windows of neighbouring lanes are two places
-// apart: every other eight lanes begin with the second column, and a half warp meets all banks.
-template <typename S, typename Tile>
-FUSEDCNN_DEVICE void expand(InputItem item, Shared<uint32_t> to) {
-  if constexpr (sizeof(S) == 4) {
-    FUSEDCNN_UNROLL
-    for (int i = 0; i < 2; ++i) item.values[i] = to_tf32(float_from(item.values[i]));
+FUSEDCNN_DEVICE void place_word(S, uint32_t value, uint32_t codes, uint32_t flip,
+                                uint32_t (&words)[4]) {
+  uint64_t four[2];  // of either half
+  FUSEDCNN_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t code = codes >> 8 * i & 0xffu, half = value >> 16 * i & 0xffffu;
+    four[i] = static_cast<uint64_t>(code < 4 ? half : 0u) << 16 * ((code ^ flip) & 3u);
   }
   FUSEDCNN_UNROLL
   for (int i = 0; i < 4; ++i) {
-    const int dy = i / 2, dx = (i ^ thread_index() / 8) & 1;
-    const auto element = static_cast<uint32_t>(2 * dy + dx);
-    const Pack<2, uint32_t> words{{chosen(S{}, item, 0, element), chosen(S{}, item, 1, element)}};
-    store_pack(to + 2 * (dy * Tile::kPitch + dx), words);
+    words[i] = static_cast<uint32_t>(four[0] >> 16 * i & 0xffffu) |
+               static_cast<uint32_t>(four[1] >> 16 * i & 0xffffu) << 16;
+  }
+}
+
+// Writes an item's four places in both of its planes, `to` being the first. Windows of neighbouring
+// lanes are two columns apart: the upper half of a warp begins with the second one, and all lanes
+// meet different banks.
+template <typename S, typename Tile>
+FUSEDCNN_DEVICE void expand(const InputItem& item, Shared<uint32_t> to) {
+  const int flip = thread_index() / 16 % 2;
+  FUSEDCNN_UNROLL
+  for (int plane = 0; plane < 2; ++plane) {
+    uint32_t words[4];
+    place_word(S{}, item.values[plane], item.codes >> 8 * kPerWord<S> * plane,
+               static_cast<uint32_t>(flip), words);
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      to[4 * plane * Tile::kPlane + i / 2 * Tile::kPitch + (i % 2 ^ flip)] = words[i];
+    }
   }
 }
 
@@ -255,20 +275,16 @@ FUSEDCNN_DEVICE void fetch_input_fragments(const BackwardArgs& args, const Input
 
 // Products of a row of four pixels with a row of taps: place `j + 2 - kw` meets tap kw.
 template <typename S, int NTiles>
-FUSEDCNN_DEVICE void multiply_row(float (&acc)[4][NTiles][4],
-                                  const Pack<2, uint32_t> (&places)[6][2],
+FUSEDCNN_DEVICE void multiply_row(float (&acc)[4][NTiles][4], const uint32_t (&places)[6][4],
                                   const uint32_t (&taps)[3][2 * NTiles]) {
   FUSEDCNN_UNROLL
   for (int kw = 0; kw < 3; ++kw) {
     FUSEDCNN_UNROLL
     for (int j = 0; j < 4; ++j) {
-      const Pack<2, uint32_t>(&two)[2] = places[j + 2 - kw];
-      const uint32_t a[4] = {two[0].values[0], two[1].values[0], two[0].values[1],
-                             two[1].values[1]};
       FUSEDCNN_UNROLL
       for (int tile = 0; tile < NTiles; ++tile) {
         const uint32_t b[2] = {taps[kw][2 * tile], taps[kw][2 * tile + 1]};
-        multiply(S{}, acc[j][tile], a, b);
+        multiply(S{}, acc[j][tile], places[j + 2 - kw], b);
       }
     }
   }
@@ -290,8 +306,8 @@ grad_input_mma_kernel(BackwardArgs args, InputMmaSizes sizes) {
   const auto patch_col = [](int p) { return p % Tile::kPatches * 4; };
   // Places of windows begin at an even coordinate, those that pixel 0 meets at any.
   const Shared<uint32_t> patch_gradients =
-      gradients + 2 * (t * Tile::kPlane + (patch_row(patch) + sizes.padding_h % 2) * Tile::kPitch +
-                       patch_col(patch) + sizes.padding_w % 2);
+      gradients + (t * Tile::kPlane + (patch_row(patch) + sizes.padding_h % 2) * Tile::kPitch +
+                   patch_col(patch) + sizes.padding_w % 2);
   const Shared<uint32_t> lane_fragments = fragments + (split * kWarp + lane) * 2 * kNTiles;
 
   InputWalk fetched(sizes);
@@ -333,7 +349,7 @@ grad_input_mma_kernel(BackwardArgs args, InputMmaSizes sizes) {
       sync_threads();  // the slice before is no longer read
       for_items<Tile>(sizes, [&](int index, int plane, int row, int col) {
         expand<S, Tile>(items[index],
-                        gradients + 2 * (plane * Tile::kPlane + 2 * row * Tile::kPitch + 2 * col));
+                        gradients + (plane * Tile::kPlane + 2 * row * Tile::kPitch + 2 * col));
       });
       const bool kept = sizes.kept_slices == sizes.slices;
       if (!kept || weights_of != walk.channel_block()) {
@@ -349,11 +365,11 @@ grad_input_mma_kernel(BackwardArgs args, InputMmaSizes sizes) {
       uint32_t b[3][2 * kNTiles];
       FUSEDCNN_UNROLL
       for (int r = 0; r < 4; ++r) {
-        Pack<2, uint32_t> places[6][2];
+        uint32_t places[6][4];  // rows g, g + 8 of M, at rows t and t + 4 of K
         FUSEDCNN_UNROLL
-        for (int i = 0; i < 12; ++i) {
-          places[i / 2][i % 2] = load_pack<2, uint32_t>(
-              patch_gradients + 2 * ((r + i % 2 * patch_row(8)) * Tile::kPitch + i / 2));
+        for (int i = 0; i < 24; ++i) {
+          places[i / 4][i % 4] = patch_gradients[i % 4 / 2 * 4 * Tile::kPlane +
+                                                 (r + i % 2 * patch_row(8)) * Tile::kPitch + i / 4];
         }
         if (r > 0) multiply_row<S, kNTiles>(acc[1], places, b);
         if (r == 3) continue;
