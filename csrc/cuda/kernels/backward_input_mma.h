@@ -74,8 +74,10 @@ struct InputTile {
   static constexpr int kGradients = 8 * kPlane;  // words
   static constexpr int kTap = Split * kWarp * 2 * NTiles, kSlice = 9 * kTap;
 
-  // Blocks to a multiprocessor: 128 accumulators' worth of registers take 168 of a thread's.
-  static constexpr int kResident = (NTiles == 1 ? 512 : 384) / kThreads;
+  // Blocks to a multiprocessor: 128 registers of a thread for 32 accumulators, 168 for 64, and some
+  // more where a thread fetches most.
+  static constexpr int kResident =
+      ((NTiles == 1 ? 512 : 384) - (TileW == 8 && Split == 1 ? 128 : 0)) / kThreads;
 };
 
 // Bytes of weights that a block keeps: two blocks fit into a multiprocessor of sm_90, one into any.
@@ -164,10 +166,10 @@ FUSEDCNN_DEVICE InputItem load_item(const BackwardArgs& args, const InputMmaSize
   return item;
 }
 
-// Calls body(index, plane, row, col) for this thread's items: windows of the region, and planes q
-// of words q and q + 4.
+// Calls body(index, plane, row, col) for this thread's items: windows of the tile itself, or of the
+// ring around it, and planes `plane` and `plane` + 4 of words.
 template <typename Tile, typename Body>
-FUSEDCNN_DEVICE void for_items(const InputMmaSizes& sizes, const Body& body) {
+FUSEDCNN_DEVICE void for_core_items(const InputMmaSizes& sizes, const Body& body) {
   // Neighbouring lanes are neighbours in memory: planes of a window, or windows of a plane. A
   // thread's items are then the same number of rows or planes apart.
   constexpr int kCols = Tile::kWindowsW - 2;
@@ -181,7 +183,9 @@ FUSEDCNN_DEVICE void for_items(const InputMmaSizes& sizes, const Body& body) {
   for (int k = 0; k < Tile::kCoreItems; ++k) {
     body(k, plane + k * planes, 1 + window / kCols + k * rows, 1 + window % kCols);
   }
-  if (!sizes.ring) return;
+}
+template <typename Tile, typename Body>
+FUSEDCNN_DEVICE void for_ring_items(const Body& body) {
   FUSEDCNN_UNROLL
   for (int k = 0; k < Tile::kRingItems; ++k) {
     const int i = thread_index() + k * Tile::kThreads, ring = i / 4;
@@ -190,7 +194,7 @@ FUSEDCNN_DEVICE void for_items(const InputMmaSizes& sizes, const Body& body) {
     const int beside = ring - 2 * Tile::kWindowsW;
     const int row = beside < 0 ? ring / Tile::kWindowsW * (Tile::kWindowsH - 1) : 1 + beside / 2;
     const int col = beside < 0 ? ring % Tile::kWindowsW : beside % 2 * (Tile::kWindowsW - 1);
-    body(Tile::kCoreItems + k, i % 4, row, col);
+    body(k, i % 4, row, col);
   }
 }
 
@@ -205,16 +209,10 @@ FUSEDCNN_DEVICE void place_word(float, uint32_t value, uint32_t code, uint32_t f
 template <typename S>
 FUSEDCNN_DEVICE void place_word(S, uint32_t value, uint32_t codes, uint32_t flip,
                                 uint32_t (&words)[4]) {
-  uint64_t four[2];  // of either half
+  const uint32_t low = (codes & 0xffu) ^ flip, high = (codes >> 8 & 0xffu) ^ flip;
   FUSEDCNN_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t code = codes >> 8 * i & 0xffu, half = value >> 16 * i & 0xffffu;
-    four[i] = static_cast<uint64_t>(code < 4 ? half : 0u) << 16 * ((code ^ flip) & 3u);
-  }
-  FUSEDCNN_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    words[i] = static_cast<uint32_t>(four[0] >> 16 * i & 0xffffu) |
-               static_cast<uint32_t>(four[1] >> 16 * i & 0xffffu) << 16;
+  for (uint32_t i = 0; i < 4; ++i) {
+    words[i] = (low == i ? value & 0xffffu : 0u) | (high == i ? value & 0xffff0000u : 0u);
   }
 }
 
@@ -294,7 +292,7 @@ FUSEDCNN_DEVICE void multiply_row(float (&acc)[4][NTiles][4], const uint32_t (&p
 template <typename S, typename Tile>
 FUSEDCNN_KERNEL_RESIDENT(Tile::kThreads, Tile::kResident)
 grad_input_mma_kernel(BackwardArgs args, InputMmaSizes sizes) {
-  constexpr int kNTiles = Tile::kNTiles, kItems = Tile::kCoreItems + Tile::kRingItems;
+  constexpr int kNTiles = Tile::kNTiles;
   constexpr int kSliceChannels = 4 * kItemChannels<S>;
   SharedMemory memory;
   const Shared<uint32_t> gradients = memory.array<uint32_t>(Tile::kGradients);
@@ -310,25 +308,27 @@ grad_input_mma_kernel(BackwardArgs args, InputMmaSizes sizes) {
                    patch_col(patch) + sizes.padding_w % 2);
   const Shared<uint32_t> lane_fragments = fragments + (split * kWarp + lane) * 2 * kNTiles;
 
+  // The item of a window and plane, for a task and a slice of output channels.
+  const auto load = [&](const InputWalk& task, int slice, int plane, int row, int col) {
+    const Strides &from = args.grad_output_strides, &at = args.code_strides;
+    const int oc = slice * kSliceChannels + plane * kItemChannels<S>;
+    const int h = task.tile_h(sizes) * (Tile::kTileH / 2) + sizes.padding_h / 2 - 1 + row;
+    const int w = task.tile_w(sizes) * (Tile::kTileW / 2) + sizes.padding_w / 2 - 1 + col;
+    const bool real = inside(h, sizes.out_h) && inside(w, sizes.out_w);
+    return load_item(
+        args, sizes,
+        static_cast<const S*>(args.grad_output) + task.n() * from.n + oc * from.c + h * from.h +
+            w * from.w,
+        static_cast<const uint8_t*>(args.code) + task.n() * at.n + oc * at.c + h * at.h + w * at.w,
+        real ? sizes.out_channels - oc : 0);
+  };
   InputWalk fetched(sizes);
   int fetched_slice = 0;
-  InputItem items[kItems];
+  InputItem items[Tile::kCoreItems];
   const auto fetch = [&] {
     if (fetched.done()) return;
-    const Strides &from = args.grad_output_strides, &at = args.code_strides;
-    const int first = fetched_slice * kSliceChannels;
-    const int h0 = fetched.tile_h(sizes) * (Tile::kTileH / 2) + sizes.padding_h / 2 - 1;
-    const int w0 = fetched.tile_w(sizes) * (Tile::kTileW / 2) + sizes.padding_w / 2 - 1;
-    const S* const image =
-        static_cast<const S*>(args.grad_output) + fetched.n() * from.n + first * from.c;
-    const uint8_t* const codes =
-        static_cast<const uint8_t*>(args.code) + fetched.n() * at.n + first * at.c;
-    for_items<Tile>(sizes, [&](int index, int plane, int row, int col) {
-      const int oc = plane * kItemChannels<S>, h = h0 + row, w = w0 + col;
-      const bool real = inside(h, sizes.out_h) && inside(w, sizes.out_w);
-      items[index] = load_item(args, sizes, image + oc * from.c + h * from.h + w * from.w,
-                               codes + oc * at.c + h * at.h + w * at.w,
-                               real ? sizes.out_channels - first - oc : 0);
+    for_core_items<Tile>(sizes, [&](int index, int plane, int row, int col) {
+      items[index] = load(fetched, fetched_slice, plane, row, col);
     });
     if (++fetched_slice == sizes.slices) fetched_slice = 0, fetched.advance(sizes);
   };
@@ -346,11 +346,25 @@ grad_input_mma_kernel(BackwardArgs args, InputMmaSizes sizes) {
     }
 
     for (int slice = 0; slice < sizes.slices; ++slice) {
+      // In the caches mostly, since it is other tiles' own.
+      InputItem ring[Tile::kRingItems];
+      if (sizes.ring) {
+        for_ring_items<Tile>([&](int index, int plane, int row, int col) {
+          ring[index] = load(walk, slice, plane, row, col);
+        });
+      }
       sync_threads();  // the slice before is no longer read
-      for_items<Tile>(sizes, [&](int index, int plane, int row, int col) {
-        expand<S, Tile>(items[index],
+      const auto put = [&](const InputItem& item, int plane, int row, int col) {
+        expand<S, Tile>(item,
                         gradients + (plane * Tile::kPlane + 2 * row * Tile::kPitch + 2 * col));
+      };
+      for_core_items<Tile>(sizes, [&](int index, int plane, int row, int col) {
+        put(items[index], plane, row, col);
       });
+      if (sizes.ring) {
+        for_ring_items<Tile>(
+            [&](int index, int plane, int row, int col) { put(ring[index], plane, row, col); });
+      }
       const bool kept = sizes.kept_slices == sizes.slices;
       if (!kept || weights_of != walk.channel_block()) {
         fetch_input_fragments<S, Tile>(args, sizes, walk.channel_block(), kept ? 0 : slice,
@@ -368,8 +382,8 @@ grad_input_mma_kernel(BackwardArgs args, InputMmaSizes sizes) {
         uint32_t places[6][4];  // rows g, g + 8 of M, at rows t and t + 4 of K
         FUSEDCNN_UNROLL
         for (int i = 0; i < 24; ++i) {
-          places[i / 4][i % 4] = patch_gradients[i % 4 / 2 * 4 * Tile::kPlane +
-                                                 (r + i % 2 * patch_row(8)) * Tile::kPitch + i / 4];
+          const int plane = i % 4 / 2 * 4, row = r + i % 2 * patch_row(8);
+          places[i / 4][i % 4] = patch_gradients[plane * Tile::kPlane + row * Tile::kPitch + i / 4];
         }
         if (r > 0) multiply_row<S, kNTiles>(acc[1], places, b);
         if (r == 3) continue;
