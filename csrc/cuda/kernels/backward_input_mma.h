@@ -12,35 +12,42 @@
 // once for all taps, rather than once for each. A product's four columns 2t, 2t + 1 are
 // neighbouring channels, and its rows four neighbouring pixels: either is one access to memory.
 //
-// Shared memory holds words of 32 bits: a tf32 number, or the halves of two output channels. The
-// words that a lane needs for one product, rows t and t + 4 of K, are neighbours: places lie in
-// planes [t][row][col] of two words. Which channels these are is free to choose, and they are 4
-// (tf32: 2) neighbours, so that layouts with channels last are fetched 4 (2) at a time. Planes are
-// 1 (mod 16) places apart and patches 4, or two rows 8 (mod 16): a load of a half warp meets all
-// banks. Weights lie as fragments, those of all output channels where there is room.
+// Shared memory holds words of 32 bits: a tf32 number, or the halves of two output channels, in
+// planes [k][row][col], one for each row of K in a product. Which channels these are is free to
+// choose: rows t and t + 4 hold 4 (tf32: 2) neighbours, so that these are fetched at once where
+// channels come last. Lanes g are 8 patches, 4 columns apart and 2 rows 16 (or 24) banks, lanes t
+// planes that are 9: a load meets all 32. Weights lie as fragments, those of all output channels
+// where there is room.
 //
 // The gradients of the next slice of output channels, or the next tile, are on their way to
-// registers while the products of this one are taken.
+// registers while the products of this one are taken; only those of windows around a tile, where a
+// map has several, are waited for.
 //
-// 16 -> 32 channels at 16x16, per image and in bfloat16 (tf32): 2 (4) slices x 2 warps. Each takes
-// 144 products, 576 (1,152) in all, 3.7 (7.4) ns on 132 multiprocessors at 1.98 GHz if these reach
-// 60 % of their rate. Shared memory: 96 wavefronts of gradients, 36 of weights, 32 to expand: 656
-// (1,312) cycles, 2.5 (5.0) ns. Global memory: 14 (26) KiB, 3.3 (6.2) ns at 4.3 TB/s. Instructions:
-// 288 for products and their loads, 250 to fetch and expand; with 150 to write, 2,500 (4,600) on
-// four schedulers, 2.4 (4.4) ns. So products bound it, and memory is close; what does not overlap
-// adds up: between 4 (8) and 8 (14) ns. 3 -> 16 at 32x32, one (two) slices of 8 warps, half of the
-// products each, and 5 of the 8 columns for nothing: 576 (1,152) products again, 3.7 (7.4) ns,
-// where memory takes 4.2 (7.6) for 18 (32) KiB. Estimates, not measurements: so far this has run on
-// a CPU only, which knows nothing of the order of sums inside a matrix instruction.
+// 16 -> 32 channels at 16x16, per image and in bfloat16 (tf32): 2 (4) slices x 2 warps.
+//   products: 144 a warp and slice, 576 (1,152) in all: 3.7 (7.4) ns on 132 multiprocessors at
+//     1.98 GHz, if they reach 60 % of the peak
+//   shared memory: 96 wavefronts of gradients, 36 of weights, 32 to expand: 656 (1,312) cycles, 2.5
+//     (5.0) ns
+//   memory: 14 (26) KiB, 3.3 (6.2) ns at 4.3 TB/s
+//   instructions, as compiled for sm_90 and with gradients in planes: 350 (250) to fetch, 240 (150)
+//     to expand, 280 for products and loads, and 250 a warp to write: 4,000 (5,900) on four
+//     schedulers, 3.8 (5.6) ns
+// None stands out; if they overlapped perfectly, products would bound it. With 12 warps to a
+// multiprocessor they will not quite: between 4 (8) and 8 (14) ns. 3 -> 16 at 32x32, one (two)
+// slices of 8 warps with half of the products each, for 5 of 8 columns in vain: 576 (1,152)
+// products again, where memory takes 4.2 (7.6) ns for 18 (32) KiB. Maps of 8 rows or fewer leave
+// half of a tile empty. Estimates, not measurements: so far this has run on a CPU only, which knows
+// nothing of the order of sums inside a matrix instruction.
 //
 // All taps and output channels make one chain per pixel and channel, of 9 OC / 16 (tf32: 8) matrix
-// instructions, each of which rounds once: 512 output channels make 288 (576), as many roundings as
-// 2^-15 of the sum of magnitudes at worst, beside 2^-12 and more for rounding the result to halves
-// or the operands to tf32. So chains are not cut.
+// instructions, each of which rounds or truncates once: for 512 output channels 288 (576) times
+// 2^-23 of the sum of magnitudes at worst, 2^-15 (2^-14). Rounding to tf32 errs by up to 2^-11 of
+// each operand, and rounding a result by 2^-11 or 2^-8 of it, in float16 and bfloat16. So chains
+// are not cut.
 //
-// The product is dense: an infinite or NaN weight makes NaN of every pixel of its channel within a
-// tile, as it does in the stock layers' products, where the general kernel meets it only where a
-// gradient does. Gradients spread no farther than their nine pixels.
+// The product is dense: an infinite or NaN weight makes NaN of every pixel of its channel that lies
+// in a tile, as it does in the stock layers' products, where the general kernel meets it only where
+// a gradient does. Gradients, infinite or NaN, spread to their own nine pixels only.
 #pragma once
 
 #include <cstring>
@@ -104,7 +111,7 @@ class InputWalk {
   FUSEDCNN_DEVICE explicit InputWalk(const InputMmaSizes& sizes) {
     const int64_t share = sizes.tasks / grid_blocks(), more = sizes.tasks % grid_blocks();
     const int64_t block = block_index();
-    left_ = share + (block < more);
+    left_ = static_cast<int>(share + (block < more));  // no memory holds more
     const int64_t first = block * share + (block < more ? block : more);
     const int tiles = sizes.tiles_h * sizes.tiles_w;
     tile_ = static_cast<int>(first % tiles);
@@ -126,8 +133,7 @@ class InputWalk {
   FUSEDCNN_DEVICE int channel_block() const { return channel_block_; }
 
  private:
-  int64_t left_;
-  int n_, tile_, channel_block_;
+  int left_, n_, tile_, channel_block_;
 };
 
 // Gradients of a window in a plane's output channels, and their codes, a byte each.
@@ -249,24 +255,36 @@ FUSEDCNN_DEVICE void fetch_input_fragments(const BackwardArgs& args, const Input
                                            Shared<uint32_t> to) {
   constexpr int kLaneWords = 2 * Tile::kNTiles;
   const Strides strides = args.weight_strides;
+  // Words of one tap, of all slices: each takes nine, three of them on their way at once.
   FUSEDCNN_NO_UNROLL
-  for (int i = thread_index(); i < count * Tile::kSlice; i += Tile::kThreads) {
+  for (int i = thread_index(); i < count * Tile::kTap; i += Tile::kThreads) {
     const int part = i % 2, tile = i % kLaneWords / 2, lane = i / kLaneWords % kWarp;
-    const int split = i / kLaneWords / kWarp % Tile::kSplit, tap = i / Tile::kTap % 9;
-    const int slice = first + i / Tile::kSlice;
+    const int split = i / kLaneWords / kWarp % Tile::kSplit, slice = i / Tile::kTap;
     const int c = channel_block * Tile::kChannels + split * 8 * Tile::kNTiles +
                   channel_of<Tile::kNTiles>(tile, lane / 4);
-    const int oc = ((slice * 4 + lane % 4) * 2 + part) * kPerWord<S>;
-    const bool real = c < sizes.channels && oc < sizes.out_channels;
-    const S* const from = static_cast<const S*>(args.weight) + oc * strides.n + c * strides.c +
-                          tap / 3 * strides.h + tap % 3 * strides.w;
-    if constexpr (sizeof(S) == 4) {
-      to[i] = to_tf32(real ? load_constant(from) : 0.f);
-    } else {
-      S low{}, high{};
-      if (real) low = load_constant(from);
-      if (real && oc + 1 < sizes.out_channels) high = load_constant(from + strides.n);
-      to[i] = two_halves(low, high);
+    const int oc = (((first + slice) * 4 + lane % 4) * 2 + part) * kPerWord<S>;
+    const S* const from = static_cast<const S*>(args.weight) + oc * strides.n + c * strides.c;
+    FUSEDCNN_NO_UNROLL
+    for (int kh = 0; kh < 3; ++kh) {
+      S taps[kPerWord<S>][3]{};
+      FUSEDCNN_UNROLL
+      for (int half = 0; half < kPerWord<S>; ++half) {
+        if (c >= sizes.channels || oc + half >= sizes.out_channels) continue;
+        FUSEDCNN_UNROLL
+        for (int kw = 0; kw < 3; ++kw) {
+          taps[half][kw] = load_constant(from + half * strides.n + kh * strides.h + kw * strides.w);
+        }
+      }
+      FUSEDCNN_UNROLL
+      for (int kw = 0; kw < 3; ++kw) {
+        const Shared<uint32_t> word =
+            to + (slice * Tile::kSlice + (3 * kh + kw) * Tile::kTap + i % Tile::kTap);
+        if constexpr (sizeof(S) == 4) {
+          *word = to_tf32(taps[0][kw]);
+        } else {
+          *word = two_halves(taps[0][kw], taps[1][kw]);
+        }
+      }
     }
   }
 }
@@ -374,10 +392,11 @@ grad_input_mma_kernel(BackwardArgs args, InputMmaSizes sizes) {
       sync_threads();
       fetch();
 
-      // Row r of the gradients meets tap kh in row dy of pixels where r = dy + 2 - kh.
+      // Row r of the gradients meets tap kh in row dy of pixels where r = dy + 2 - kh. A row at a
+      // time: more would be loaded ahead than there are registers.
       const Shared<uint32_t> taps = lane_fragments + (kept ? slice : 0) * Tile::kSlice;
       uint32_t b[3][2 * kNTiles];
-      FUSEDCNN_UNROLL
+      FUSEDCNN_NO_UNROLL
       for (int r = 0; r < 4; ++r) {
         uint32_t places[6][4];  // rows g, g + 8 of M, at rows t and t + 4 of K
         FUSEDCNN_UNROLL
