@@ -31,6 +31,8 @@ CUDA = ROOT / "csrc" / "cuda"
 FORWARD = "kernels/forward_general.h"
 WEIGHT = "kernels/backward_weight_general.h"
 INPUT = "kernels/backward_input_general.h"
+MMA = "kernels/mma.h"
+INPUT_MMA = "kernels/backward_input_mma.h"
 POOL = "kernels/windows.h"
 WEIGHT_LANES = "kernels/backward_weight_lanes.h"
 WEIGHT_MMA = "kernels/backward_weight_mma.h"
@@ -245,8 +247,8 @@ MUTANTS = [
         "const int m = row / 2, i = (row + 1) % 2 * 2;",
     ),
     Mutant(
-        "forward mma: halves of a word are exchanged",
-        FORWARD_MMA,
+        "mma: halves of a word are exchanged",
+        MMA,
         "return low.bits | static_cast<uint32_t>(high.bits) << 16;",
         "return high.bits | static_cast<uint32_t>(low.bits) << 16;",
     ),
@@ -555,6 +557,48 @@ MUTANTS = [
         INPUT,
         "if (distance < 0 || distance % axis.stride) return -1;",
         "if (distance < 0) return -1;",
+    ),
+    Mutant(
+        "grad_input mma: no barrier before the gradients are overwritten",
+        INPUT_MMA,
+        "      sync_threads();  // the slice before is no longer read\n",
+        "",
+    ),
+    Mutant(
+        "grad_input mma: no barrier between the gradients and their readers",
+        INPUT_MMA,
+        "      sync_threads();\n      fetch();\n",
+        "      fetch();\n",
+    ),
+    Mutant(
+        "grad_input mma: registers of a gradients' fragment are swapped",
+        INPUT_MMA,
+        "const int plane = i % 4 / 2 * 4, row = r + i % 2 * patch_row(8);",
+        "const int plane = i % 2 * 4, row = r + i % 4 / 2 * patch_row(8);",
+    ),
+    Mutant(
+        "grad_input mma: taps of a row are not turned round",
+        INPUT_MMA,
+        "places[j + 2 - kw]",
+        "places[j + kw]",
+    ),
+    Mutant(
+        "grad_input mma: an even padding is taken for an odd one",
+        INPUT_MMA,
+        "patch_col(patch) + sizes.padding_w % 2);",
+        "patch_col(patch) + 1);",
+    ),
+    Mutant(
+        "grad_input mma: windows beyond the only tile's own are left out",
+        INPUT_MMA,
+        "h.padding > 1 || w.padding > 1 ||",
+        "",
+    ),
+    Mutant(
+        "grad_input mma: weights of the channel block before",
+        INPUT_MMA,
+        "if (!kept || weights_of != walk.channel_block()) {",
+        "if (!kept || weights_of < 0) {",
     ),
     Mutant(
         "codes: 255 of a byte is taken for an element",

@@ -19,6 +19,7 @@ KernelList kernels() {
        nullptr, grad_weight_windows},
       {"general", Pass::kGradWeight, true, why_not_general, grad_weight_general_workspace, nullptr,
        grad_weight_general},
+      {"mma", Pass::kGradInput, true, why_not_mma, nullptr, nullptr, grad_input_mma},
       {"general", Pass::kGradInput, true, why_not_general, nullptr, nullptr, grad_input_general},
   };
   return {list, sizeof list / sizeof *list};

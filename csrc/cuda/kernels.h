@@ -31,6 +31,7 @@ void grad_weight_mma(const BackwardArgs& args, const Execution& execution);
 int64_t grad_weight_windows_shared(const Problem& problem);  // of a block
 int64_t grad_weight_windows_workspace(const Problem& problem);
 void grad_weight_windows(const BackwardArgs& args, const Execution& execution);
+void grad_input_mma(const BackwardArgs& args, const Execution& execution);
 void grad_input_general(const BackwardArgs& args, const Execution& execution);
 
 }  // namespace fusedcnn::cuda

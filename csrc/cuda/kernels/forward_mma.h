@@ -43,9 +43,6 @@
 namespace fusedcnn::cuda {
 namespace {
 
-template <typename S>
-constexpr int kPerWord = static_cast<int>(4 / sizeof(S));  // channels in a word
-
 // TileH x TileW windows, 16 * MTiles output channels; Planes words of channels at a time. Products:
 // 3 for operands that are split, else 1.
 template <int TileH, int TileW, int MTiles, int Planes, int Products = 1>
@@ -92,11 +89,6 @@ struct MmaSizes {
   bool channel_pairs;  // two channels of a pixel can
   bool output_fours;   // four windows of a row can be written at once
 };
-
-template <typename S>
-FUSEDCNN_DEVICE uint32_t two_halves(S low, S high) {
-  return low.bits | static_cast<uint32_t>(high.bits) << 16;
-}
 
 // Calls body(plane, row, col, width) for the words of a stage that this thread fetches: `width`
 // neighbours, 1 or 2.

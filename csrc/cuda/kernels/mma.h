@@ -1,10 +1,27 @@
-// What the kernels on tensor cores share.
+// What the kernels on tensor cores share. The forward's and grad_input's hold their operands in
+// shared memory as 32-bit words, the registers of a matrix instruction: a tf32 number, or two
+// halves that are neighbours along K.
 #pragma once
+
+#include <cstring>
 
 #include "cuda/device.h"
 
 namespace fusedcnn::cuda {
 namespace {
+
+template <typename S>
+constexpr int kPerWord = static_cast<int>(4 / sizeof(S));  // channels in a word
+
+FUSEDCNN_DEVICE float float_from(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+template <typename S>
+FUSEDCNN_DEVICE uint32_t two_halves(S low, S high) {
+  return low.bits | static_cast<uint32_t>(high.bits) << 16;
+}
 
 // d += a b in the instruction of a storage type: K = 8 in tf32, 16 in the half formats.
 FUSEDCNN_DEVICE void multiply(float, float (&d)[4], const uint32_t (&a)[4],

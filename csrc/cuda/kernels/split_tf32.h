@@ -25,17 +25,12 @@
 
 #include <cstring>
 
-#include "cuda/device.h"
+#include "cuda/kernels/mma.h"
 #include "cuda/kernels/sizes.h"
 
 namespace fusedcnn::cuda {
 namespace {
 
-FUSEDCNN_DEVICE float float_from(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
 FUSEDCNN_DEVICE uint32_t bits_from(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);

@@ -1,0 +1,528 @@
+// grad_input on tensor cores: 3x3 convolution of stride 1 under a 2x2 pool of stride 2, in
+// bfloat16, float16, or float32 rounded to tf32; sums in float.
+//
+// An implicit matrix product, pixels of the input (M) x input channels (N), over taps x output
+// channels (K). Its left operand is the gradient of the convolution's outputs, which exists in
+// shared memory only: a pooled gradient and its code are fetched once per tile, and expanded into
+// four places of which the code names the one that gets it; the others get zeros.
+//
+// A warp owns 16 patches of 2 x 4 pixels, for 8 * NTiles input channels. Pixel (dy, j) of the
+// patches is tile (dy, j) of M, whose row is the patch: so a thread owns all of its two patches g
+// and g + 8, and the gradients that their nine taps meet are 4 rows of 6, of which each is loaded
+// once for all taps, rather than once for each. A product's four columns 2t, 2t + 1 are
+// neighbouring channels, and its rows four neighbouring pixels: either is one access to memory.
+//
+// Shared memory holds words of 32 bits: a tf32 number, or the halves of two output channels, in
+// planes [k][row][col], one for each row of K in a product. Which channels these are is free to
+// choose: rows t and t + 4 hold 4 (tf32: 2) neighbours, so that these are fetched at once where
+// channels come last. Lanes g are 8 patches, 4 columns apart and 2 rows 16 (or 24) banks, lanes t
+// planes that are 9: a load meets all 32. Weights lie as fragments, those of all output channels
+// where there is room.
+//
+// The gradients of the next slice of output channels, or the next tile, are on their way to
+// registers while the products of this one are taken; only those of windows around a tile, where a
+// map has several, are waited for.
+//
+// 16 -> 32 channels at 16x16, per image and in bfloat16 (tf32): 2 (4) slices x 2 warps.
+//   products: 144 a warp and slice, 576 (1,152) in all: 3.7 (7.4) ns on 132 multiprocessors at
+//     1.98 GHz, if they reach 60 % of the peak
+//   shared memory: 96 wavefronts of gradients, 36 of weights, 32 to expand: 656 (1,312) cycles, 2.5
+//     (5.0) ns
+//   memory: 14 (26) KiB, 3.3 (6.2) ns at 4.3 TB/s
+//   instructions, as compiled for sm_90 and with gradients in planes: 350 (250) to fetch, 240 (150)
+//     to expand, 280 for products and loads, and 250 a warp to write: 4,000 (5,900) on four
+//     schedulers, 3.8 (5.6) ns
+// None stands out; if they overlapped perfectly, products would bound it. With 12 warps to a
+// multiprocessor they will not quite: between 4 (8) and 8 (14) ns. 3 -> 16 at 32x32, one (two)
+// slices of 8 warps with half of the products each, for 5 of 8 columns in vain: 576 (1,152)
+// products again, where memory takes 4.2 (7.6) ns for 18 (32) KiB. Maps of 8 rows or fewer leave
+// half of a tile empty. Estimates, not measurements: so far this has run on a CPU only, which knows
+// nothing of the order of sums inside a matrix instruction.
+//
+// All taps and output channels make one chain per pixel and channel, of 9 OC / 16 (tf32: 8) matrix
+// instructions, each of which rounds or truncates once: for 512 output channels 288 (576) times
+// 2^-23 of the sum of magnitudes at worst, 2^-15 (2^-14). Rounding to tf32 errs by up to 2^-11 of
+// each operand, and rounding a result by 2^-11 or 2^-8 of it, in float16 and bfloat16. So chains
+// are not cut.
+//
+// The product is dense: an infinite or NaN weight makes NaN of every pixel of its channel that lies
+// in a tile, as it does in the stock layers' products, where the general kernel meets it only where
+// a gradient does. Gradients, infinite or NaN, spread to their own nine pixels only.
+#pragma once
+
+#include <cstring>
+
+#include "cuda/kernels/mma.h"
+#include "cuda/kernels/windows.h"
+
+namespace fusedcnn::cuda {
+namespace {
+
+// 16 x TileW pixels, 8 * NTiles * Split input channels: Split warps share a warp's pixels.
+template <int TileW, int NTiles, int Split>
+struct InputTile {
+  static constexpr int kTileH = 16, kTileW = TileW, kNTiles = NTiles, kSplit = Split;
+  static constexpr int kPixelWarps = kTileH * kTileW / 128;
+  static constexpr int kThreads = kPixelWarps * Split * kWarp;
+  static constexpr int kChannels = 8 * NTiles * Split;
+  static constexpr int kPatches = kTileW / 4;  // next to each other
+  // Windows that the tile's taps may meet: as many as its pixels have, and a ring around them.
+  static constexpr int kWindowsH = kTileH / 2 + 2, kWindowsW = kTileW / 2 + 2;
+  static constexpr int kCore = (kWindowsH - 2) * (kWindowsW - 2);
+  static constexpr int kRing = kWindowsH * kWindowsW - kCore;
+  // What a thread fetches: items are a plane's channels of a window.
+  static constexpr int kCoreItems = 4 * kCore / kThreads;
+  static constexpr int kRingItems = (4 * kRing + kThreads - 1) / kThreads;
+  static_assert(4 * kCore % kThreads == 0);
+  // Lanes g of a load reach over 8 patches, lanes t over four planes: 32 banks.
+  static constexpr int kPitch = kPatches == 4 ? 24 : 12;
+  static constexpr int kPlane = (2 * kWindowsH * kPitch + 31) / 32 * 32 + 9;
+  static_assert(kPitch >= 2 * kWindowsW && (kPatches == 4 || kPatches == 2));
+  static constexpr int kGradients = 8 * kPlane;  // words
+  static constexpr int kTap = Split * kWarp * 2 * NTiles, kSlice = 9 * kTap;
+
+  // Blocks to a multiprocessor: 128 registers of a thread for 32 accumulators, 168 for 64, and some
+  // more where a thread fetches most.
+  static constexpr int kResident =
+      ((NTiles == 1 ? 512 : 384) - (TileW == 8 && Split == 1 ? 128 : 0)) / kThreads;
+};
+
+// Bytes of weights that a block keeps: two blocks fit into a multiprocessor of sm_90, one into any.
+constexpr int64_t kMostResidentWeights = 80 * 1024;
+
+struct InputMmaSizes {
+  int in_h, in_w, out_h, out_w, padding_h, padding_w;
+  int channels, out_channels;
+  int tiles_h, tiles_w, batch, channel_blocks;
+  int slices;           // of output channels
+  int kept_slices;      // of weights in shared memory: all, or one
+  bool ring;            // some tile meets windows beyond its own
+  bool gradients_last;  // grad_output's and the code's channels are neighbours in memory
+  bool gradient_packs;  // and can be loaded as many at once as a plane has
+  bool channel_packs;   // a thread's channels can be written at once
+  bool pixel_fours;     // four pixels of a row can
+  int64_t tasks;        // tiles of all images, for all blocks of channels
+};
+
+// A walk over a block's share of the tasks, one after the other: tiles first, so that neighbours'
+// rings are in the cache, and blocks of channels last, so that weights are kept.
+class InputWalk {
+ public:
+  FUSEDCNN_DEVICE explicit InputWalk(const InputMmaSizes& sizes) {
+    const int64_t share = sizes.tasks / grid_blocks(), more = sizes.tasks % grid_blocks();
+    const int64_t block = block_index();
+    left_ = static_cast<int>(share + (block < more));  // no memory holds more
+    const int64_t first = block * share + (block < more ? block : more);
+    const int tiles = sizes.tiles_h * sizes.tiles_w;
+    tile_ = static_cast<int>(first % tiles);
+    n_ = static_cast<int>(first / tiles % sizes.batch);
+    channel_block_ = static_cast<int>(first / tiles / sizes.batch);
+  }
+  FUSEDCNN_DEVICE bool done() const { return left_ == 0; }
+  FUSEDCNN_DEVICE void advance(const InputMmaSizes& sizes) {
+    --left_;
+    if (++tile_ < sizes.tiles_h * sizes.tiles_w) return;
+    tile_ = 0;
+    if (++n_ < sizes.batch) return;
+    n_ = 0;
+    ++channel_block_;
+  }
+  FUSEDCNN_DEVICE int64_t n() const { return n_; }
+  FUSEDCNN_DEVICE int tile_h(const InputMmaSizes& sizes) const { return tile_ / sizes.tiles_w; }
+  FUSEDCNN_DEVICE int tile_w(const InputMmaSizes& sizes) const { return tile_ % sizes.tiles_w; }
+  FUSEDCNN_DEVICE int channel_block() const { return channel_block_; }
+
+ private:
+  int left_, n_, tile_, channel_block_;
+};
+
+// Gradients of a window in a plane's output channels, and their codes, a byte each.
+template <typename S>
+constexpr int kItemChannels = 2 * kPerWord<S>;
+struct InputItem {
+  uint32_t values[2];
+  uint32_t codes;
+};
+
+// The item whose first gradient and code these are, of `count` channels that there are.
+template <typename S>
+FUSEDCNN_DEVICE InputItem load_item(const BackwardArgs& args, const InputMmaSizes& sizes,
+                                    const S* gradient, const uint8_t* code, int count) {
+  constexpr int kItem = kItemChannels<S>;
+  InputItem item{{0, 0}, 0xffffffffu};
+  if (count <= 0) return item;
+  if (sizes.gradient_packs) {
+    const auto values = load_pack<kItem, S>(gradient);
+    const auto codes = load_pack<kItem, uint8_t>(code);
+    std::memcpy(item.values, values.values, sizeof item.values);
+    std::memcpy(&item.codes, codes.values, sizeof codes.values);
+    return item;
+  }
+  S values[kItem]{};
+  uint32_t codes = 0xffffffffu;
+  FUSEDCNN_UNROLL
+  for (int i = 0; i < kItem; ++i) {
+    if (i >= count) continue;
+    values[i] = load_constant(gradient + i * args.grad_output_strides.c);
+    const uint32_t one = load_constant(code + i * args.code_strides.c);
+    codes ^= (one ^ 0xffu) << 8 * i;
+  }
+  std::memcpy(item.values, values, sizeof item.values);
+  item.codes = codes;
+  return item;
+}
+
+// Calls body(index, plane, row, col) for this thread's items: windows of the tile itself, or of the
+// ring around it, and planes `plane` and `plane` + 4 of words.
+template <typename Tile, typename Body>
+FUSEDCNN_DEVICE void for_core_items(const InputMmaSizes& sizes, const Body& body) {
+  // Neighbouring lanes are neighbours in memory: planes of a window, or windows of a plane. A
+  // thread's items are then the same number of rows or planes apart.
+  constexpr int kCols = Tile::kWindowsW - 2;
+  static_assert(Tile::kThreads % (4 * kCols) == 0 && Tile::kThreads % Tile::kCore == 0);
+  const bool last = sizes.gradients_last;
+  const int plane = last ? thread_index() % 4 : thread_index() / Tile::kCore;
+  const int window = last ? thread_index() / 4 : thread_index() % Tile::kCore;
+  const int planes = last ? 0 : Tile::kThreads / Tile::kCore;
+  const int rows = last ? Tile::kThreads / 4 / kCols : 0;
+  FUSEDCNN_UNROLL
+  for (int k = 0; k < Tile::kCoreItems; ++k) {
+    body(k, plane + k * planes, 1 + window / kCols + k * rows, 1 + window % kCols);
+  }
+}
+template <typename Tile, typename Body>
+FUSEDCNN_DEVICE void for_ring_items(const Body& body) {
+  FUSEDCNN_UNROLL
+  for (int k = 0; k < Tile::kRingItems; ++k) {
+    const int i = thread_index() + k * Tile::kThreads, ring = i / 4;
+    if (ring >= Tile::kRing) continue;
+    // The first row, the last one, and between them the first and the last column.
+    const int beside = ring - 2 * Tile::kWindowsW;
+    const int row = beside < 0 ? ring / Tile::kWindowsW * (Tile::kWindowsH - 1) : 1 + beside / 2;
+    const int col = beside < 0 ? ring % Tile::kWindowsW : beside % 2 * (Tile::kWindowsW - 1);
+    body(k, i % 4, row, col);
+  }
+}
+
+// A window's four words, in the order of codes xor `flip`: gradients where their codes say so, and
+// zeros elsewhere. What stands where a code is off is not multiplied by zero, it is replaced.
+FUSEDCNN_DEVICE void place_word(float, uint32_t value, uint32_t code, uint32_t flip,
+                                uint32_t (&words)[4]) {
+  const uint32_t rounded = to_tf32(float_from(value)), at = (code & 0xffu) ^ flip;
+  FUSEDCNN_UNROLL
+  for (uint32_t i = 0; i < 4; ++i) words[i] = at == i ? rounded : 0u;
+}
+template <typename S>
+FUSEDCNN_DEVICE void place_word(S, uint32_t value, uint32_t codes, uint32_t flip,
+                                uint32_t (&words)[4]) {
+  const uint32_t low = (codes & 0xffu) ^ flip, high = (codes >> 8 & 0xffu) ^ flip;
+  FUSEDCNN_UNROLL
+  for (uint32_t i = 0; i < 4; ++i) {
+    words[i] = (low == i ? value & 0xffffu : 0u) | (high == i ? value & 0xffff0000u : 0u);
+  }
+}
+
+// Writes an item's four places in both of its planes, `to` being the first. Windows of neighbouring
+// lanes are two columns apart: the upper half of a warp begins with the second one, and all lanes
+// meet different banks.
+template <typename S, typename Tile>
+FUSEDCNN_DEVICE void expand(const InputItem& item, Shared<uint32_t> to) {
+  const int flip = thread_index() / 16 % 2;
+  FUSEDCNN_UNROLL
+  for (int plane = 0; plane < 2; ++plane) {
+    uint32_t words[4];
+    place_word(S{}, item.values[plane], item.codes >> 8 * kPerWord<S> * plane,
+               static_cast<uint32_t>(flip), words);
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      to[4 * plane * Tile::kPlane + i / 2 * Tile::kPitch + (i % 2 ^ flip)] = words[i];
+    }
+  }
+}
+
+// Column `col` of tile `tile` of N, as one of a warp's channels: columns 2t and 2t + 1 of all tiles
+// are neighbours.
+template <int NTiles>
+FUSEDCNN_DEVICE int channel_of(int tile, int col) {
+  return (col / 2 * NTiles + tile) * 2 + col % 2;
+}
+
+// Weights of `count` slices from `first` on, as fragments: [slice][tap][warp of Split][lane]
+// [tile of N][register]. Zeros behind the last channel and output channel.
+template <typename S, typename Tile>
+FUSEDCNN_DEVICE void fetch_input_fragments(const BackwardArgs& args, const InputMmaSizes& sizes,
+                                           int channel_block, int first, int count,
+                                           Shared<uint32_t> to) {
+  constexpr int kLaneWords = 2 * Tile::kNTiles;
+  const Strides strides = args.weight_strides;
+  // Words of one tap, of all slices: each takes nine, three of them on their way at once.
+  FUSEDCNN_NO_UNROLL
+  for (int i = thread_index(); i < count * Tile::kTap; i += Tile::kThreads) {
+    const int part = i % 2, tile = i % kLaneWords / 2, lane = i / kLaneWords % kWarp;
+    const int split = i / kLaneWords / kWarp % Tile::kSplit, slice = i / Tile::kTap;
+    const int c = channel_block * Tile::kChannels + split * 8 * Tile::kNTiles +
+                  channel_of<Tile::kNTiles>(tile, lane / 4);
+    const int oc = (((first + slice) * 4 + lane % 4) * 2 + part) * kPerWord<S>;
+    const S* const from = static_cast<const S*>(args.weight) + oc * strides.n + c * strides.c;
+    FUSEDCNN_NO_UNROLL
+    for (int kh = 0; kh < 3; ++kh) {
+      S taps[kPerWord<S>][3]{};
+      FUSEDCNN_UNROLL
+      for (int half = 0; half < kPerWord<S>; ++half) {
+        if (c >= sizes.channels || oc + half >= sizes.out_channels) continue;
+        FUSEDCNN_UNROLL
+        for (int kw = 0; kw < 3; ++kw) {
+          taps[half][kw] = load_constant(from + half * strides.n + kh * strides.h + kw * strides.w);
+        }
+      }
+      FUSEDCNN_UNROLL
+      for (int kw = 0; kw < 3; ++kw) {
+        const Shared<uint32_t> word =
+            to + (slice * Tile::kSlice + (3 * kh + kw) * Tile::kTap + i % Tile::kTap);
+        if constexpr (sizeof(S) == 4) {
+          *word = to_tf32(taps[0][kw]);
+        } else {
+          *word = two_halves(taps[0][kw], taps[1][kw]);
+        }
+      }
+    }
+  }
+}
+
+// Products of a row of four pixels with a row of taps: place `j + 2 - kw` meets tap kw.
+template <typename S, int NTiles>
+FUSEDCNN_DEVICE void multiply_row(float (&acc)[4][NTiles][4], const uint32_t (&places)[6][4],
+                                  const uint32_t (&taps)[3][2 * NTiles]) {
+  FUSEDCNN_UNROLL
+  for (int kw = 0; kw < 3; ++kw) {
+    FUSEDCNN_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      FUSEDCNN_UNROLL
+      for (int tile = 0; tile < NTiles; ++tile) {
+        const uint32_t b[2] = {taps[kw][2 * tile], taps[kw][2 * tile + 1]};
+        multiply(S{}, acc[j][tile], places[j + 2 - kw], b);
+      }
+    }
+  }
+}
+
+// args: grad_output and code [N, OC, OH, OW], weight [OC, C, 3, 3], grad_input [N, C, H, W].
+template <typename S, typename Tile>
+FUSEDCNN_KERNEL_RESIDENT(Tile::kThreads, Tile::kResident)
+grad_input_mma_kernel(BackwardArgs args, InputMmaSizes sizes) {
+  constexpr int kNTiles = Tile::kNTiles;
+  constexpr int kSliceChannels = 4 * kItemChannels<S>;
+  SharedMemory memory;
+  const Shared<uint32_t> gradients = memory.array<uint32_t>(Tile::kGradients);
+  const Shared<uint32_t> fragments = memory.array<uint32_t>(sizes.kept_slices * Tile::kSlice);
+  const int lane = thread_index() % kWarp, g = lane / 4, t = lane % 4;
+  const int warp = thread_index() / kWarp, split = warp / Tile::kPixelWarps;
+  const int patch = warp % Tile::kPixelWarps * 16 + g;  // and the one 8 on
+  const auto patch_row = [](int p) { return p / Tile::kPatches * 2; };
+  const auto patch_col = [](int p) { return p % Tile::kPatches * 4; };
+  // Places of windows begin at an even coordinate, those that pixel 0 meets at any.
+  const Shared<uint32_t> patch_gradients =
+      gradients + (t * Tile::kPlane + (patch_row(patch) + sizes.padding_h % 2) * Tile::kPitch +
+                   patch_col(patch) + sizes.padding_w % 2);
+  const Shared<uint32_t> lane_fragments = fragments + (split * kWarp + lane) * 2 * kNTiles;
+
+  // The item of a window and plane, for a task and a slice of output channels.
+  const auto load = [&](const InputWalk& task, int slice, int plane, int row, int col) {
+    const Strides &from = args.grad_output_strides, &at = args.code_strides;
+    const int oc = slice * kSliceChannels + plane * kItemChannels<S>;
+    const int h = task.tile_h(sizes) * (Tile::kTileH / 2) + sizes.padding_h / 2 - 1 + row;
+    const int w = task.tile_w(sizes) * (Tile::kTileW / 2) + sizes.padding_w / 2 - 1 + col;
+    const bool real = inside(h, sizes.out_h) && inside(w, sizes.out_w);
+    return load_item(
+        args, sizes,
+        static_cast<const S*>(args.grad_output) + task.n() * from.n + oc * from.c + h * from.h +
+            w * from.w,
+        static_cast<const uint8_t*>(args.code) + task.n() * at.n + oc * at.c + h * at.h + w * at.w,
+        real ? sizes.out_channels - oc : 0);
+  };
+  InputWalk fetched(sizes);
+  int fetched_slice = 0;
+  InputItem items[Tile::kCoreItems];
+  const auto fetch = [&] {
+    if (fetched.done()) return;
+    for_core_items<Tile>(sizes, [&](int index, int plane, int row, int col) {
+      items[index] = load(fetched, fetched_slice, plane, row, col);
+    });
+    if (++fetched_slice == sizes.slices) fetched_slice = 0, fetched.advance(sizes);
+  };
+  if (!sizes.ring) {
+    for (int i = thread_index(); i < Tile::kGradients; i += Tile::kThreads) gradients[i] = 0;
+  }
+  fetch();
+
+  int weights_of = -1;  // channel block whose weights, all of them, are in shared memory
+  for (InputWalk walk(sizes); !walk.done(); walk.advance(sizes)) {
+    float acc[2][4][kNTiles][4];  // [dy][j][tile of N][register]
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < 32 * kNTiles; ++i) {
+      acc[i / kNTiles / 16][i / kNTiles / 4 % 4][i / 4 % kNTiles][i % 4] = 0;
+    }
+
+    for (int slice = 0; slice < sizes.slices; ++slice) {
+      // In the caches mostly, since it is other tiles' own.
+      InputItem ring[Tile::kRingItems];
+      if (sizes.ring) {
+        for_ring_items<Tile>([&](int index, int plane, int row, int col) {
+          ring[index] = load(walk, slice, plane, row, col);
+        });
+      }
+      sync_threads();  // the slice before is no longer read
+      const auto put = [&](const InputItem& item, int plane, int row, int col) {
+        expand<S, Tile>(item,
+                        gradients + (plane * Tile::kPlane + 2 * row * Tile::kPitch + 2 * col));
+      };
+      for_core_items<Tile>(sizes, [&](int index, int plane, int row, int col) {
+        put(items[index], plane, row, col);
+      });
+      if (sizes.ring) {
+        for_ring_items<Tile>(
+            [&](int index, int plane, int row, int col) { put(ring[index], plane, row, col); });
+      }
+      const bool kept = sizes.kept_slices == sizes.slices;
+      if (!kept || weights_of != walk.channel_block()) {
+        fetch_input_fragments<S, Tile>(args, sizes, walk.channel_block(), kept ? 0 : slice,
+                                       sizes.kept_slices, fragments);
+        weights_of = walk.channel_block();
+      }
+      sync_threads();
+      fetch();
+
+      // Row r of the gradients meets tap kh in row dy of pixels where r = dy + 2 - kh. A row at a
+      // time: more would be loaded ahead than there are registers.
+      const Shared<uint32_t> taps = lane_fragments + (kept ? slice : 0) * Tile::kSlice;
+      uint32_t b[3][2 * kNTiles];
+      FUSEDCNN_NO_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        uint32_t places[6][4];  // rows g, g + 8 of M, at rows t and t + 4 of K
+        FUSEDCNN_UNROLL
+        for (int i = 0; i < 24; ++i) {
+          const int plane = i % 4 / 2 * 4, row = r + i % 2 * patch_row(8);
+          places[i / 4][i % 4] = patch_gradients[plane * Tile::kPlane + row * Tile::kPitch + i / 4];
+        }
+        if (r > 0) multiply_row<S, kNTiles>(acc[1], places, b);
+        if (r == 3) continue;
+        FUSEDCNN_UNROLL
+        for (int kw = 0; kw < 3; ++kw) {
+          load_row(taps + (3 * (2 - r) + kw) * Tile::kTap, b[kw]);
+        }
+        multiply_row<S, kNTiles>(acc[0], places, b);
+      }
+    }
+
+    const Strides to = args.grad_input_strides;
+    const int channel = walk.channel_block() * Tile::kChannels + split * 8 * kNTiles +
+                        channel_of<kNTiles>(0, 2 * t);
+    S* const image = static_cast<S*>(args.grad_input) + walk.n() * to.n + channel * to.c;
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int dy = i % 2, half = i / 2;
+      const int h = walk.tile_h(sizes) * Tile::kTileH + patch_row(patch + 8 * half) + dy;
+      const int w = walk.tile_w(sizes) * Tile::kTileW + patch_col(patch);
+      if (h >= sizes.in_h || w >= sizes.in_w || channel >= sizes.channels) continue;
+      S* const pixel = image + h * to.h + w * to.w;
+      const auto value = [&](int j, int c) {
+        return narrow<S>(acc[dy][j][c / 2][2 * half + c % 2]);
+      };
+      if (sizes.channel_packs) {
+        FUSEDCNN_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          if (w + j >= sizes.in_w) continue;
+          Pack<2 * kNTiles, S> pack;
+          FUSEDCNN_UNROLL
+          for (int c = 0; c < 2 * kNTiles; ++c) pack.values[c] = value(j, c);
+          store_pack(pixel + j * to.w, pack);
+        }
+        continue;
+      }
+      FUSEDCNN_UNROLL
+      for (int c = 0; c < 2 * kNTiles; ++c) {
+        if (channel + c >= sizes.channels) continue;
+        Pack<4, S> pack;
+        FUSEDCNN_UNROLL
+        for (int j = 0; j < 4; ++j) pack.values[j] = value(j, c);
+        if (sizes.pixel_fours) {
+          store_pack(pixel + c * to.c, pack);
+          continue;
+        }
+        FUSEDCNN_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          if (w + j < sizes.in_w) pixel[c * to.c + j * to.w] = pack.values[j];
+        }
+      }
+    }
+  }
+}
+
+// ---- host ---------------------------------------------------------------------------------------
+
+template <typename S, typename Tile>
+void launch_grad_input_mma(const BackwardArgs& args, const Execution& execution) {
+  constexpr int64_t kBytes = sizeof(S), kItem = kItemChannels<S>, kLane = 2 * Tile::kNTiles;
+  const Geometry& g = args.geometry;
+  const AxisSizes h = sizes_of(g.h), w = sizes_of(g.w);
+  const auto parts = [](int whole, int part) { return (whole + part - 1) / part; };
+  InputMmaSizes s{};
+  s.in_h = h.in, s.in_w = w.in;
+  s.out_h = h.out, s.out_w = w.out;
+  s.padding_h = h.padding, s.padding_w = w.padding;
+  s.channels = static_cast<int>(g.in_channels);
+  s.out_channels = static_cast<int>(g.out_channels);
+  s.tiles_h = parts(h.in, Tile::kTileH);
+  s.tiles_w = parts(w.in, Tile::kTileW);
+  s.batch = static_cast<int>(g.batch);
+  s.channel_blocks = parts(s.channels, Tile::kChannels);
+  s.tasks = static_cast<int64_t>(s.channel_blocks) * s.batch * s.tiles_h * s.tiles_w;
+  s.slices = parts(s.out_channels, 4 * kItem);
+  s.kept_slices = s.slices;
+  if (shared_bytes<uint32_t>(static_cast<int64_t>(s.slices) * Tile::kSlice) >
+      kMostResidentWeights) {
+    s.kept_slices = 1;
+  }
+  s.ring = s.tiles_h > 1 || s.tiles_w > 1 || h.padding > 1 || w.padding > 1 ||
+           h.out > Tile::kWindowsH - 2 || w.out > Tile::kWindowsW - 2;
+  const Strides from = args.grad_output_strides, at = args.code_strides;
+  s.gradients_last = from.c == 1 && at.c == 1 && s.out_channels > 1;
+  s.gradient_packs = s.gradients_last && s.out_channels % kItem == 0 &&
+                     aligned(args.grad_output, kBytes, kItem * kBytes, {from.n, from.h, from.w}) &&
+                     aligned(args.code, 1, kItem, {at.n, at.h, at.w});
+  const Strides to = args.grad_input_strides;
+  s.channel_packs = to.c == 1 && s.channels % kLane == 0 &&
+                    aligned(args.grad_input, kBytes, kLane * kBytes, {to.n, to.h, to.w});
+  s.pixel_fours = to.w == 1 && s.in_w % 4 == 0 &&
+                  aligned(args.grad_input, kBytes, 4 * kBytes, {to.n, to.c, to.h});
+  // As many as 132 multiprocessors hold: each takes its share in one go.
+  constexpr int64_t kMostBlocks = 132 * Tile::kResident;
+  const int64_t blocks = blocks_for(s.tasks);
+  launch("grad_input_mma", grad_input_mma_kernel<S, Tile>,
+         blocks < kMostBlocks ? blocks : kMostBlocks, Tile::kThreads,
+         shared_bytes<uint32_t>(Tile::kGradients) +
+             shared_bytes<uint32_t>(static_cast<int64_t>(s.kept_slices) * Tile::kSlice),
+         execution, args, s);
+}
+
+template <typename S, int TileW>
+void grad_input_mma_wide(const BackwardArgs& args, const Execution& execution) {
+  if (args.geometry.in_channels <= 8) {
+    launch_grad_input_mma<S, InputTile<TileW, 1, 1>>(args, execution);
+  } else if (args.geometry.in_channels <= 16) {
+    launch_grad_input_mma<S, InputTile<TileW, 2, 1>>(args, execution);
+  } else {
+    launch_grad_input_mma<S, InputTile<TileW, 2, 2>>(args, execution);
+  }
+}
+
+template <typename S>
+void grad_input_mma_typed(const BackwardArgs& args, const Execution& execution) {
+  // 16 x 16 pixels unless 16 x 8 leave less of their tiles empty.
+  const int64_t width = args.geometry.w.in;
+  (width + 15) / 16 * 2 <= (width + 7) / 8 ? grad_input_mma_wide<S, 16>(args, execution)
+                                           : grad_input_mma_wide<S, 8>(args, execution);
+}
+
+}  // namespace
+}  // namespace fusedcnn::cuda
