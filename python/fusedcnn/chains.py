@@ -6,9 +6,6 @@ Nothing here changes a model: it is read, and copies without parameters of their
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import inspect
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,10 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from fusedcnn.modules import ConvReLUMaxPool2d
+from fusedcnn.tracing import LEAVES, Tracer, optional_parameters, shadow, trace
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _RELU_METHODS = ("relu", "relu_")
@@ -29,12 +27,6 @@ _CONV_FUNCTIONS = (F.conv2d, torch.conv2d)
 _POOL_PARAMETERS = (
     "input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices",
 )  # fmt: skip
-
-_AUTOCAST_DEVICES = ("cpu", "cuda")
-
-# Leaves of the trace even where a user has derived from them: what the derived class computes is
-# its own, so that it is named as a reason instead of being looked into.
-_LEAVES = (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d)
 
 
 @dataclass(frozen=True)
@@ -121,158 +113,6 @@ def hooks_of(module: nn.Module) -> list[str]:
     return [name for name, hooks in vars(module).items() if name.endswith("_hooks") and hooks]
 
 
-def share_tensors(model: nn.Module) -> dict[int, Any]:
-    """A memo that makes :func:`copy.deepcopy` share all tensors that modules hold."""
-    tensors = [*model.parameters(), *model.buffers()]
-    # Pruning and the older weight_norm keep computed tensors, which cannot be copied.
-    tensors += [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
-    return {id(t): t for t in tensors}
-
-
-def copy_sharing(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A copy of the modules that shares their tensors, and what else ``memo`` names.
-
-    Raises:
-        TypeError: it cannot be copied.
-    """
-    try:
-        return copy.deepcopy(model, share_tensors(model) | (memo or {}))
-    except Exception as error:  # whatever an attribute may raise that is copied
-        raise TypeError(
-            f"model: expected one that copy.deepcopy can copy, got {type(model).__name__}, which "
-            f"raises {type(error).__name__}: {error}"
-        ) from error
-
-
-def shadow(model: nn.Module) -> nn.Module:
-    """A copy to be traced: the same tensors, no hooks, and side effects that stay in it."""
-    tables = [
-        table
-        for module in model.modules()
-        for name, table in vars(module).items()
-        if name.endswith("_hooks") and isinstance(table, dict)
-    ]
-    return copy_sharing(model, {id(table): type(table)() for table in tables})
-
-
-# ---- tracing -------------------------------------------------------------------------------------
-
-
-def _modes() -> tuple[Any, ...]:
-    """What contexts decide around a call, and a graph of torch.fx does not hold."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # checkpointing sets them
-    autocast = [
-        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        for device in _AUTOCAST_DEVICES
-    ]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), hooks is None, *autocast
-
-
-@contextlib.contextmanager
-def surroundings(plain: bool) -> Iterator[None]:
-    """Modes to trace in: gradients and no autocast, or else autocast and no gradients.
-
-    A forward that sets one of them by itself shows in one of the two. Random numbers that it draws
-    are not missed afterwards.
-    """
-    before = [torch.is_autocast_enabled(device) for device in _AUTOCAST_DEVICES]
-    with (
-        torch.random.fork_rng(devices=[]),
-        torch.inference_mode(False),
-        torch.set_grad_enabled(plain),
-    ):
-        try:
-            for device in _AUTOCAST_DEVICES:
-                torch.set_autocast_enabled(device, not plain)
-            yield
-        finally:
-            for device, enabled in zip(_AUTOCAST_DEVICES, before, strict=True):
-                torch.set_autocast_enabled(device, enabled)
-            torch.clear_autocast_cache()
-
-
-class Tracer(fx.Tracer):
-    """A tracer that notes of each call who makes it, its number there, and the modes around it.
-
-    ``switched`` says whether a call was made in other modes than the tracer.
-
-    Args:
-        opaque: paths of modules whose forward is not entered; None enters no child at all. A
-            call has the same index in both cases.
-    """
-
-    proxy_buffer_attributes = True  # an in-place update while tracing must not reach a buffer
-
-    def __init__(self, opaque: set[str] | None) -> None:
-        super().__init__()
-        self.opaque = opaque
-        self.callers: list[str] = [""]
-        self.made: Counter[str] = Counter()
-        self.module_calls: dict[str, set[tuple[str, int]]] = {}
-        self.calls: Counter[str] = Counter({"": 1})
-        self._next: tuple[str, int] = ("", 0)
-        self._modes = _modes()
-        self.switched = False
-
-    def is_leaf_module(self, module: nn.Module, path: str) -> bool:
-        """Whether the call is one node, not entered."""
-        if self.opaque is None or path in self.opaque or isinstance(module, _LEAVES):
-            return True
-        return super().is_leaf_module(module, path)
-
-    def _count(self) -> tuple[str, int]:
-        caller = self.callers[-1]
-        self.made[caller] += 1
-        return caller, self.made[caller] - 1
-
-    def call_module(self, m, forward, args, kwargs):
-        """Enter or record a call, with its place."""
-        path = self.path_of_module(m)
-        self._next = self._count()
-        self.module_calls.setdefault(path, set()).add(self._next)
-        self.calls[path] += 1
-        self.callers.append(path)
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        finally:
-            self.callers.pop()
-
-    def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
-        """Record a node, with its place."""
-        node = super().create_node(kind, target, args, kwargs, name, type_expr)
-        if kind == "call_module":
-            node.meta["call"], node.meta["callers"] = self._next, tuple(self.callers[:-1])
-        elif kind in ("call_function", "call_method"):
-            node.meta["call"], node.meta["callers"] = self._count(), tuple(self.callers)
-        if kind in ("call_module", "call_function", "call_method"):
-            node.meta["modes"] = _modes()
-            self.switched |= node.meta["modes"] != self._modes
-        return node
-
-
-def optional_parameters(module: nn.Module) -> dict[str, Any]:
-    """Parameters of ``forward`` that have defaults, and * and **."""
-    signature = inspect.signature(module.forward)
-    return {
-        name: p.default
-        for name, p in signature.parameters.items()
-        if p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    }
-
-
-def _run(module: nn.Module, opaque: set[str] | None, defaults: bool) -> tuple[Tracer, fx.Graph]:
-    concrete = None
-    if defaults:
-        concrete = {
-            name: value
-            for name, value in optional_parameters(module).items()
-            if value is not inspect.Parameter.empty
-        }
-    with surroundings(plain=module.training):  # each mode once: both are traced
-        tracer = Tracer(opaque)
-        return tracer, tracer.trace(module, concrete)
-
-
 def analyse(model: nn.Module) -> Analysis:
     """Trace the model in training and evaluation mode, or else its traceable parts."""
     found = Analysis()
@@ -295,9 +135,9 @@ def _why_untraceable(module: nn.Module, opaque: set[str] | None) -> str:
     try:
         for training in (True, False):
             module.train(training)
-            _run(module, opaque, defaults=False)
+            trace(module, opaque, defaults=False)
             if optional_parameters(module):
-                _run(module, opaque, defaults=True)
+                trace(module, opaque, defaults=True)
     except Exception as error:  # whatever a forward may raise that is run on symbols
         text = str(error).strip().splitlines() or [""]
         return f"torch.fx cannot follow its forward: {type(error).__name__}: {text[0]}"
@@ -318,7 +158,7 @@ def _analyse_part(
             for training in (True, False):
                 part.train(training)
                 for defaults in (False, True) if optional_parameters(part) else (False,):
-                    tracer, graph = _run(part, within, defaults)
+                    tracer, graph = trace(part, within, defaults)
                     found.traces.append(_read(model, path, training, tracer, graph))
                     found.roots.append(path)
             for name in within:
@@ -528,7 +368,7 @@ def _why_not_module(path: str, module: nn.Module) -> str:
         return f"'{path}' is parametrised"
     exact = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Identity)
     if type(module) not in exact:
-        base = next(c.__name__ for c in (*_LEAVES, nn.Identity) if isinstance(module, c))
+        base = next(c.__name__ for c in (*LEAVES, nn.Identity) if isinstance(module, c))
         return f"'{path}' is a {type(module).__name__}, and may not compute what {base} does"
     if "forward" in vars(module):
         return f"the forward of '{path}' was replaced on the instance"

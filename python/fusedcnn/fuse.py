@@ -10,18 +10,11 @@ from typing import Any, Literal, NamedTuple, overload
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedcnn.chains import (
-    Analysis,
-    Chain,
-    Step,
-    analyse,
-    copy_sharing,
-    hooks_of,
-    name_of,
-)
+from fusedcnn.chains import Analysis, Chain, Step, analyse, hooks_of, name_of
 from fusedcnn.folding import ConvBatchNormReLUMaxPool2d, FoldedBatchNorm2d
 from fusedcnn.modules import ConvReLUMaxPool2d
 from fusedcnn.rewriting import Removed, RewrittenForward, rewritten_class, why_not_rewritable
+from fusedcnn.tracing import copy_sharing
 
 
 class FuseResult(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fusedcnn.chains import Tracer, optional_parameters, shadow, surroundings
+from fusedcnn.tracing import Tracer, optional_parameters, shadow, surroundings
 
 Removed = dict[bool, tuple[int, ...]]  # by training mode: indices of the calls to take out
 
