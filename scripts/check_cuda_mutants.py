@@ -601,6 +601,18 @@ MUTANTS = [
         "if (!kept || weights_of < 0) {",
     ),
     Mutant(
+        "forward mma: pixels are not rounded to tf32",
+        FORWARD_MMA,
+        "word[i] = to_tf32(float_from(word[i]));",
+        "word[i] = word[i];",
+    ),
+    Mutant(
+        "grad_input mma: gradients are not rounded to tf32",
+        INPUT_MMA,
+        "const uint32_t rounded = to_tf32(float_from(value))",
+        "const uint32_t rounded = value",
+    ),
+    Mutant(
         "codes: 255 of a byte is taken for an element",
         "kernels/sizes.h",
         "return code == kOff<uint8_t> ? -1 : code;",

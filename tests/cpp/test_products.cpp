@@ -139,4 +139,59 @@ void test_float32_products(const Backend& backend, const char* tf32) {
   }
 }
 
+void test_tf32_rounding(const Backend& backend, const char* tf32) {
+  const Geometry& g = case_named("block2").geometry;
+  std::mt19937 random(12);
+  const auto fill = [&](int64_t count, int odd) {
+    std::vector<double> values(static_cast<size_t>(count));
+    for (double& value : values) {
+      // -1, 0 or 1; or, of twelve significant bits with the last one set, +-2049 to +-4095.
+      value = odd ? 2049. + 2 * static_cast<int>(random() % 1024) : random() % 3 - 1.;
+      if (odd && random() % 2) value = -value;
+    }
+    return values;
+  };
+  // tf32 has eleven bits: between two numbers, away from zero.
+  const auto round = [](std::vector<double> values) {
+    for (double& value : values) value += value > 0 ? 1 : -1;
+    return values;
+  };
+  enum { kInput, kWeight, kGradOutput };
+  for (const int odd : {kInput, kWeight, kGradOutput}) {
+    Operands operands;
+    operands.input = fill(g.batch * g.in_channels * g.h.in * g.w.in, odd == kInput);
+    operands.weight = fill(g.out_channels * g.in_channels * g.taps(), odd == kWeight);
+    operands.bias.assign(static_cast<size_t>(g.out_channels), 1);
+    operands.grad_output = fill(g.batch * g.out_channels * g.outputs(), odd == kGradOutput);
+    Operands rounded = operands;
+    for (auto* values : {&rounded.input, &rounded.weight, &rounded.grad_output}) {
+      if (std::fabs(values->front()) > 1) *values = round(*values);
+    }
+    const Forward want = forward(g, rounded);
+    const Gradients grads = backward(g, rounded, want.code);
+    const std::vector<double> bias = backward(g, operands, want.code).bias;  // no product
+    for (const TestedKernel& kernel : backend.kernels) {
+      const fusedcnn::Problem problem{g, DataType::kFloat32, false};
+      if (kernel.name != tf32 || kernel.why_not(problem)) continue;
+      const Call call{&kernel, problem, Layout::kContiguous, 0};
+      const std::string what = kernel.name + std::string(" rounds to tf32, operand ") +
+                               std::to_string(odd) + ": " + name(kernel.pass);
+      if (kernel.pass == fusedcnn::Pass::kForward) {
+        Forward got;
+        run_forward(call, operands, &got, what);
+        check(got.output == want.output && got.code == want.code, what);
+        continue;
+      }
+      Gradients got;
+      run_backward(call, operands, want.code, &got, what);
+      if (kernel.pass == fusedcnn::Pass::kGradWeight) {
+        check(got.weight == grads.weight, what);
+        check(got.bias == bias, what + ", the bias's");
+      } else {
+        check(got.input == grads.input, what);
+      }
+    }
+  }
+}
+
 }  // namespace selftest

@@ -1,4 +1,4 @@
-// Tests of float32 kernels that may multiply by other means than float's own products.
+// Tests of float32 kernels that multiply by other means than float's own products.
 #pragma once
 
 #include "backend.h"
@@ -9,5 +9,8 @@ namespace selftest {
 // and NaN exactly where float has them. `tf32`: kernels of this name round operands and are left
 // out.
 void test_float32_products(const Backend& backend, const char* tf32);
+
+// Kernels named `tf32` round float32 operands to the nearest tf32 number, and nothing else.
+void test_tf32_rounding(const Backend& backend, const char* tf32);
 
 }  // namespace selftest

@@ -40,6 +40,7 @@ int main(int count, char** arguments) {
   selftest::test_cuda_select();
   const selftest::Backend backend = selftest::cuda_backend();
   selftest::test_float32_products(backend, "mma");  // few calls, which tell much
+  selftest::test_tf32_rounding(backend, "mma");
   selftest::test_rounding(selftest::cuda_backend(/*allow_tf32=*/false));
   selftest::test_exact(backend, quick);
   selftest::test_special_values(backend);

@@ -43,6 +43,7 @@ int main(int count, char** arguments) {
     selftest::test_optional_arguments(backend);
     selftest::test_special_values(backend);
     selftest::test_float32_products(backend, "mma");
+    selftest::test_tf32_rounding(backend, "mma");
     selftest::test_determinism(backend);
     selftest::test_exact(backend, quick);
   } catch (const std::exception& error) {
