@@ -44,6 +44,7 @@ namespace fusedcnn::cuda {
 namespace {
 
 constexpr int kInputWindowsWarps = 8;  // of a block, at most
+constexpr int kFetched = 32;           // output channels whose gradients a warp fetches at once
 constexpr int kBand = 8;               // rows of windows that are summed up at a time, at most
 // Windows of a tile along an axis: all, or as many as these, the first of them computed twice.
 constexpr int kInputTileH = 4 * kBand, kInputTileW = 16;
@@ -151,7 +152,6 @@ grad_input_windows_kernel(BackwardArgs args, InputWindowsSizes sizes) {
           const Shared<float> own_gradients = gradients + warp * sizes.staged * kWindows;
           const Shared<uint32_t> own_codes = codes + warp * sizes.staged;
           if (turn >= 0) {
-            constexpr int kAtOnce = kWarp / kWindows;  // output channels
             const int x = chunk * kWindows + lane % kWindows;
             const int oh = first_h + band + row, ow = first_w + x;
             const Strides &at = args.code_strides, &from = args.grad_output_strides;
@@ -160,20 +160,27 @@ grad_input_windows_kernel(BackwardArgs args, InputWindowsSizes sizes) {
             const S* const gradient_at =
                 static_cast<const S*>(args.grad_output) + n * from.n + oh * from.h + ow * from.w;
             FUSEDCNN_NO_UNROLL
-            for (int part = 0; part < slice; part += 4 * kAtOnce) {
+            for (int part = 0; part < slice; part += kFetched) {
+              constexpr int kStep = kWarp / kWindows;  // output channels
+              int code[kFetched / kStep];
+              float gradient[kFetched / kStep];
               FUSEDCNN_UNROLL
-              for (int i = 0; i < 4 * kAtOnce; i += kAtOnce) {
-                const int oc = part + i + lane / kWindows;
-                int code = -1;
-                float gradient = 0;
+              for (int i = 0; i < kFetched / kStep; ++i) {
+                const int oc = part + i * kStep + lane / kWindows;
+                code[i] = -1;
+                gradient[i] = 0;
                 if (oc < slice && x < cols) {
-                  code = load_code(code_at + (oc0 + oc) * at.c);
-                  gradient = widen(load_constant(gradient_at + (oc0 + oc) * from.c));
+                  code[i] = load_code(code_at + (oc0 + oc) * at.c);
+                  gradient[i] = widen(load_constant(gradient_at + (oc0 + oc) * from.c));
                 }
-                uint32_t word = (code < 0 ? 0u : 2u * code + 1) << 4 * (lane % kWindows);
+              }
+              FUSEDCNN_UNROLL
+              for (int i = 0; i < kFetched / kStep; ++i) {
+                const int oc = part + i * kStep + lane / kWindows;
+                uint32_t word = (code[i] < 0 ? 0u : 2u * code[i] + 1) << 4 * (lane % kWindows);
                 FUSEDCNN_UNROLL
                 for (int mask = 1; mask < kWindows; mask *= 2) word |= shuffle_xor(word, mask);
-                own_gradients[(part + i) * kWindows + lane] = gradient;
+                own_gradients[oc * kWindows + lane % kWindows] = gradient[i];
                 if (lane % kWindows == 0) own_codes[oc] = word;
               }
             }
@@ -336,7 +343,7 @@ InputWindowsSizes input_windows_sizes(const Geometry& g) {
   s.chunks = parts(least(s.out_w, kInputTileW), Config::kWindows);
   s.warps = least(s.band * s.chunks, kInputWindowsWarps);
   s.slice = least(s.out_channels, Config::kSlice);
-  s.staged = parts(s.slice, 32) * 32;
+  s.staged = parts(s.slice, kFetched) * kFetched;
   s.row_words = (least(s.out_w, kInputTileW) + 1) * Config::kPair;
   s.row_words += (kWarp / 2 + kWarp - s.row_words % kWarp) % kWarp;
   s.units = g.batch * s.tiles_h * s.tiles_w;
