@@ -10,7 +10,8 @@ set(FUSEDCNN_CUDA_UNITS
   ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_mma.cu
   ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_windows.cu
   ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_input_general.cu
-  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_input_mma.cu)
+  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_input_mma.cu
+  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_input_windows.cu)
 
 set(FUSEDCNN_CUDA AUTO CACHE STRING
     "CUDA kernels: AUTO (when a CUDA compiler is found), ON (an error when none is) or OFF")

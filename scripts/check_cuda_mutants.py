@@ -34,6 +34,7 @@ INPUT = "kernels/backward_input_general.h"
 MMA = "kernels/mma.h"
 INPUT_MMA = "kernels/backward_input_mma.h"
 POOL = "kernels/windows.h"
+INPUT_WINDOWS = "kernels/backward_input_windows.h"
 WEIGHT_LANES = "kernels/backward_weight_lanes.h"
 WEIGHT_MMA = "kernels/backward_weight_mma.h"
 WEIGHT_WINDOWS = "kernels/backward_weight_windows.h"
@@ -599,6 +600,36 @@ MUTANTS = [
         INPUT_MMA,
         "if (!kept || weights_of != walk.channel_block()) {",
         "if (!kept || weights_of < 0) {",
+    ),
+    Mutant(
+        "grad_input windows: no barrier between patches that overlap",
+        INPUT_WINDOWS,
+        "            sync_threads();  // the next turn's patches overlap with these\n",
+        "",
+    ),
+    Mutant(
+        "grad_input windows: neighbouring chunks of a row take the same turn",
+        INPUT_WINDOWS,
+        "(row & 1) + 2 * (chunk & 1)",
+        "(row & 1)",
+    ),
+    Mutant(
+        "grad_input windows: the middle weight goes to the other half's column",
+        INPUT_WINDOWS,
+        "if (left == (dx == 0)) {",
+        "if (left == (dx == 1)) {",
+    ),
+    Mutant(
+        "grad_input windows: the next band begins with zeros",
+        INPUT_WINDOWS,
+        "sums[i] = last_band ? 0.f : sums[2 * sizes.band * row_words + i];",
+        "sums[i] = 0;",
+    ),
+    Mutant(
+        "grad_input windows: pixels below the last window are taken to be reached",
+        INPUT_WINDOWS,
+        "const bool reached = row < 2 * band_rows + 2 && col",
+        "const bool reached = col",
     ),
     Mutant(
         "forward mma: pixels are not rounded to tf32",

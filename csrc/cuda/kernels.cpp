@@ -20,6 +20,8 @@ KernelList kernels() {
       {"general", Pass::kGradWeight, true, why_not_general, grad_weight_general_workspace, nullptr,
        grad_weight_general},
       {"mma", Pass::kGradInput, true, why_not_mma, nullptr, nullptr, grad_input_mma},
+      {"windows", Pass::kGradInput, true, why_not_input_windows, nullptr, nullptr,
+       grad_input_windows},
       {"general", Pass::kGradInput, true, why_not_general, nullptr, nullptr, grad_input_general},
   };
   return {list, sizeof list / sizeof *list};
@@ -88,6 +90,19 @@ const char* why_not_weight_windows(const Problem& problem, const Target& target)
   if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
   if (const char* reason = why_not_general(problem, target)) return reason;
   if (grad_weight_windows_shared(problem) > target.device.shared_bytes) {
+    return "the GPU's blocks have too little shared memory";
+  }
+  return nullptr;
+}
+
+const char* why_not_input_windows(const Problem& problem, const Target& target) {
+  if (problem.type == DataType::kFloat64) return "float64";
+  if (problem.wide_code) return "int32 codes";
+  // Too few lanes work.
+  if (problem.geometry.in_channels < 3) return "fewer than 3 input channels";
+  if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
+  if (const char* reason = why_not_general(problem, target)) return reason;
+  if (grad_input_windows_shared(problem) > target.device.shared_bytes) {
     return "the GPU's blocks have too little shared memory";
   }
   return nullptr;

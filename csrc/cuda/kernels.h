@@ -12,6 +12,7 @@ const char* why_not_general(const Problem& problem, const Target& target);
 const char* why_not_windows(const Problem& problem, const Target& target);
 const char* why_not_weight_windows(const Problem& problem, const Target& target);
 const char* why_not_weight_lanes(const Problem& problem, const Target& target);
+const char* why_not_input_windows(const Problem& problem, const Target& target);
 const char* why_not_mma(const Problem& problem, const Target& target);
 const char* why_not_mma3(const Problem& problem, const Target& target);
 void forward_general(const ForwardArgs& args, const Execution& execution);
@@ -32,6 +33,8 @@ int64_t grad_weight_windows_shared(const Problem& problem);  // of a block
 int64_t grad_weight_windows_workspace(const Problem& problem);
 void grad_weight_windows(const BackwardArgs& args, const Execution& execution);
 void grad_input_mma(const BackwardArgs& args, const Execution& execution);
+int64_t grad_input_windows_shared(const Problem& problem);  // of a block
+void grad_input_windows(const BackwardArgs& args, const Execution& execution);
 void grad_input_general(const BackwardArgs& args, const Execution& execution);
 
 }  // namespace fusedcnn::cuda

@@ -10,6 +10,7 @@ namespace selftest {
 
 void test_cuda_select() {
   using fusedcnn::DataType;
+  using fusedcnn::Pass;
   using fusedcnn::cuda::Target;
   struct Row {
     const char* case_name;
@@ -18,6 +19,7 @@ void test_cuda_select() {
     int shared_kib;
     bool tf32;
     const char* kernel;
+    Pass pass = Pass::kForward;
   };
   constexpr Row kRows[] = {
       // Three products where they should gain: enough channels, and fast tensor cores.
@@ -37,17 +39,25 @@ void test_cuda_select() {
       {"block1", DataType::kFloat32, 86, 99, true, "mma"},
       {"block2", DataType::kBFloat16, 90, 227, false, "mma"},
       {"block2", DataType::kFloat64, 90, 227, true, "general"},
+      // grad_input on CUDA cores: from 3 input channels on, where shared memory has room.
+      {"block2", DataType::kFloat32, 90, 227, false, "windows", Pass::kGradInput},
+      {"block2", DataType::kFloat32, 90, 227, true, "mma", Pass::kGradInput},
+      {"block2", DataType::kFloat32, 75, 64, false, "windows", Pass::kGradInput},
+      {"channels64", DataType::kBFloat16, 75, 64, false, "windows", Pass::kGradInput},
+      {"bands", DataType::kFloat32, 75, 64, false, "general", Pass::kGradInput},
+      {"bands", DataType::kFloat32, 86, 99, false, "windows", Pass::kGradInput},
+      {"many_images", DataType::kFloat32, 90, 227, false, "general", Pass::kGradInput},
   };
   for (const Row& row : kRows) {
     const fusedcnn::Problem problem{case_named(row.case_name).geometry, row.type, false};
     const Target target{{row.capability, 132, row.shared_kib * 1024}, row.tf32};
     std::string reason;
     const fusedcnn::cuda::Kernel* const kernel =
-        fusedcnn::cuda::select(fusedcnn::Pass::kForward, problem, target, &reason);
+        fusedcnn::cuda::select(row.pass, problem, target, &reason);
     const std::string got = kernel ? kernel->name : "none";
-    check(got == row.kernel, std::string(row.case_name) + " in " + name(row.type) + " on sm_" +
-                                 std::to_string(row.capability) + ": expected " + row.kernel +
-                                 ", got " + got + " (" + reason + ")");
+    check(got == row.kernel, std::string(row.case_name) + ": " + name(row.pass) + " in " +
+                                 name(row.type) + " on sm_" + std::to_string(row.capability) +
+                                 ": expected " + row.kernel + ", got " + got + " (" + reason + ")");
   }
 }
 
