@@ -72,6 +72,12 @@ def joined(device: torch.device) -> Iterator[Processes]:
     if processes.size == 1:
         yield processes
         return
+    # This module's functions take the default process group as a default argument, evaluated once.
+    # If it were first imported later, as DistributedDataParallel does, they would keep the group
+    # and its threads past destroy_process_group; a thread that then drops a Python object while
+    # the interpreter finalizes aborts the process.
+    import torch.distributed.nn.functional  # noqa: F401
+
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         silent = contextlib.redirect_stdout(io.StringIO())

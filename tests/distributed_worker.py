@@ -15,9 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -30,6 +27,9 @@ CLOSE = {"rtol": 1e-11, "atol": 1e-11}
 
 def check_dtensor() -> None:
     """A batch sharded over the processes, parameters on both, as distribute_module leaves them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(0)
     block = fusedcnn.ConvReLUMaxPool2d(3, 4, 3, padding=1).double()
@@ -53,6 +53,9 @@ def check(kind: str) -> None:
     alone = copy.deepcopy(model)
     processes = described_by_environment()
     if kind == "fsdp":
+        # Imported here: early imports of such modules hide what joined() has to import itself.
+        from torch.distributed.fsdp import fully_shard
+
         for block in (model.features[0], model.features[3], model.classifier):
             fully_shard(block)
         parallel = fully_shard(model)
@@ -76,13 +79,24 @@ def check(kind: str) -> None:
     assert total > 0
 
 
+def gloo_threads() -> list[str]:
+    """Names of this process's threads that belong to gloo, where the system tells (Linux)."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
 if __name__ == "__main__":
     kind = sys.argv[1]
     with joined(torch.device("cpu")):
+        if sys.platform == "linux":
+            assert gloo_threads()
         check_dtensor() if kind == "dtensor" else check(kind)
         who = f"rank {dist.get_rank()} of {dist.get_world_size()}"
         print(f"{who}: {kind} agrees", file=sys.stderr)
-    # A thread of torch.distributed that is still running now and then aborts the interpreter's own
-    # way out, after all is checked.
     sys.stderr.flush()
-    os._exit(0)
+    if kind in ("fsdp", "dtensor"):
+        # Device meshes keep the group, and a thread of it that is still busy now and then aborts
+        # the interpreter's own way out, after all is checked.
+        os._exit(0)
+    left = gloo_threads()
+    assert not left, f"expected no thread of the process group after joined(), got {left}"
