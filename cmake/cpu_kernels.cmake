@@ -24,6 +24,8 @@ add_library(fusedcnn_cpu STATIC
   csrc/cpu/select.cpp)
 target_link_libraries(fusedcnn_cpu PRIVATE $<BUILD_INTERFACE:fusedcnn_options>)
 target_include_directories(fusedcnn_cpu PUBLIC csrc)
+find_package(Threads REQUIRED) # pthread_atfork
+target_link_libraries(fusedcnn_cpu PUBLIC Threads::Threads)
 foreach(isa IN LISTS FUSEDCNN_ISAS)
   add_library(fusedcnn_cpu_${isa} OBJECT csrc/cpu/kernels.cpp)
   target_compile_definitions(fusedcnn_cpu_${isa} PRIVATE FUSEDCNN_ISA=${isa})

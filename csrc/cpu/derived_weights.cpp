@@ -1,5 +1,7 @@
 #include "cpu/derived_weights.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -77,7 +79,12 @@ struct Cache {
 
 // Never destroyed: threads may still compute while the process ends.
 Cache& cache() {
-  static Cache& the_cache = *new Cache;
+  static Cache& the_cache = []() -> Cache& {
+    // A fork while another thread holds the mutex would leave it locked in the child for good.
+    pthread_atfork([] { cache().mutex.lock(); }, [] { cache().mutex.unlock(); },
+                   [] { cache().mutex.unlock(); });
+    return *new Cache;
+  }();
   return the_cache;
 }
 

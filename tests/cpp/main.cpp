@@ -7,6 +7,7 @@
 #include "check.h"
 #include "cpu/select.h"
 #include "cpu_backend.h"
+#include "test_derived_weights.h"
 #include "test_kernels.h"
 #include "test_select.h"
 
@@ -44,6 +45,7 @@ int main(int count, char** arguments) {
     selftest::check(selected == expected, "expected ISA " + expected + ", selected " + selected);
   }
   selftest::test_select();
+  selftest::test_derived_weights();
   bool found = only.empty();
   for (const fusedcnn::cpu::Isa& isa : fusedcnn::cpu::isas()) {
     if (!only.empty() && only != isa.name) continue;
