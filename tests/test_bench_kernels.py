@@ -266,7 +266,7 @@ BAD_ARGUMENTS = {
     "no shape": (["--stride", "2"], "--shape: needed where sizes are given: stride"),
     "name and shape": (["stem", *SHAPE], "--shape: expected no block names beside it"),
     "two batch sizes": ([*SHAPE, "--batch-sizes", "3"], "--batch-sizes: not allowed"),
-    "kernel too large": ([*SHAPE, "--kernel-size", "11"], "--shape: Calculated padded input"),
+    "kernel too large": ([*SHAPE, "--kernel-size", "11"], "--shape: "),
     "channels and groups": ([*SHAPE, "--groups", "3"], "--shape: in_channels must be divisible"),
     "stride 0": ([*SHAPE, "--stride", "0"], "--stride: expected N or HxW from 1"),
     "pool padding": ([*SHAPE, "--pool-padding", "2"], "--shape: "),

@@ -104,6 +104,7 @@ def test_operators_of_a_compiled_training_step():
     assert names == [[forward] * 2, ["fusedcnn.conv_relu_max_pool2d_backward.default"] * 2]
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch 2.10 ties a pool to a parity")
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_no_recompilation_for_another_batch(layout, train):
@@ -180,12 +181,11 @@ def test_compile_under_autocast():
     """The dtype of the region, in one graph; exact on integers."""
     block = by_name("simplecnn1_n2")
     operands, _ = exact_case(block.name, torch.float32)
+    arguments, keywords = block.conv_arguments, block.fused_keywords
 
     def function(*tensors):
         with torch.autocast("cpu", torch.bfloat16):
-            return fusedcnn.conv_relu_max_pool2d(
-                *tensors, *block.conv_arguments, **block.fused_keywords
-            )
+            return fusedcnn.conv_relu_max_pool2d(*tensors, *arguments, **keywords)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     with fusedcnn.backends.winograd.flags(enabled=False):

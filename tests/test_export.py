@@ -67,6 +67,7 @@ def test_export_with_a_batch_of_any_size(grad):
         torch.testing.assert_close(exported(images), model(images), **CLOSE)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch 2.10 ties a pool to a parity")
 def test_export_with_an_image_of_any_size():
     """Height and width, too; padding and pool at odd and even sizes."""
     module = fusedcnn.ConvReLUMaxPool2d(3, 4, 3, padding=1, pool_kernel_size=3, pool_stride=2)
