@@ -67,7 +67,9 @@ IN_SDIST = (
     "python/fusedcnn/py.typed",
 )
 # What a wheel may hold, beside its .dist-info folder.
-IN_WHEEL = re.compile(r"fusedcnn/(?:[\w/]+\.py|py\.typed|libfusedcnn(?:_cuda)?\.so|_C\.[\w.-]+\.so)$")
+IN_WHEEL = re.compile(
+    r"fusedcnn/(?:[\w/]+\.py|py\.typed|libfusedcnn(?:_cuda)?\.so|_C\.[\w.-]+\.so)$"
+)
 
 
 class CheckError(Exception):
