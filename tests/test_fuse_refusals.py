@@ -453,6 +453,10 @@ def test_bad_input():
         fusedcnn.fuse(nn.ReLU(), inplace=1)
     with pytest.raises(TypeError, match="report: expected a bool, got 'yes'"):
         fusedcnn.fuse(nn.ReLU(), report="yes")
+    with torch.no_grad():  # deprecated, and met in what others have saved
+        traced = torch.jit.trace(nn.Sequential(*block()), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(TypeError, match="model: fuse expected a module whose forward is Python"):
+        fusedcnn.fuse(traced)
     model = nn.Sequential(*block())
     model.lock = (i for i in range(3))
     with pytest.raises(TypeError, match=r"model: expected one that copy.deepcopy can copy"):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, overload
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -91,10 +92,16 @@ def fuse(model, *, inplace=False, report=False):
         The fused model, or (model, list of :class:`FuseResult`) with ``report=True``.
 
     Raises:
-        TypeError: model is no module, a flag is no bool, or the model cannot be copied by
-            :func:`copy.deepcopy`, which tracing needs. Whatever is raised, the model is as it was.
+        TypeError: model is no module or is compiled by TorchScript, a flag is no bool, or the model
+            cannot be copied by :func:`copy.deepcopy`, which tracing needs. Whatever is raised, the
+            model is as it was.
     """
     _check("fuse", model, inplace=inplace, report=report)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"model: fuse expected a module whose forward is Python, got a {type(model).__name__}; "
+            "call fuse before TorchScript"
+        )
     analysis = analyse(model)
     target = model if inplace else copy_sharing(model)
     plan = _Plan(model, analysis)
