@@ -270,7 +270,10 @@ REFUSED = {
         lambda: nn.Sequential(*block(nn.BatchNorm2d(4, track_running_stats=False))).eval(),
         "keeps no running statistics"),
     "norm in training": (lambda: nn.Sequential(*block(nn.BatchNorm2d(4))), "call eval() first"),
-    "other norm": (lambda: nn.Sequential(*block(nn.SyncBatchNorm(4))).eval(), "a SyncBatchNorm"),
+    "other norm": (
+        lambda: nn.Sequential(*block(nn.SyncBatchNorm(4))).eval(),
+        "a SyncBatchNorm, and may not compute what BatchNorm2d does",
+    ),
     "empty windows": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2, 1, 1, 3), nn.ReLU()),
         "may be empty"),
