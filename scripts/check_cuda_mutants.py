@@ -7,8 +7,8 @@ exactly once, in its file is an error too: adapt it, or it checks nothing.
 
     python scripts/check_cuda_mutants.py BUILD_DIR [--only NAME] [--jobs N]
 
-BUILD_DIR is a build of the kernels alone (-DFUSEDCNN_KERNELS_ONLY=ON, Ninja), whose compile
-commands are used; it is not changed.
+BUILD_DIR is a build of the kernels alone (-DFUSEDCNN_KERNELS_ONLY=ON), whose compile commands are
+used; it is not changed.
 """
 
 from __future__ import annotations
@@ -661,7 +661,9 @@ class Build:
         commands = {}
         for entry in json.loads((self.folder / "compile_commands.json").read_text()):
             command = shlex.split(entry["command"])
-            commands[command[command.index("-o") + 1]] = command
+            # Relative to the build folder with Ninja, to a folder in it with Make.
+            output = Path(entry["directory"], command[command.index("-o") + 1])
+            commands[str(output)] = command
         self.compile = {
             Path(command[-1]).name: command
             for target, command in commands.items()
@@ -669,7 +671,7 @@ class Build:
         }
         self.library = self.folder / "tests/cuda_on_cpu/libfusedcnn_cuda_on_cpu.a"
         self.selftest_objects = [
-            self.folder / target for target in commands if "fusedcnn_cuda_selftest.dir" in target
+            target for target in commands if "fusedcnn_cuda_selftest.dir" in target
         ]
 
 
@@ -761,7 +763,7 @@ def check(build_: Build, mutant: Mutant | None) -> tuple[bool, str, float]:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("build", type=Path, help="a build of the kernels alone, with Ninja")
+    parser.add_argument("build", type=Path, help="a build of the kernels alone")
     parser.add_argument("--only", help="mutants whose name contains this")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
+import fusedcnn
 import numpy as np
 import pytest
 import torch
@@ -268,6 +269,10 @@ def backward_call(**changed) -> tuple:
         ("grad_output", torch.ones(2, 6, 3, 3).double()),
         ("grad_output", torch.ones(2, 6, 3, 3, dtype=torch.int64)),
         ("weight", torch.ones(6, 4, 3, 3).bfloat16()),
+        ("grad_output", None),
+        ("input", None),
+        ("weight", None),
+        ("code", None),
         ("code", torch.zeros(2, 6, 3, 3, dtype=torch.int32)),
         ("code", torch.zeros(2, 6, 3, 3)),
         ("code", torch.zeros(0, dtype=torch.uint8)),
@@ -282,8 +287,35 @@ def backward_call(**changed) -> tuple:
 def test_the_backward_operator_checks_its_arguments(argument, value):
     """It is public as torch.ops.fusedcnn.*: what does not fit is refused, not read beyond."""
     torch.ops.fusedcnn.conv_relu_max_pool2d_backward(*backward_call())
-    with pytest.raises(RuntimeError, match=r"\w+: expected|overflows"):
+    message = r"\w+: expected|overflows"
+    if value is None:  # which passes for a Tensor in a schema
+        message = f"^{argument}: expected a Tensor, got None"
+    with pytest.raises(RuntimeError, match=message):
         torch.ops.fusedcnn.conv_relu_max_pool2d_backward(*backward_call(**{argument: value}))
+
+
+@pytest.mark.parametrize("argument", ["input", "weight"])
+def test_the_forward_operator_names_a_tensor_that_is_none(argument):
+    """For a schema None passes for a Tensor; torch's own error names a source file instead."""
+    arguments = {**call({}), argument: None}
+    tensors = (arguments["input"], arguments["weight"], arguments["bias"])
+    geometry = (1, 1, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 0, 0, 1, 1, 0)
+    with pytest.raises(RuntimeError, match=f"^{argument}: expected a Tensor, got None"):
+        torch.ops.fusedcnn.conv_relu_max_pool2d(*tensors, geometry, True)
+    leaves = (t if t is None else t.requires_grad_() for t in tensors)
+    with pytest.raises(RuntimeError, match=f"^{argument}: expected a Tensor, got None"):
+        fusedcnn.ConvReLUMaxPool2dFunction.apply(*leaves, geometry)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64],
+    ids=str,
+)
+def test_a_message_names_the_dtype_that_came(dtype):
+    images, weight = (torch.empty(s, dtype=dtype) for s in ((2, 4, 8, 9), (6, 4, 3, 3)))
+    with pytest.raises(RuntimeError, match=f"^input: .* got {str(dtype).removeprefix('torch.')}$"):
+        conv_relu_max_pool2d(images, weight)
 
 
 # ---- modules ------------------------------------------------------------------------------------

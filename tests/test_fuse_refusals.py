@@ -270,7 +270,10 @@ REFUSED = {
         lambda: nn.Sequential(*block(nn.BatchNorm2d(4, track_running_stats=False))).eval(),
         "keeps no running statistics"),
     "norm in training": (lambda: nn.Sequential(*block(nn.BatchNorm2d(4))), "call eval() first"),
-    "other norm": (lambda: nn.Sequential(*block(nn.SyncBatchNorm(4))).eval(), "a SyncBatchNorm"),
+    "other norm": (
+        lambda: nn.Sequential(*block(nn.SyncBatchNorm(4))).eval(),
+        "a SyncBatchNorm, and may not compute what BatchNorm2d does",
+    ),
     "empty windows": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2, 1, 1, 3), nn.ReLU()),
         "may be empty"),
@@ -453,6 +456,10 @@ def test_bad_input():
         fusedcnn.fuse(nn.ReLU(), inplace=1)
     with pytest.raises(TypeError, match="report: expected a bool, got 'yes'"):
         fusedcnn.fuse(nn.ReLU(), report="yes")
+    with torch.no_grad():  # deprecated, and met in what others have saved
+        traced = torch.jit.trace(nn.Sequential(*block()), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(TypeError, match="model: fuse expected a module whose forward is Python"):
+        fusedcnn.fuse(traced)
     model = nn.Sequential(*block())
     model.lock = (i for i in range(3))
     with pytest.raises(TypeError, match=r"model: expected one that copy.deepcopy can copy"):

@@ -175,6 +175,39 @@ def test_from_modules_refuses():
         ConvReLUMaxPool2d.from_modules(nn.LazyConv2d(1, 3), pool)
 
 
+class DoublingConv2d(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return 2 * super()._conv_forward(input, weight, bias)
+
+
+class NegativePool(nn.MaxPool2d):
+    def forward(self, input):
+        return -super().forward(input)
+
+
+class NamedConv2d(nn.Conv2d):
+    """Nothing but a name."""
+
+
+def test_from_modules_refuses_what_computes_something_else():
+    conv, pool = nn.Conv2d(1, 1, 3), nn.MaxPool2d(2)
+    replaced = nn.Conv2d(1, 1, 3)
+    replaced.forward = torch.zeros_like
+    for other in (DoublingConv2d(1, 1, 3), ConvReLUMaxPool2d(1, 1, 3), replaced):
+        message = rf"conv: expected Conv2d's own \w+, got that of a {type(other).__name__}"
+        with pytest.raises(TypeError, match=message):
+            ConvReLUMaxPool2d.from_modules(other, pool)
+    with pytest.raises(
+        TypeError, match="pool: expected MaxPool2d's own forward, got that of a Neg"
+    ):
+        ConvReLUMaxPool2d.from_modules(conv, NegativePool(2))
+    named = with_integer_parameters(NamedConv2d(2, 3, 3))
+    assert_agrees(ConvReLUMaxPool2d.from_modules(named, pool), integers((2, 2, 9, 8)))
+    lazy = nn.LazyConv2d(3, 3)
+    lazy(torch.zeros(1, 2, 5, 5))
+    assert ConvReLUMaxPool2d.from_modules(lazy, pool).in_channels == 2
+
+
 # ---- copies, conversions, hooks -----------------------------------------------------------------
 
 

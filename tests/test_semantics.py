@@ -271,3 +271,29 @@ def test_a_pool_stride_beyond_every_image():
     for exponent in (40, 61, 62):
         output = conv_relu_max_pool2d(input, weight, pool_kernel_size=2, pool_stride=2**exponent)
         torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "integer"), [(torch.bfloat16, 256), (torch.float16, 2048)], ids=str
+)
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_half_types_choose_the_winner_before_rounding(dtype, integer, kernel_size):
+    """integer + 1 rounds to integer: the stock layers see a tie, and take the first of the two."""
+    images = torch.zeros(1, 2, 2, 2, dtype=dtype)
+    images[0, 0] = integer
+    images[0, 1, 1, 1] = 1
+    middle = kernel_size // 2
+    weight = torch.zeros(1, 2, kernel_size, kernel_size, dtype=dtype)
+    weight[..., middle, middle] = 1
+
+    def stock(input, weight, padding):
+        return F.max_pool2d(F.relu(F.conv2d(input, weight, padding=padding)), 2)
+
+    def winner(function, dtype) -> int:
+        leaf = images.to(dtype, copy=True).requires_grad_()
+        output = function(leaf, weight.to(dtype), padding=middle)
+        return torch.autograd.grad(output, leaf)[0][0, 0].argmax().item()
+
+    assert winner(stock, dtype) == 0
+    assert winner(stock, torch.float64) == 3
+    assert winner(conv_relu_max_pool2d, dtype) == 3

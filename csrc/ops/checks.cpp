@@ -41,10 +41,21 @@ const char* type_text(ScalarType type) {
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
     case ScalarType::Bool: return "bool";
+    case ScalarType::UInt16: return "uint16";
+    case ScalarType::UInt32: return "uint32";
+    case ScalarType::UInt64: return "uint64";
+    case ScalarType::Float8_e5m2: return "float8_e5m2";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    case ScalarType::ComplexHalf: return "complex32";
     case ScalarType::ComplexFloat: return "complex64";
     case ScalarType::ComplexDouble: return "complex128";
     default: return "another type";
   }
+}
+
+// None passes for a Tensor in a schema, and arrives here as an undefined one.
+void check_defined(const char* argument, const Tensor& tensor) {
+  if (!tensor.defined()) fail(argument, ": expected a Tensor, got None");
 }
 
 struct Device {
@@ -199,6 +210,7 @@ Geometry check_geometry(const Tensor& input, const Tensor& weight,
 }
 
 DataType check_type(const Tensor& input) {
+  check_defined("input", input);
   switch (input.scalar_type()) {
     case ScalarType::Float: return DataType::kFloat32;
     case ScalarType::Double: return DataType::kFloat64;
@@ -216,6 +228,7 @@ bool same_device(const Tensor& a, const Tensor& b) {
 }
 
 void check_like_input(const char* argument, const Tensor& tensor, const Tensor& input) {
+  check_defined(argument, tensor);
   if (!same_device(tensor, input)) {
     fail(argument, ": expected a tensor on ", device_text(input), " like input, got one on ",
          device_text(tensor));
@@ -227,6 +240,7 @@ void check_like_input(const char* argument, const Tensor& tensor, const Tensor& 
 }
 
 void check_shape(const char* argument, const Tensor& tensor, const std::vector<int64_t>& expected) {
+  check_defined(argument, tensor);
   const auto sizes = tensor.sizes();
   if (std::vector<int64_t>(sizes.begin(), sizes.end()) == expected) return;
   std::ostringstream text;

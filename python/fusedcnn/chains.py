@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from fusedcnn.modules import ConvReLUMaxPool2d
-from fusedcnn.tracing import LEAVES, Tracer, optional_parameters, shadow, trace
+from fusedcnn.tracing import Tracer, optional_parameters, shadow, trace
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _RELU_METHODS = ("relu", "relu_")
@@ -368,7 +368,8 @@ def _why_not_module(path: str, module: nn.Module) -> str:
         return f"'{path}' is parametrised"
     exact = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Identity)
     if type(module) not in exact:
-        base = next(c.__name__ for c in (*LEAVES, nn.Identity) if isinstance(module, c))
+        # A SyncBatchNorm is none of these by class; it stands for a BatchNorm2d.
+        base = next((c for c in exact if isinstance(module, c)), nn.BatchNorm2d).__name__
         return f"'{path}' is a {type(module).__name__}, and may not compute what {base} does"
     if "forward" in vars(module):
         return f"the forward of '{path}' was replaced on the instance"

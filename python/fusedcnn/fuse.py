@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, overload
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -74,7 +75,9 @@ def fuse(model, *, inplace=False, report=False):
     must not change afterwards. Where a function call has to go, the instance gets a class derived
     from its own with the traced forward: attributes of its own that forward reads, but for tensors
     and modules, cannot be set afterwards without :func:`unfuse`; what lists among them hold and
-    what forward reads of other modules must not change.
+    what forward reads of other modules must not change. Only forward is followed: any other method
+    that runs some of the replaced layers, called from outside, meets the fused block in the
+    convolution's place and computes something else.
 
     A chain is left alone, with a reason in the report, when a value in between is used elsewhere;
     hooks sit on an inner module or on one that the value in between enters or leaves; the pool
@@ -91,10 +94,16 @@ def fuse(model, *, inplace=False, report=False):
         The fused model, or (model, list of :class:`FuseResult`) with ``report=True``.
 
     Raises:
-        TypeError: model is no module, a flag is no bool, or the model cannot be copied by
-            :func:`copy.deepcopy`, which tracing needs. Whatever is raised, the model is as it was.
+        TypeError: model is no module or is compiled by TorchScript, a flag is no bool, or the model
+            cannot be copied by :func:`copy.deepcopy`, which tracing needs. Whatever is raised, the
+            model is as it was.
     """
     _check("fuse", model, inplace=inplace, report=report)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"model: fuse expected a module whose forward is Python, got a {type(model).__name__}; "
+            "call fuse before TorchScript"
+        )
     analysis = analyse(model)
     target = model if inplace else copy_sharing(model)
     plan = _Plan(model, analysis)

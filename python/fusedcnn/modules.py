@@ -101,7 +101,8 @@ class ConvReLUMaxPool2d(nn.Conv2d):
             pool: a MaxPool2d that does not return indices.
 
         Raises:
-            TypeError: not a Conv2d or not a MaxPool2d.
+            TypeError: not a Conv2d or not a MaxPool2d, or one whose forward is not theirs (of a
+                derived class, another fused block included, or set on the instance).
             ValueError: conv's weight or bias is no Parameter of its own (it is parametrised, or
                 weight_norm or pruning computes it) or not initialised yet (LazyConv2d); or the pool
                 returns indices, which the fused block does not compute.
@@ -110,6 +111,8 @@ class ConvReLUMaxPool2d(nn.Conv2d):
             raise TypeError(f"conv: expected a Conv2d, got {type(conv).__name__}")
         if not isinstance(pool, nn.MaxPool2d):
             raise TypeError(f"pool: expected a MaxPool2d, got {type(pool).__name__}")
+        _check_computes("conv", conv, nn.Conv2d, "forward", "_conv_forward")
+        _check_computes("pool", pool, nn.MaxPool2d, "forward")
         for name in ("weight", "bias"):
             parameter = conv._parameters.get(name, conv)
             if parameter is conv:
@@ -174,3 +177,13 @@ class ConvReLUMaxPool2d(nn.Conv2d):
             f"pool_stride={self.pool_stride}, pool_padding={self.pool_padding}, "
             f"pool_dilation={self.pool_dilation}, ceil_mode={self.ceil_mode}"
         )
+
+
+def _check_computes(argument: str, module: nn.Module, base: type[nn.Module], *names: str) -> None:
+    """Refuse a module that is a ``base`` by class, but need not compute what that does."""
+    for name in names:
+        if name in vars(module) or getattr(type(module), name) is not getattr(base, name):
+            raise TypeError(
+                f"{argument}: expected {base.__name__}'s own {name}, got that of a "
+                f"{type(module).__name__}, which may compute something else"
+            )
