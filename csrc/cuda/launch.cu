@@ -9,6 +9,12 @@
 #include "cuda/launch.h"
 
 namespace fusedcnn::cuda {
+namespace {
+
+// Compiled as the kernels are: what it was compiled for, they were, too.
+__global__ void empty_kernel() {}
+
+}  // namespace
 
 int64_t most_blocks() { return (int64_t{1} << 31) - 1; }
 
@@ -40,6 +46,10 @@ const Device& use_device(int index) {
   Device device{};
   device.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
                       attribute(cudaDevAttrComputeCapabilityMinor);
+  // Of another GPU's PTX, compiled by the driver, this is the architecture that the PTX is for.
+  cudaFuncAttributes compiled{};
+  ask(cudaFuncGetAttributes(&compiled, empty_kernel));
+  device.code = compiled.ptxVersion;
   device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   device.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   return devices[index] = device;
