@@ -24,7 +24,7 @@
 // map has several, are waited for.
 //
 // 16 -> 32 channels at 16x16, per image and in bfloat16 (tf32): 2 (4) slices x 2 warps.
-//   products: 144 a warp and slice, 576 (1,152) in all: 3.7 (7.4) ns on 132 multiprocessors at
+//   products: 144 a warp and slice, 576 (1,152) in all: 3.7 (7.3) ns on 132 multiprocessors at
 //     1.98 GHz, if they reach 60 % of the peak
 //   shared memory: 96 wavefronts of gradients, 36 of weights, 32 to expand: 656 (1,312) cycles, 2.5
 //     (5.0) ns

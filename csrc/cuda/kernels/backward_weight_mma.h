@@ -21,13 +21,14 @@
 // Estimates per image, an SM's issue slots from the compiled code (four a cycle), wavefronts of
 // shared memory, tensor cores at 60 % of their peak, and memory at 4.3 TB/s; 132 SMs, 1.98 GHz:
 //                      instructions            issue  shared  tensor  memory
-//   16 -> 32 at 16x16  8 quads of 320 + 1,700  4.1    2.9     1.8     3.3 ns   16 bits
-//                      8 quads of 550 + 2,100  6.2    5.4     3.7     6.2 ns   tf32
-//   3 -> 16 at 32x32   16 of 250 + 2,200       5.9    3.4     1.8     4.2 ns   16 bits
-//                      16 of 380 + 3,600       9.4    7.5     3.7     7.6 ns   tf32
-// Issue bounds it: of a quad's instructions, 36 CTiles (tf32: 72 CTiles) are products. Five of
-// eight channels are zeros where there are 3. A quad with windows or pixels that there are not
-// costs 70 % more. Counts, not measurements: so far this has run on a CPU only.
+//   16 -> 32 at 16x16  8 quads of 320 + 1,700  4.1    2.9     3.7     3.3 ns   16 bits
+//                      8 quads of 550 + 2,100  6.2    5.4     7.3     6.2 ns   tf32
+//   3 -> 16 at 32x32   16 of 250 + 2,200       5.9    3.4     3.7     4.2 ns   16 bits
+//                      16 of 380 + 3,600       9.3    7.5     7.3     7.6 ns   tf32
+// Issue bounds it, but for 16 -> 32 in tf32, which the products do: of a quad's instructions, 36
+// CTiles (tf32: 72 CTiles) are these. Five of eight channels are zeros where there are 3. A quad
+// with windows or pixels that there are not costs 70 % more. Counts, not measurements: so far this
+// has run on a CPU only.
 //
 // A block sums a slab of the images' tiles in registers; its warps' sums are added in order, and
 // the general kernel's second stage adds up the slabs. How many there are depends on the geometry
@@ -242,8 +243,9 @@ grad_weight_mma_kernel(BackwardArgs args, WeightMmaSizes sizes, float* partial) 
     }
 
     // The slab's sums are those of the warps, in the order of their shares.
+    const int64_t row_sums = sizes.general.row;  // 64 rows may be 2^31 or more
     float* const to =
-        partial + (static_cast<int64_t>(slab) * sizes.out_channels + block_oc) * sizes.general.row;
+        partial + (static_cast<int64_t>(slab) * sizes.out_channels + block_oc) * row_sums;
     FUSEDCNN_UNROLL
     for (int row = 0; row < 2; ++row) {
       bias[row] += shuffle_xor(bias[row], 1);
@@ -272,13 +274,13 @@ grad_weight_mma_kernel(BackwardArgs args, WeightMmaSizes sizes, float* partial) 
             (tap * 4 + oc % 16 / 8 * 2 + c % 2) * kSumPitch + oc / 16 * kWarp + oc % 8 * 4 + c / 2;
         float sum = 0;
         for (int i = 0; i < sizes.shares; ++i) sum += sums[slot + i * sizes.m_warps * kWarp];
-        to[oc * sizes.general.row + (first + tile * kNTile) * 9 + k] = sum;
+        to[oc * row_sums + (first + tile * kNTile) * 9 + k] = sum;
       }
       if (tile == 0 && first == 0 && thread_index() < channels &&
           block_oc + thread_index() < sizes.out_channels) {
         float sum = 0;
         for (int i = 0; i < sizes.shares; ++i) sum += biases[i * channels + thread_index()];
-        to[(thread_index() + 1) * sizes.general.row - 1] = sum;
+        to[(thread_index() + 1) * row_sums - 1] = sum;
       }
       sync_threads();  // the next sums overwrite these
     }
@@ -327,7 +329,7 @@ WeightMmaSizes weight_mma_sizes(const Geometry& g) {
   return s;
 }
 
-// Bytes of shared memory of a block: 63 KiB at most, where sm_80 and later have 99 or more.
+// Bytes of shared memory of a block: 62 KiB at most, where sm_80 and later have 99 or more.
 template <typename S, int CTiles>
 int64_t weight_mma_shared(const WeightMmaSizes& sizes, bool want_weight) {
   return shared_bytes<float>(kMmaWarps * 16) +
