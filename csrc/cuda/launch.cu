@@ -21,6 +21,8 @@ int64_t most_blocks() { return (int64_t{1} << 31) - 1; }
 void check_launch(const char* name, int status, const char* doing) {
   if (status == cudaSuccess) return;
   const auto error = static_cast<cudaError_t>(status);
+  // It stays the runtime's last error otherwise, and the next launch would be taken to have failed.
+  cudaGetLastError();
   throw std::runtime_error(std::string("fusedcnn: ") + doing + " CUDA kernel " + name + ": " +
                            cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
@@ -30,6 +32,7 @@ const Device& use_device(int index) {
   static std::map<int, Device> devices;  // a map keeps its elements where they are
   const auto ask = [&](cudaError_t status) {
     if (status == cudaSuccess) return;
+    cudaGetLastError();  // as above
     throw std::runtime_error("fusedcnn: using CUDA device " + std::to_string(index) + ": " +
                              cudaGetErrorString(status));
   };
