@@ -5,6 +5,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cuda/launch.h"
 
@@ -25,6 +26,24 @@ void check_launch(const char* name, int status, const char* doing) {
   cudaGetLastError();
   throw std::runtime_error(std::string("fusedcnn: ") + doing + " CUDA kernel " + name + ": " +
                            cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+}
+
+void allow_shared(const char* name, const void* kernel, int64_t bytes) {
+  // Of a kernel on a device, for all threads. They only grow: another thread may be about to launch
+  // the same kernel with more than this one needs.
+  static std::map<std::pair<const void*, int>, int64_t> limits;
+  static std::mutex mutex;
+  const auto check = [&](cudaError_t status) {
+    check_launch(name, status, "asking for shared memory for");
+  };
+  int device = 0;
+  check(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  int64_t& limit = limits[{kernel, device}];
+  if (bytes <= limit) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)));
+  limit = bytes;
 }
 
 const Device& use_device(int index) {
