@@ -33,6 +33,7 @@ WEIGHT = "kernels/backward_weight_general.h"
 INPUT = "kernels/backward_input_general.h"
 MMA = "kernels/mma.h"
 INPUT_MMA = "kernels/backward_input_mma.h"
+INPUT_MMA_TILE = "kernels/backward_input_mma_tile.h"
 POOL = "kernels/windows.h"
 INPUT_WINDOWS = "kernels/backward_input_windows.h"
 WEIGHT_LANES = "kernels/backward_weight_lanes.h"
@@ -639,7 +640,7 @@ MUTANTS = [
     ),
     Mutant(
         "grad_input mma: gradients are not rounded to tf32",
-        INPUT_MMA,
+        INPUT_MMA_TILE,
         "const uint32_t rounded = to_tf32(float_from(value))",
         "const uint32_t rounded = value",
     ),

@@ -7,6 +7,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fusedcnn
@@ -344,6 +345,29 @@ def test_side_stream():
     assert (output == 9).all()
     for ours, theirs in zip(results, expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@gpu
+def test_threads_launch_one_kernel_with_different_amounts_of_shared_memory():
+    """No launch lowers the limit that another thread's is about to need."""
+    packed = by_name("simplecnn2_n2").pack()
+
+    def backward(size: int) -> Tensor:
+        gen = torch.Generator(device="cuda").manual_seed(size)
+        input = torch.randn(2, 16, size, size, device="cuda", generator=gen)
+        weight = torch.randn(32, 16, 3, 3, device="cuda", generator=gen)
+        output, code = _ops.forward_op(input, weight, None, packed, True)
+        first, *rest = (
+            _ops.backward_op(output, input, weight, code, packed, INPUT)[0] for _ in range(500)
+        )
+        assert all(torch.equal(first, again) for again in rest)
+        return first
+
+    sizes = (16, 32)  # 51 and 69 KiB
+    with _cuda.force("windows"), ThreadPoolExecutor(len(sizes)) as pool:
+        expected = [backward(size) for size in sizes]
+        for ours, alone in zip(pool.map(backward, sizes), expected, strict=True):
+            assert torch.equal(ours, alone)
 
 
 @gpu

@@ -5,7 +5,7 @@ namespace fusedcnn::cuda {
 
 int64_t grad_weight_lanes_workspace(const Problem& problem) {
   const LanesSizes sizes = lanes_sizes(problem.geometry);
-  return sizes.slabs * problem.geometry.out_channels * sizes.general.row * 4;
+  return sizes.slabs * slab_bytes(sizes);
 }
 
 void grad_weight_lanes(const BackwardArgs& args, const Execution& execution) {

@@ -6,7 +6,7 @@ namespace fusedcnn::cuda {
 int64_t grad_weight_mma_workspace(const Problem& problem) {
   return for_weight_mma(problem, [&](auto storage, auto tiles) {
     const auto sizes = weight_mma_sizes<decltype(storage), tiles>(problem.geometry);
-    return sizes.slabs * problem.geometry.out_channels * sizes.general.row * int64_t{4};
+    return sizes.slabs * slab_bytes(sizes);
   });
 }
 

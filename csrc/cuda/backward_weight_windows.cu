@@ -6,7 +6,7 @@ namespace fusedcnn::cuda {
 int64_t grad_weight_windows_workspace(const Problem& problem) {
   return for_slots(problem.geometry, [&](auto slots) {
     const WindowsWeightSizes sizes = windows_weight_sizes<slots>(problem.geometry);
-    return sizes.general.slabs * problem.geometry.out_channels * sizes.general.row * 4;
+    return sizes.slabs * slab_bytes(sizes);
   });
 }
 

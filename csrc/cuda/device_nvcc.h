@@ -272,14 +272,8 @@ FUSEDCNN_DEVICE void load_matrices_transposed(uint32_t (&r)[4], Shared<T> row) {
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
             int64_t shared, const Execution& execution, const Arguments&... arguments) {
-  // Up to 48 KiB need no permission. Setting it is no stream operation: graphs may be capturing.
-  if (shared > 48 * 1024) {
-    check_launch(
-        name,
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-        "asking for shared memory for");
-  }
+  // Up to 48 KiB need no permission.
+  if (shared > 48 * 1024) allow_shared(name, reinterpret_cast<const void*>(kernel), shared);
   kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
            static_cast<size_t>(shared), static_cast<cudaStream_t>(execution.stream)>>>(
       arguments...);

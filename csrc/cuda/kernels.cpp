@@ -67,6 +67,12 @@ const char* why_not_3x3_pool2(const Geometry& g) {
   return g.groups == 1 ? nullptr : "groups";
 }
 
+// Whether matrix instructions exist, on the GPU and in the code for it.
+const char* why_not_sm_80(const Device& device) {
+  if (device.capability < 80) return "the GPU is older than sm_80";
+  return device.code < 80 ? "compiled for GPUs older than sm_80" : nullptr;
+}
+
 }  // namespace
 
 const char* why_not_windows(const Problem& problem, const Target& target) {
@@ -111,7 +117,7 @@ const char* why_not_input_windows(const Problem& problem, const Target& target) 
 const char* why_not_mma(const Problem& problem, const Target& target) {
   if (problem.type == DataType::kFloat64) return "float64";
   if (problem.type == DataType::kFloat32 && !target.allow_tf32) return "tf32 is not allowed";
-  if (target.device.capability < 80) return "the GPU is older than sm_80";
+  if (const char* reason = why_not_sm_80(target.device)) return reason;
   if (problem.wide_code) return "int32 codes";
   if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
   return why_not_general(problem, target);
@@ -124,6 +130,7 @@ const char* why_not_mma3(const Problem& problem, const Target& target) {
   if (target.device.capability != 80 && target.device.capability != 90) {
     return "neither sm_80 nor sm_90";
   }
+  if (const char* reason = why_not_sm_80(target.device)) return reason;
   if (const char* reason = why_not_windows(problem, target)) return reason;
   if (forward_mma3_shared(problem) > target.device.shared_bytes) {
     return "the GPU's blocks have too little shared memory";

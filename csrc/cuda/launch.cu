@@ -5,18 +5,45 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cuda/launch.h"
 
 namespace fusedcnn::cuda {
+namespace {
+
+// Compiled as the kernels are: what it was compiled for, they were, too.
+__global__ void empty_kernel() {}
+
+}  // namespace
 
 int64_t most_blocks() { return (int64_t{1} << 31) - 1; }
 
 void check_launch(const char* name, int status, const char* doing) {
   if (status == cudaSuccess) return;
   const auto error = static_cast<cudaError_t>(status);
+  // It stays the runtime's last error otherwise, and the next launch would be taken to have failed.
+  cudaGetLastError();
   throw std::runtime_error(std::string("fusedcnn: ") + doing + " CUDA kernel " + name + ": " +
                            cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+}
+
+void allow_shared(const char* name, const void* kernel, int64_t bytes) {
+  // Of a kernel on a device, for all threads. They only grow: another thread may be about to launch
+  // the same kernel with more than this one needs.
+  static std::map<std::pair<const void*, int>, int64_t> limits;
+  static std::mutex mutex;
+  const auto check = [&](cudaError_t status) {
+    check_launch(name, status, "asking for shared memory for");
+  };
+  int device = 0;
+  check(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  int64_t& limit = limits[{kernel, device}];
+  if (bytes <= limit) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)));
+  limit = bytes;
 }
 
 const Device& use_device(int index) {
@@ -24,6 +51,7 @@ const Device& use_device(int index) {
   static std::map<int, Device> devices;  // a map keeps its elements where they are
   const auto ask = [&](cudaError_t status) {
     if (status == cudaSuccess) return;
+    cudaGetLastError();  // as above
     throw std::runtime_error("fusedcnn: using CUDA device " + std::to_string(index) + ": " +
                              cudaGetErrorString(status));
   };
@@ -40,6 +68,10 @@ const Device& use_device(int index) {
   Device device{};
   device.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
                       attribute(cudaDevAttrComputeCapabilityMinor);
+  // Of another GPU's PTX, compiled by the driver, this is the architecture that the PTX is for.
+  cudaFuncAttributes compiled{};
+  ask(cudaFuncGetAttributes(&compiled, empty_kernel));
+  device.code = compiled.ptxVersion;
   device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   device.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   return devices[index] = device;

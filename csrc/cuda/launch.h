@@ -20,6 +20,10 @@ inline int64_t blocks_for(int64_t tasks) {
 // cudaError_t, is success.
 void check_launch(const char* name, int status, const char* doing);
 
+// Lets the kernel be launched with `bytes` of shared memory on this thread's device, and with less.
+// No stream operation: graphs may be capturing. Throws as check_launch does.
+void allow_shared(const char* name, const void* kernel, int64_t bytes);
+
 // Makes device `index` the one that this thread's next launches run on, and returns its properties,
 // which are asked for once. Throws std::runtime_error.
 const Device& use_device(int index);

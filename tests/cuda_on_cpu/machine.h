@@ -37,7 +37,7 @@ struct Options {
   uint64_t seed = 1;
   bool late_copies = true;   // asynchronous copies land when waited for; otherwise when issued
   int64_t most_blocks = 64;  // of a launch, so that kernels have to loop
-  fusedcnn::cuda::Device device{90, 4, 227 * 1024};
+  fusedcnn::cuda::Device device{90, 90, 4, 227 * 1024};
 };
 // How the next launches run.
 Options& options();

@@ -20,6 +20,7 @@ void test_cuda_select() {
     bool tf32;
     const char* kernel;
     Pass pass = Pass::kForward;
+    int code = 0;  // what the GPU's code was compiled for; 0: for that GPU
   };
   constexpr Row kRows[] = {
       // Three products where they should gain: enough channels, and fast tensor cores.
@@ -39,6 +40,10 @@ void test_cuda_select() {
       {"block1", DataType::kFloat32, 86, 99, true, "mma"},
       {"block2", DataType::kBFloat16, 90, 227, false, "mma"},
       {"block2", DataType::kFloat64, 90, 227, true, "general"},
+      // No matrix instructions in code for older GPUs, whatever this one has.
+      {"block2", DataType::kFloat32, 80, 163, false, "windows", Pass::kForward, 75},
+      {"block2", DataType::kBFloat16, 90, 227, false, "general", Pass::kForward, 75},
+      {"block2", DataType::kBFloat16, 90, 227, false, "mma", Pass::kForward, 80},
       // grad_input on CUDA cores: from 3 input channels on, where shared memory has room.
       {"block2", DataType::kFloat32, 90, 227, false, "windows", Pass::kGradInput},
       {"block2", DataType::kFloat32, 90, 227, true, "mma", Pass::kGradInput},
@@ -50,13 +55,16 @@ void test_cuda_select() {
   };
   for (const Row& row : kRows) {
     const fusedcnn::Problem problem{case_named(row.case_name).geometry, row.type, false};
-    const Target target{{row.capability, 132, row.shared_kib * 1024}, row.tf32};
+    const Target target{
+        {row.capability, row.code ? row.code : row.capability, 132, row.shared_kib * 1024},
+        row.tf32};
     std::string reason;
     const fusedcnn::cuda::Kernel* const kernel =
         fusedcnn::cuda::select(row.pass, problem, target, &reason);
     const std::string got = kernel ? kernel->name : "none";
     check(got == row.kernel, std::string(row.case_name) + ": " + name(row.pass) + " in " +
                                  name(row.type) + " on sm_" + std::to_string(row.capability) +
+                                 (row.code ? ", code of sm_" + std::to_string(row.code) : "") +
                                  ": expected " + row.kernel + ", got " + got + " (" + reason + ")");
   }
 }

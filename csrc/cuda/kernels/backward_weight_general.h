@@ -37,6 +37,14 @@ struct WeightSizes {
   int64_t units, slabs;
 };
 
+// `wanted` slabs, or as many as there are units, or as kMostPartialBytes hold where each takes
+// `bytes`: the least of these, and at least one.
+inline int64_t slab_count(int64_t wanted, int64_t units, int64_t bytes) {
+  const int64_t most = kMostPartialBytes / bytes < units ? kMostPartialBytes / bytes : units;
+  const int64_t count = wanted < most ? wanted : most;
+  return count < 1 ? 1 : count;
+}
+
 inline WeightSizes weight_sizes(const Geometry& g, int64_t element) {
   WeightSizes s{};
   s.h = sizes_of(g.h);
@@ -51,11 +59,9 @@ inline WeightSizes weight_sizes(const Geometry& g, int64_t element) {
   s.outputs = static_cast<int>(g.outputs());
   s.units_per_image = (s.outputs + kUnit - 1) / kUnit;
   s.units = g.batch * s.units_per_image;
-  const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
-  s.slabs = kWantedBlocks / (static_cast<int64_t>(s.groups) * s.channel_blocks * s.tap_blocks);
-  s.slabs = least(s.slabs, kMostPartialBytes / (g.out_channels * s.row * element));
-  s.slabs = least(s.slabs, s.units);
-  if (s.slabs < 1) s.slabs = 1;
+  s.slabs =
+      slab_count(kWantedBlocks / (static_cast<int64_t>(s.groups) * s.channel_blocks * s.tap_blocks),
+                 s.units, g.out_channels * s.row * element);
   return s;
 }
 

@@ -35,8 +35,7 @@
 // geometry alone.
 #pragma once
 
-#include "cuda/kernels/backward_weight_general.h"
-#include "cuda/kernels/windows.h"
+#include "cuda/kernels/backward_weight_tiles.h"
 
 namespace fusedcnn::cuda {
 namespace {
@@ -61,41 +60,18 @@ static_assert(kMostChannels * kPlane < kNowhere);
 // At the end they hold the threads' sums, nine at a time.
 static_assert(kLanesWarps * kLists >= 9 * kLanesThreads);
 
-struct LanesSizes {
-  WeightSizes general;  // of the second stage: its slabs are rows of `partial`
-  int in_h, in_w, out_h, out_w, padding_h, padding_w;
-  int out_channels;
-  int tile_h, tile_w;    // windows of a tile
-  int tiles_h, tiles_w;  // of an image
-  int lane_channels;     // output channels of a warp: 16 or 32
-  int channel_blocks;    // of output channels
-  int64_t units, slabs;  // tiles of all images
+struct LanesSizes : WeightTileSizes {
+  int lane_channels;  // output channels of a warp: 16 or 32
 };
 
 inline LanesSizes lanes_sizes(const Geometry& g) {
-  LanesSizes s{};
-  const AxisSizes h = sizes_of(g.h), w = sizes_of(g.w);
-  s.general = weight_sizes(g, sizeof(float));
-  s.in_h = h.in, s.in_w = w.in;
-  s.out_h = h.out, s.out_w = w.out;
-  s.padding_h = h.padding, s.padding_w = w.padding;
-  s.out_channels = static_cast<int>(g.out_channels);
-  const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
-  const auto parts = [](int whole, int part) { return (whole + part - 1) / part; };
+  const int lane_channels = g.out_channels <= 16 ? 16 : 32;
   // All tiles of about the same size.
-  s.tiles_h = parts(s.out_h, kTileH);
-  s.tiles_w = parts(s.out_w, kTileW);
-  s.tile_h = parts(s.out_h, s.tiles_h);
-  s.tile_w = parts(s.out_w, s.tiles_w);
-  s.lane_channels = s.out_channels <= 16 ? 16 : 32;
-  s.channel_blocks = parts(s.out_channels, s.lane_channels);
-  s.units = g.batch * s.tiles_h * s.tiles_w;
-  // 4 blocks for each of 132 multiprocessors.
-  s.slabs = 528 / s.channel_blocks;
-  s.slabs = least(s.slabs, kMostPartialBytes / (g.out_channels * s.general.row * 4));
-  s.slabs = least(s.slabs, s.units);
-  if (s.slabs < 1) s.slabs = 1;
-  s.general.slabs = s.slabs;
+  const int out_h = static_cast<int>(g.h.out), out_w = static_cast<int>(g.w.out);
+  LanesSizes s{weight_tile_sizes(g, parts(out_h, parts(out_h, kTileH)),
+                                 parts(out_w, parts(out_w, kTileW)), lane_channels),
+               lane_channels};
+  set_slabs(&s, 528 / s.channel_blocks);  // 4 blocks for each of 132 multiprocessors
   return s;
 }
 

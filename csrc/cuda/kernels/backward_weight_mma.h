@@ -21,13 +21,14 @@
 // Estimates per image, an SM's issue slots from the compiled code (four a cycle), wavefronts of
 // shared memory, tensor cores at 60 % of their peak, and memory at 4.3 TB/s; 132 SMs, 1.98 GHz:
 //                      instructions            issue  shared  tensor  memory
-//   16 -> 32 at 16x16  8 quads of 320 + 1,700  4.1    2.9     1.8     3.3 ns   16 bits
-//                      8 quads of 550 + 2,100  6.2    5.4     3.7     6.2 ns   tf32
-//   3 -> 16 at 32x32   16 of 250 + 2,200       5.9    3.4     1.8     4.2 ns   16 bits
-//                      16 of 380 + 3,600       9.4    7.5     3.7     7.6 ns   tf32
-// Issue bounds it: of a quad's instructions, 36 CTiles (tf32: 72 CTiles) are products. Five of
-// eight channels are zeros where there are 3. A quad with windows or pixels that there are not
-// costs 70 % more. Counts, not measurements: so far this has run on a CPU only.
+//   16 -> 32 at 16x16  8 quads of 320 + 1,700  4.1    2.9     3.7     3.3 ns   16 bits
+//                      8 quads of 550 + 2,100  6.2    5.4     7.3     6.2 ns   tf32
+//   3 -> 16 at 32x32   16 of 250 + 2,200       5.9    3.4     3.7     4.2 ns   16 bits
+//                      16 of 380 + 3,600       9.3    7.5     7.3     7.6 ns   tf32
+// Issue bounds it, but for 16 -> 32 in tf32, which the products do: of a quad's instructions, 36
+// CTiles (tf32: 72 CTiles) are these. Five of eight channels are zeros where there are 3. A quad
+// with windows or pixels that there are not costs 70 % more. Counts, not measurements: so far this
+// has run on a CPU only.
 //
 // A block sums a slab of the images' tiles in registers; its warps' sums are added in order, and
 // the general kernel's second stage adds up the slabs. How many there are depends on the geometry
@@ -44,19 +45,15 @@
 // pixels at places that no window of the convolution's output covers are kept out.
 #pragma once
 
-#include <cstring>
 #include <type_traits>
 
-#include "cuda/kernels/backward_weight_general.h"
-#include "cuda/kernels/mma.h"
-#include "cuda/kernels/windows.h"
+#include "cuda/kernels/backward_weight_mma_tile.h"
 
 namespace fusedcnn::cuda {
 namespace {
 
-constexpr int kMmaThreads = 128, kMmaWarps = kMmaThreads / kWarp;
+constexpr int kMmaWarps = kMmaThreads / kWarp;
 constexpr int kQuad = 16;         // windows that a warp takes at a time
-constexpr int kNTile = 8;         // input channels of a tile of N
 constexpr int kTileSums = 9 * 4;  // of a lane, for a tile's nine taps
 constexpr int kSumPitch = kMmaThreads + 1;
 // Products that a register adds up at most, but for the tile that is begun then.
@@ -65,90 +62,11 @@ constexpr int kMmaChain = 256;
 // Blocks to a multiprocessor.
 template <int CTiles>
 constexpr int kMmaResident = CTiles == 1 ? 4 : 3;
-// What pixels are in shared memory.
-template <typename S>
-using Pixel = std::conditional_t<sizeof(S) == 4, uint32_t, S>;
-// Places left free after every eight pixels.
-template <typename S>
-constexpr int kSkew = sizeof(S) == 4 ? 1 : 2;
 // Steps of K in a quad, and pixels of a row that each takes of four neighbouring windows.
 template <typename S>
 constexpr int kQuadSteps = sizeof(S) == 4 ? 8 : 4;
 template <typename S>
 constexpr int kStepPixels = 8 / kQuadSteps<S>;
-
-struct WeightMmaSizes {
-  WeightSizes general;  // of the second stage: its slabs are rows of `partial`
-  int in_h, in_w, out_h, out_w, padding_h, padding_w;
-  int cover_h, cover_w;  // convolution outputs that lie in windows
-  int channels, out_channels;
-  int tile_h, tile_w;        // windows of a tile
-  int tiles_h, tiles_w;      // of an image
-  int rows, pitch, pairs;    // of pixels of a tile: rows, places in a row, pairs in a row
-  int step_line, step_pair;  // from a thread's pair to its next
-  int plane;                 // elements of a tile of channels in shared memory
-  int quads, quad_h;         // of a tile; rows of windows of one
-  int slices;                // of input channels
-  int m_warps;           // warps of a block with different output channels; the others share these
-  int shares;            // warps that share output channels: each takes quads of its own
-  int channel_blocks;    // of output channels
-  int64_t units, slabs;  // tiles of all images
-  bool input_pairs;      // two pixels of a row can be read at once
-  bool input_channels;   // kNTile channels of a pixel can
-  bool window_fours;     // gradients of four windows, and their codes, can
-};
-
-// Four neighbouring windows of a row, in output channels g and g + 8.
-template <typename S>
-struct Gradients {
-  uint32_t values[2][sizeof(S)];  // as they lie in memory
-  uint32_t codes[2];              // a byte each; off where there is no window
-};
-
-template <typename S>
-FUSEDCNN_DEVICE Gradients<S> fetch_gradients(const BackwardArgs& args, const WeightMmaSizes& sizes,
-                                             int64_t n, int oh, int ow, int oc) {
-  Gradients<S> got;
-  FUSEDCNN_UNROLL
-  for (int row = 0; row < 2; ++row) {
-    constexpr uint8_t kNone = kOff<uint8_t>;
-    Pack<4, S> values{};
-    Pack<4, uint8_t> codes{{kNone, kNone, kNone, kNone}};
-    const int channel = oc + 8 * row;
-    if (channel < sizes.out_channels && oh < sizes.out_h && ow < sizes.out_w) {
-      const Strides &at = args.code_strides, &from = args.grad_output_strides;
-      const uint8_t* const code = static_cast<const uint8_t*>(args.code) + n * at.n +
-                                  channel * at.c + oh * at.h + ow * at.w;
-      const S* const value = static_cast<const S*>(args.grad_output) + n * from.n +
-                             channel * from.c + oh * from.h + ow * from.w;
-      if (sizes.window_fours) {
-        values = load_pack<4, S>(value);
-        codes = load_pack<4, uint8_t>(code);
-      } else {
-        FUSEDCNN_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          if (ow + j >= sizes.out_w) continue;
-          values.values[j] = load_constant(value + j * from.w);
-          codes.values[j] = load_constant(code + j * at.w);
-        }
-      }
-    }
-    std::memcpy(got.values[row], values.values, sizeof values.values);
-    std::memcpy(&got.codes[row], codes.values, sizeof codes.values);
-  }
-  return got;
-}
-
-template <typename S>
-FUSEDCNN_DEVICE S gradient_of(const Gradients<S>& from, int row, int window) {
-  S value;
-  if constexpr (sizeof(S) == 4) {
-    std::memcpy(&value, &from.values[row][window], sizeof value);
-  } else {
-    value.bits = static_cast<uint16_t>(from.values[row][window / 2] >> window % 2 * 16);
-  }
-  return value;
-}
 
 // The fragment of a step: the gradients where their codes say, zeros at the other pixels.
 template <typename S>
@@ -226,109 +144,6 @@ FUSEDCNN_DEVICE void multiply_quad(const Gradients<S>& gradients, Shared<Pixel<S
           }
           multiply(S{}, acc[tile][3 * kh + kw], a, b);
         }
-      }
-    }
-  }
-}
-
-// A thread's walk over the pairs of pixels of a tile, row by row, one tile of channels after the
-// other; without divisions on the way.
-struct PairWalk {
-  int line, pair;  // of all channels' rows; of a row
-
-  FUSEDCNN_DEVICE explicit PairWalk(const WeightMmaSizes& sizes)
-      : line(thread_index() / sizes.pairs), pair(thread_index() % sizes.pairs) {}
-  FUSEDCNN_DEVICE void advance(const WeightMmaSizes& sizes) {
-    line += sizes.step_line;
-    pair += sizes.step_pair;
-    if (pair >= sizes.pairs) pair -= sizes.pairs, ++line;
-  }
-};
-
-// Two neighbouring pixels of a row, 16 bytes of channels each.
-template <typename S>
-struct PixelPair {
-  static constexpr int kChannels = 16 / sizeof(S);
-  Pack<2, S> channels[kChannels];
-};
-
-// Reads input channels c0, c0 + 1, ... of pixels (h, w) and (h, w + 1); zeros outside the image and
-// behind the last channel.
-template <typename S>
-FUSEDCNN_DEVICE PixelPair<S> load_pair(const BackwardArgs& args, const WeightMmaSizes& sizes, int n,
-                                       int c0, int h, int w) {
-  constexpr int kChannels = PixelPair<S>::kChannels;
-  PixelPair<S> got{};
-  if (!inside(h, sizes.in_h)) return got;
-  const Strides from = args.input_strides;
-  const S* const row = static_cast<const S*>(args.input) + n * from.n + c0 * from.c + h * from.h;
-  if (sizes.input_pairs) {
-    if (!inside(w, sizes.in_w)) return got;
-    FUSEDCNN_UNROLL
-    for (int c = 0; c < kChannels; ++c) {
-      if (c0 + c < sizes.channels) got.channels[c] = load_pack<2, S>(row + c * from.c + w);
-    }
-    return got;
-  }
-  FUSEDCNN_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    if (!inside(w + i, sizes.in_w) || c0 >= sizes.channels) continue;
-    const S* const pixel = row + (w + i) * from.w;
-    if (sizes.input_channels) {
-      const Pack<kChannels, S> pack = load_pack<kChannels, S>(pixel);
-      FUSEDCNN_UNROLL
-      for (int c = 0; c < kChannels; ++c) got.channels[c].values[i] = pack.values[c];
-    } else {
-      FUSEDCNN_UNROLL
-      for (int c = 0; c < kChannels; ++c) {
-        if (c0 + c < sizes.channels) {
-          got.channels[c].values[i] = load_constant(pixel + c * from.c);
-        }
-      }
-    }
-  }
-  return got;
-}
-
-// All channels of the pair's first or second pixel, 16 bytes.
-template <typename S>
-FUSEDCNN_DEVICE Pack<PixelPair<S>::kChannels, Pixel<S>> pixel_of(const PixelPair<S>& pair, int i) {
-  Pack<PixelPair<S>::kChannels, Pixel<S>> pixel;
-  FUSEDCNN_UNROLL
-  for (int c = 0; c < PixelPair<S>::kChannels; ++c) {
-    const S value = pair.channels[c].values[i];
-    if constexpr (sizeof(S) == 4) {
-      pixel.values[c] = to_tf32(value);
-    } else {
-      pixel.values[c] = value;
-    }
-  }
-  return pixel;
-}
-
-// Writes the pixels of input channels from `first` on whose upper left one is (h0, w0), [tile of
-// channels][row][place][channel].
-template <typename S, int CTiles>
-FUSEDCNN_DEVICE void stage_pixels(const BackwardArgs& args, const WeightMmaSizes& sizes,
-                                  PairWalk walk, int n, int first, int h0, int w0,
-                                  Shared<Pixel<S>> to) {
-  constexpr int kChannels = PixelPair<S>::kChannels;
-  FUSEDCNN_NO_UNROLL
-  for (; walk.line < CTiles * sizes.rows; walk.advance(sizes)) {
-    const bool second = CTiles > 1 && walk.line >= sizes.rows;
-    const int h = h0 + walk.line - (second ? sizes.rows : 0);
-    // Pairs begin at odd columns: with a padding of 1, at even ones of the image.
-    const int col = 2 * walk.pair - 1;
-    FUSEDCNN_UNROLL
-    for (int c = 0; c < kNTile; c += kChannels) {
-      const int c0 = first + (second ? kNTile : 0) + c;
-      const PixelPair<S> pair = load_pair<S>(args, sizes, n, c0, h, w0 + col);
-      FUSEDCNN_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int x = col + i;
-        if (!inside(x, 2 * sizes.tile_w + 2)) continue;
-        const int place = walk.line * sizes.pitch + x + x / 8 * kSkew<S>;
-        store_pack(to + (place * kNTile + c), pixel_of(pair, i));
       }
     }
   }
@@ -428,8 +243,9 @@ grad_weight_mma_kernel(BackwardArgs args, WeightMmaSizes sizes, float* partial) 
     }
 
     // The slab's sums are those of the warps, in the order of their shares.
+    const int64_t row_sums = sizes.general.row;  // 64 rows may be 2^31 or more
     float* const to =
-        partial + (static_cast<int64_t>(slab) * sizes.out_channels + block_oc) * sizes.general.row;
+        partial + (static_cast<int64_t>(slab) * sizes.out_channels + block_oc) * row_sums;
     FUSEDCNN_UNROLL
     for (int row = 0; row < 2; ++row) {
       bias[row] += shuffle_xor(bias[row], 1);
@@ -458,13 +274,13 @@ grad_weight_mma_kernel(BackwardArgs args, WeightMmaSizes sizes, float* partial) 
             (tap * 4 + oc % 16 / 8 * 2 + c % 2) * kSumPitch + oc / 16 * kWarp + oc % 8 * 4 + c / 2;
         float sum = 0;
         for (int i = 0; i < sizes.shares; ++i) sum += sums[slot + i * sizes.m_warps * kWarp];
-        to[oc * sizes.general.row + (first + tile * kNTile) * 9 + k] = sum;
+        to[oc * row_sums + (first + tile * kNTile) * 9 + k] = sum;
       }
       if (tile == 0 && first == 0 && thread_index() < channels &&
           block_oc + thread_index() < sizes.out_channels) {
         float sum = 0;
         for (int i = 0; i < sizes.shares; ++i) sum += biases[i * channels + thread_index()];
-        to[(thread_index() + 1) * sizes.general.row - 1] = sum;
+        to[(thread_index() + 1) * row_sums - 1] = sum;
       }
       sync_threads();  // the next sums overwrite these
     }
@@ -475,27 +291,21 @@ grad_weight_mma_kernel(BackwardArgs args, WeightMmaSizes sizes, float* partial) 
 
 template <typename S, int CTiles>
 WeightMmaSizes weight_mma_sizes(const Geometry& g) {
-  const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
-  const auto parts = [](int whole, int part) { return (whole + part - 1) / part; };
-  WeightMmaSizes s{};
-  const AxisSizes h = sizes_of(g.h), w = sizes_of(g.w);
-  s.general = weight_sizes(g, sizeof(float));
-  s.in_h = h.in, s.in_w = w.in;
-  s.out_h = h.out, s.out_w = w.out;
-  s.padding_h = h.padding, s.padding_w = w.padding;
-  s.cover_h = static_cast<int>(least(h.conv, 2 * h.out));
-  s.cover_w = static_cast<int>(least(w.conv, 2 * w.out));
-  s.channels = static_cast<int>(g.in_channels);
-  s.out_channels = static_cast<int>(g.out_channels);
+  const int out_h = static_cast<int>(g.h.out), out_w = static_cast<int>(g.w.out);
   // A row of a quad, half or a quarter of one, whichever leaves less of it empty.
-  const bool wide = parts(s.out_w, 16) * 16 <= parts(s.out_w, 8) * 8;
-  s.tile_w = s.out_w <= 4 ? 4 : wide ? 16 : 8;
+  const bool wide = parts(out_w, 16) * 16 <= parts(out_w, 8) * 8;
+  const int tile_w = out_w <= 4 ? 4 : wide ? 16 : 8, quad_h = kQuad / tile_w;
   // Quads for every warp, in as much shared memory as lets kMmaResident blocks in.
   constexpr int kMostRows = CTiles == 1 && sizeof(S) == 2 ? 16 : 8;
-  s.quad_h = kQuad / s.tile_w;
-  s.tile_h = parts(parts(s.out_h, parts(s.out_h, kMostRows)), s.quad_h) * s.quad_h;
-  s.tiles_h = parts(s.out_h, s.tile_h);
-  s.tiles_w = parts(s.out_w, s.tile_w);
+  const int tile_h = parts(parts(out_h, parts(out_h, kMostRows)), quad_h) * quad_h;
+  const int m_warps = g.out_channels <= 16 ? 1 : g.out_channels <= 32 ? 2 : 4;
+  WeightMmaSizes s{};
+  static_cast<WeightTileSizes&>(s) = weight_tile_sizes(g, tile_h, tile_w, 16 * m_warps);
+  const auto covered = [](const Axis& axis) {
+    return static_cast<int>(axis.conv < 2 * axis.out ? axis.conv : 2 * axis.out);
+  };
+  s.cover_h = covered(g.h), s.cover_w = covered(g.w);
+  s.quad_h = quad_h;
   s.quads = s.tile_h / s.quad_h;
   s.rows = 2 * s.tile_h + 2;
   s.pairs = s.tile_w + 2;
@@ -508,23 +318,18 @@ WeightMmaSizes weight_mma_sizes(const Geometry& g) {
   if (s.tile_w == 8 && sizeof(S) == 2) s.pitch += (2 - s.pitch % 4 + 4) % 4;
   s.plane = s.rows * s.pitch * kNTile;
   s.slices = parts(s.channels, kNTile * CTiles);
-  s.m_warps = s.out_channels <= 16 ? 1 : s.out_channels <= 32 ? 2 : 4;
+  s.m_warps = m_warps;
   s.shares = kMmaWarps / s.m_warps;
-  s.channel_blocks = parts(s.out_channels, 16 * s.m_warps);
-  s.units = g.batch * s.tiles_h * s.tiles_w;
   // As many blocks as 132 multiprocessors hold.
-  s.slabs = 132 * kMmaResident<CTiles> / (static_cast<int64_t>(s.slices) * s.channel_blocks);
+  const int64_t wanted =
+      132 * kMmaResident<CTiles> / (static_cast<int64_t>(s.slices) * s.channel_blocks);
   const int64_t products = s.units * parts(s.quads, s.shares) * kQuadSteps<S>;
   const int64_t chains = (products + kMmaChain - 1) / kMmaChain;
-  if (s.slabs < chains) s.slabs = chains;
-  s.slabs = least(s.slabs, kMostPartialBytes / (g.out_channels * s.general.row * 4));
-  s.slabs = least(s.slabs, s.units);
-  if (s.slabs < 1) s.slabs = 1;
-  s.general.slabs = s.slabs;
+  set_slabs(&s, wanted < chains ? chains : wanted);
   return s;
 }
 
-// Bytes of shared memory of a block: 63 KiB at most, where sm_80 and later have 99 or more.
+// Bytes of shared memory of a block: 62 KiB at most, where sm_80 and later have 99 or more.
 template <typename S, int CTiles>
 int64_t weight_mma_shared(const WeightMmaSizes& sizes, bool want_weight) {
   return shared_bytes<float>(kMmaWarps * 16) +

@@ -30,8 +30,7 @@
 
 #include <type_traits>
 
-#include "cuda/kernels/backward_weight_general.h"
-#include "cuda/kernels/windows.h"
+#include "cuda/kernels/backward_weight_tiles.h"
 
 namespace fusedcnn::cuda {
 namespace {
@@ -45,48 +44,26 @@ static_assert(kPitch >= 2 * kTile + 2 && kPitch % 32 == 3);
 // Input channels whose weights the lanes of a warp have slots for.
 constexpr int slice_channels(int slots) { return slots * kWarp / 9; }
 
-struct WindowsWeightSizes {
-  WeightSizes general;  // of the second stage: its slabs are rows of `partial`
-  int in_h, in_w, out_h, out_w, padding_h, padding_w;
-  int channels, out_channels;
-  int tile_h, tile_w;    // windows of a tile
-  int tiles_h, tiles_w;  // of an image
-  int plane;             // words of a channel in shared memory
-  int slices;            // of input channels
-  int channel_warps;     // warps of a block with different output channels; the others share these
-  int channel_blocks;    // of output channels
-  int64_t units, slabs;  // tiles of all images
+struct WindowsWeightSizes : WeightTileSizes {
+  int plane;          // words of a channel in shared memory
+  int slices;         // of input channels
+  int channel_warps;  // warps of a block with different output channels; the others share these
 };
 
 template <int Slots>
 WindowsWeightSizes windows_weight_sizes(const Geometry& g) {
-  WindowsWeightSizes s{};
-  const AxisSizes h = sizes_of(g.h), w = sizes_of(g.w);
-  s.general = weight_sizes(g, sizeof(float));
-  s.in_h = h.in, s.in_w = w.in;
-  s.out_h = h.out, s.out_w = w.out;
-  s.padding_h = h.padding, s.padding_w = w.padding;
-  s.channels = static_cast<int>(g.in_channels);
-  s.out_channels = static_cast<int>(g.out_channels);
-  const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
-  const auto parts = [](int whole, int part) { return (whole + part - 1) / part; };
   // Many channels: half the height, or shared memory has room for fewer blocks, on some GPUs none.
-  s.tile_h = static_cast<int>(least(s.out_h, Slots == 1 ? kTile : kTile / 2));
-  s.tile_w = static_cast<int>(least(s.out_w, kTile));
-  s.tiles_h = parts(s.out_h, s.tile_h);
-  s.tiles_w = parts(s.out_w, s.tile_w);
-  s.plane = (2 * s.tile_h + 2) * kPitch;
-  s.plane += (9 - s.plane % kWarp + kWarp) % kWarp;
-  s.slices = parts(s.channels, slice_channels(Slots));
-  s.channel_warps = s.out_channels <= kChannels ? 1 : s.out_channels <= 2 * kChannels ? 2 : 4;
-  s.channel_blocks = parts(s.out_channels, kChannels * s.channel_warps);
-  s.units = g.batch * s.tiles_h * s.tiles_w;
+  constexpr int64_t kMostHeight = Slots == 1 ? kTile : kTile / 2;
+  const int tile_h = static_cast<int>(g.h.out < kMostHeight ? g.h.out : kMostHeight);
+  const int tile_w = static_cast<int>(g.w.out < kTile ? g.w.out : kTile);
+  const int warps = g.out_channels <= kChannels ? 1 : g.out_channels <= 2 * kChannels ? 2 : 4;
+  int plane = (2 * tile_h + 2) * kPitch;
+  plane += (9 - plane % kWarp + kWarp) % kWarp;
+  const int slices = parts(static_cast<int>(g.in_channels), slice_channels(Slots));
+  WindowsWeightSizes s{weight_tile_sizes(g, tile_h, tile_w, kChannels * warps), plane, slices,
+                       warps};
   // 4 blocks for each of 132 multiprocessors.
-  s.slabs = 528 / (static_cast<int64_t>(s.slices) * s.channel_blocks);
-  s.slabs = least(s.slabs, kMostPartialBytes / (g.out_channels * s.general.row * 4));
-  s.slabs = least(s.slabs, s.units);
-  if (s.slabs < 1) s.slabs = 1;
-  s.general.slabs = s.slabs;
+  set_slabs(&s, 528 / (static_cast<int64_t>(s.slices) * s.channel_blocks));
   return s;
 }
 

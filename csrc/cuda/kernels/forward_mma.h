@@ -426,7 +426,7 @@ MmaSizes mma_sizes(const ForwardArgs& args) {
       in.c == 1 && g.in_channels % 2 == 0 && aligned(args.input, kBytes, 4, {in.n, in.h, in.w});
   s.output_fours = out.w == 1 && w.out % 4 == 0 &&
                    aligned(args.output, kBytes, 4 * kBytes, {out.n, out.c, out.h}) &&
-                   aligned(args.code, 1, 4, {});
+                   aligned(args.code, 1, 4, {out.n, out.c, out.h});
   return s;
 }
 

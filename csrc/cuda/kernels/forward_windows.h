@@ -341,14 +341,14 @@ inline WindowsSizes windows_sizes(const ForwardArgs& args) {
       aligned(args.input, 4, 16, {in.n, in.c, in.h})) {
     s.input = InputAccess::kVectorRows;
   }
-  // Codes are of one byte: their pairs and vectors are aligned where the values' are, if their
-  // tensor begins so.
+  // Codes have the values' strides, in bytes.
   s.output = OutputAccess::kSingle;
   if (out.w == 1 && w.out % 2 == 0 && aligned(args.output, 4, 8, {out.n, out.c, out.h}) &&
-      aligned(args.code, 1, 2, {})) {
+      aligned(args.code, 1, 2, {out.n, out.c, out.h})) {
     s.output = OutputAccess::kPairs;
   } else if (out.c == 1 && g.out_channels % 8 == 0 &&
-             aligned(args.output, 4, 16, {out.n, out.h, out.w}) && aligned(args.code, 1, 8, {})) {
+             aligned(args.output, 4, 16, {out.n, out.h, out.w}) &&
+             aligned(args.code, 1, 8, {out.n, out.h, out.w})) {
     s.output = OutputAccess::kChannelVectors;
   }
   return s;

@@ -176,7 +176,7 @@ Backend gpu_backend(double seconds) {
       return false;
     };
     // sm_90 has every kernel; one that serves nothing here is for other GPUs.
-    if (!covers(target) && covers(Target{{90, 132, 227 * 1024}, true})) {
+    if (!covers(target) && covers(Target{{90, 90, 132, 227 * 1024}, true})) {
       std::printf("  %s %s: not for this GPU\n", name(kernel.pass), kernel.name);
       continue;
     }
