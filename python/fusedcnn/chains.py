@@ -346,11 +346,34 @@ def _why_not(
             if hooks_of(modules[path]):
                 hooks = hooks_of(modules[path])
                 return f"hooks on '{path}', through which the value passes ({', '.join(hooks)})"
+    reason = _why_not_methods(nodes, modules)
+    if reason:
+        return reason
     kinds = [_kind(node, modules) for node in nodes]
     padded = any(_pair(pool["padding"])) and _pair(pool["dilation"]) != (1, 1)
     if kinds.index("pool") < kinds.index("relu") and padded:
         # relu(-inf) is 0, where the other order leaves -inf.
         return "ReLU after a padded and dilated pool, whose windows may be empty"
+    return ""
+
+
+def _why_not_methods(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> str:
+    """Why a method that forward calls would compute something else when it is called by itself.
+
+    It would where it runs some of the modules that are replaced, and not all of the chain; or all,
+    but a function among them, which stays in the method. Where forward has to be rewritten for that
+    function, the rewritten class has an error for it; another class would have none.
+    """
+    steps = [node for node in nodes if _kind(node, modules) != "pass"]
+    of_modules = [node.meta["methods"] for node in steps if node.op == "call_module"]
+    for path, name in sorted(set().union(*of_modules)):
+        method = f"'{name}' of {name_of(path)}"
+        if any((path, name) not in node.meta["methods"] for node in steps):
+            return f"{method} can be called by itself, and runs only a part of it"
+        for node in steps:
+            other = node.meta["callers"][-1] != path
+            if other and node.op != "call_module" and (path, name) in node.meta["methods_within"]:
+                return f"{method} can be called by itself, and {_label(node)} cannot go there"
     return ""
 
 

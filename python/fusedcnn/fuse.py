@@ -75,11 +75,13 @@ def fuse(model, *, inplace=False, report=False):
     must not change afterwards. Where a function call has to go, the instance gets a class derived
     from its own with the traced forward: attributes of its own that forward reads, but for tensors
     and modules, cannot be set afterwards without :func:`unfuse`; what lists among them hold and
-    what forward reads of other modules must not change. Only forward is followed: any other method
-    that runs some of the replaced layers, called from outside, meets the fused block in the
-    convolution's place and computes something else.
+    what forward reads of other modules must not change; and a method that forward took such a call
+    from raises when it is called by itself. Only what forward runs is seen: a method that it does
+    not call, but that runs some of the replaced layers, meets the fused block in the convolution's
+    place and computes something else.
 
-    A chain is left alone, with a reason in the report, when a value in between is used elsewhere;
+    A chain is left alone, with a reason in the report, when a value in between is used elsewhere; a
+    method that forward calls, and others may call, runs only a part of it;
     hooks sit on an inner module or on one that the value in between enters or leaves; the pool
     returns indices; the weights are shared, called twice or parametrised; or a type is derived from
     these and may compute something else.

@@ -7,6 +7,7 @@ from its own, whose forward is the one that torch.fx has traced, less those call
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -101,13 +102,19 @@ def rewritten_class(module: nn.Module, removed: Removed) -> type[nn.Module]:
     cls = type(module)
     forwards: dict[bool, Callable] = {}
     code: dict[bool, str] = {}
+    guards: dict[str, Callable] = {}
     for training in (True, False):
         copied = shadow(module).train(training)
         with surroundings(plain=True):
             graph = Tracer(None).trace(copied)
+        runs_modules = set().union(
+            *(node.meta["methods"] for node in graph.nodes if node.op == "call_module")
+        )
         for node in list(graph.nodes):
             call = node.meta.get("call")
             if call is not None and call[1] in removed.get(training, ()):
+                within = node.meta["methods_within"] & runs_modules
+                guards |= {name: _guard(cls, name) for path, name in within if path == ""}
                 node.replace_all_uses_with(node.args[0] if node.args else node.kwargs["input"])
                 graph.erase_node(node)
         traced = fx.GraphModule(copied, graph)
@@ -130,7 +137,8 @@ def rewritten_class(module: nn.Module, removed: Removed) -> type[nn.Module]:
     return type(
         f"Fused{cls.__name__}",
         (RewrittenForward, cls),
-        {
+        guards
+        | {
             "__doc__": f"{cls.__name__}, its forward rewritten by fusedcnn.fuse.",
             "__module__": __name__,
             "original_class": cls,
@@ -140,6 +148,20 @@ def rewritten_class(module: nn.Module, removed: Removed) -> type[nn.Module]:
             "_fixed": fixed,
         },
     )
+
+
+def _guard(cls: type[nn.Module], name: str) -> Callable:
+    """What stands for a method from which forward ran both modules and the removed calls."""
+
+    @functools.wraps(getattr(cls, name))
+    def method(self, *args, **kwargs):
+        raise RuntimeError(
+            f"{name}: expected to be called by forward only, as fusedcnn.fuse has replaced layers "
+            f"that it runs and rewritten forward without it; call fusedcnn.unfuse before "
+            f"{cls.__name__}.{name}"
+        )
+
+    return method
 
 
 def _values_read(module: nn.Module) -> frozenset[str]:

@@ -1,10 +1,11 @@
-"""Follows a forward by torch.fx, on a copy, and notes who makes each call and in which modes."""
+"""Follows a forward by torch.fx, on a copy, and notes who makes each call, and in which modes."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import inspect
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
+
+Method = tuple[str, str]  # a module's path, and the name of a method of its class
 
 # Leaves of the trace even where a user has derived from them: what the derived class computes is
 # its own, so that it is named as a reason instead of being looked into.
@@ -132,6 +135,29 @@ class Tracer(fx.Tracer):
         finally:
             self.callers.pop()
 
+    def _methods(self) -> tuple[set[Method], set[Method]]:
+        """The methods of the model's modules that are running, forwards left out.
+
+        Also those among them that run within the innermost forward, which calls them as methods.
+        """
+        paths = {id(module): path for path, module in self.root.named_modules()}
+        running: set[Method] = set()
+        within: set[Method] = set()
+        frame = sys._getframe(2)
+        while frame is not None and frame.f_code is not fx.Tracer.trace.__code__:
+            code, name = frame.f_code, frame.f_code.co_name
+            owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+            path = paths.get(id(owner))
+            if path is not None and name == "forward" and path == self.callers[-1]:
+                within |= running
+            elif path is not None and name != "forward":
+                function = inspect.unwrap(getattr(type(owner), name, None))
+                own = getattr(function, "__code__", None) is code
+                if own and not function.__module__.startswith("torch."):
+                    running.add((path, name))
+            frame = frame.f_back
+        return running, within
+
     def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
         """Record a node, with its place."""
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
@@ -140,6 +166,7 @@ class Tracer(fx.Tracer):
         elif kind in ("call_function", "call_method"):
             node.meta["call"], node.meta["callers"] = self._count(), tuple(self.callers)
         if kind in ("call_module", "call_function", "call_method"):
+            node.meta["methods"], node.meta["methods_within"] = self._methods()
             node.meta["modes"] = _modes()
             self.switched |= node.meta["modes"] != self._modes
         return node

@@ -1,0 +1,149 @@
+"""fuse, and the methods that forward calls: what they compute when called by themselves."""
+
+from __future__ import annotations
+
+import copy
+
+import fusedcnn
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.relu = nn.ReLU()
+        self.pool = nn.MaxPool2d(2)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, input):
+        return self.head(self.features(input).mean((2, 3)))
+
+
+class Modules(Base):
+    """A method that runs the whole chain of modules."""
+
+    def features(self, input):
+        return self.pool(self.relu(self.conv(input)))
+
+
+class Functions(Base):
+    """A method whose functions stay in it when forward is rewritten."""
+
+    def features(self, input):
+        return F.max_pool2d(F.relu(self.conv(input)), 2)
+
+    def mean(self, input):
+        return self.features(input).mean()
+
+
+class BeforeThePool(Base):
+    """A method that runs a part of the chain."""
+
+    def features(self, input):
+        return self.relu(self.conv(input))
+
+    def forward(self, input):
+        return self.head(self.pool(self.features(input)).mean((2, 3)))
+
+
+class BehindTheConvolution(Base):
+    """A method that runs the modules that would be nn.Identity."""
+
+    def reduce(self, input):
+        return self.pool(self.relu(input))
+
+    def forward(self, input):
+        return self.head(self.reduce(self.conv(input)).mean((2, 3)))
+
+
+class FunctionsBehind(Base):
+    """A method of nothing but functions, which mean the same to whoever calls it."""
+
+    def reduce(self, input):
+        return F.max_pool2d(F.relu(input), 2)
+
+    def forward(self, input):
+        return self.head(self.reduce(self.conv(input)).mean((2, 3)))
+
+
+class Another(Base):
+    """A method of a module inside that is no forward, with a function that stays in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Functions()
+
+    def forward(self, input):
+        return self.head(self.inner.features(input).mean((2, 3)))
+
+
+class OfTheParent(Base):
+    """Methods around a child's forward: what they call is the rewritten forward."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, input):
+            return F.relu(self.conv(input))
+
+    def __init__(self):
+        super().__init__()
+        self.block = self.Block()
+
+    def features(self, input):
+        return self.pool(self.block(input))
+
+
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def fused(cls):
+    """A model, it fused with the same outputs, and the report's reason for its one chain."""
+    model = cls().eval()
+    other, report = fusedcnn.fuse(model, report=True)
+    torch.testing.assert_close(other(IMAGES), model(IMAGES))
+    (row,) = [row for row in report if row.steps]
+    return model, other, row.reason
+
+
+@pytest.mark.parametrize(
+    ("cls", "method"),
+    [(Modules, "features"), (OfTheParent, "features"), (FunctionsBehind, "reduce")],
+)
+def test_methods_that_still_compute_the_same(cls, method):
+    model, other, reason = fused(cls)
+    assert not reason
+    assert any(isinstance(m, fusedcnn.ConvReLUMaxPool2d) for m in other.modules())
+    images = IMAGES if method == "features" else torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(getattr(other, method)(images), getattr(model, method)(images))
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [
+        (BeforeThePool, "'features' of the model can be called by itself, and runs only a part"),
+        (BehindTheConvolution, "'reduce' of the model can be called by itself, and runs only"),
+        (Another, "'features' of 'inner' can be called by itself, and relu cannot go there"),
+    ],
+)
+def test_chains_that_methods_share(cls, reason):
+    _, other, given = fused(cls)
+    assert given.startswith(reason)
+    assert not any(isinstance(m, fusedcnn.ConvReLUMaxPool2d) for m in other.modules())
+
+
+def test_a_method_that_would_pool_twice_is_an_error():
+    model, other, reason = fused(Functions)
+    assert not reason
+    for fused_model in (other, copy.deepcopy(other)):
+        for method in (fused_model.features, fused_model.mean):
+            with pytest.raises(RuntimeError, match=r"features: expected .* call fusedcnn\.unfuse"):
+                method(IMAGES)
+    again = fusedcnn.unfuse(other)
+    torch.testing.assert_close(again.features(IMAGES), model.features(IMAGES))
