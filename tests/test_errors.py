@@ -281,6 +281,8 @@ def backward_call(**changed) -> tuple:
         ("geometry", [1, 1]),
         ("geometry", [0] * 18),
         ("geometry", [2**62] * 18),
+        ("output_mask", 8),
+        ("output_mask", -1),
     ],
     ids=lambda value: str(getattr(value, "dtype", value)),
 )

@@ -1,6 +1,7 @@
 #include "ops/calls.h"
 
 #include <stdexcept>
+#include <string>
 
 #include "ops/checks.h"
 
@@ -88,6 +89,12 @@ BackwardCall backward_call(const Tensor& grad_output, const Tensor& input, const
   if (!same_device(code, input) || code.scalar_type() != code_type(g)) {
     throw std::runtime_error(
         "code: expected the tensor that the forward returned, on input's device");
+  }
+  if (output_mask < 0 || output_mask > 7) {
+    throw std::runtime_error(
+        "output_mask: expected 0 to 7, the sum of 1 for input, 2 for weight "
+        "and 4 for bias, got " +
+        std::to_string(output_mask));
   }
   const ScalarType scalar = input.scalar_type();
   const bool want_input = output_mask & 1, want_weight = output_mask & 2,
