@@ -102,7 +102,7 @@ def rewritten_class(module: nn.Module, removed: Removed) -> type[nn.Module]:
     cls = type(module)
     forwards: dict[bool, Callable] = {}
     code: dict[bool, str] = {}
-    guards: dict[str, Callable] = {}
+    guarded: set[str] = set()
     for training in (True, False):
         copied = shadow(module).train(training)
         with surroundings(plain=True):
@@ -114,7 +114,7 @@ def rewritten_class(module: nn.Module, removed: Removed) -> type[nn.Module]:
             call = node.meta.get("call")
             if call is not None and call[1] in removed.get(training, ()):
                 within = node.meta["methods_within"] & runs_modules
-                guards |= {name: _guard(cls, name) for path, name in within if path == ""}
+                guarded |= {name for path, name in within if path == ""}
                 node.replace_all_uses_with(node.args[0] if node.args else node.kwargs["input"])
                 graph.erase_node(node)
         traced = fx.GraphModule(copied, graph)
@@ -137,7 +137,7 @@ def rewritten_class(module: nn.Module, removed: Removed) -> type[nn.Module]:
     return type(
         f"Fused{cls.__name__}",
         (RewrittenForward, cls),
-        guards
+        {name: _guard(cls, name) for name in guarded}
         | {
             "__doc__": f"{cls.__name__}, its forward rewritten by fusedcnn.fuse.",
             "__module__": __name__,

@@ -1,4 +1,4 @@
-"""Follows a forward by torch.fx, on a copy, and notes who makes each call, and in which modes."""
+"""Follows a forward by torch.fx, on a copy, and notes who makes each call and what is around it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ def surroundings(plain: bool) -> Iterator[None]:
 
 
 class Tracer(fx.Tracer):
-    """A tracer that notes of each call who makes it, its number there, and the modes around it.
+    """A tracer that notes of each call who makes it, its number there, and what is around it.
+
+    That is the modes, and the methods that are running.
 
     ``switched`` says whether a call was made in other modes than the tracer.
 
@@ -140,17 +142,17 @@ class Tracer(fx.Tracer):
 
         Also those among them that run within the innermost forward, which calls them as methods.
         """
-        paths = {id(module): path for path, module in self.root.named_modules()}
         running: set[Method] = set()
         within: set[Method] = set()
         frame = sys._getframe(2)
         while frame is not None and frame.f_code is not fx.Tracer.trace.__code__:
             code, name = frame.f_code, frame.f_code.co_name
             owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-            path = paths.get(id(owner))
-            if path is not None and name == "forward" and path == self.callers[-1]:
-                within |= running
-            elif path is not None and name != "forward":
+            path = self.submodule_paths.get(owner) if isinstance(owner, nn.Module) else None
+            if name == "forward":
+                if path == self.callers[-1]:
+                    within |= running
+            elif path is not None:
                 function = inspect.unwrap(getattr(type(owner), name, None))
                 own = getattr(function, "__code__", None) is code
                 if own and not function.__module__.startswith("torch."):
