@@ -233,16 +233,10 @@ template <typename S, typename Tile>
 void launch_grad_input_mma(const BackwardArgs& args, const Execution& execution) {
   constexpr int64_t kBytes = sizeof(S), kItem = kItemChannels<S>, kLane = 2 * Tile::kNTiles;
   const Geometry& g = args.geometry;
-  const AxisSizes h = sizes_of(g.h), w = sizes_of(g.w);
-  const auto parts = [](int whole, int part) { return (whole + part - 1) / part; };
   InputMmaSizes s{};
-  s.in_h = h.in, s.in_w = w.in;
-  s.out_h = h.out, s.out_w = w.out;
-  s.padding_h = h.padding, s.padding_w = w.padding;
-  s.channels = static_cast<int>(g.in_channels);
-  s.out_channels = static_cast<int>(g.out_channels);
-  s.tiles_h = parts(h.in, Tile::kTileH);
-  s.tiles_w = parts(w.in, Tile::kTileW);
+  static_cast<MapSizes&>(s) = map_sizes(g);
+  s.tiles_h = parts(s.in_h, Tile::kTileH);
+  s.tiles_w = parts(s.in_w, Tile::kTileW);
   s.batch = static_cast<int>(g.batch);
   s.channel_blocks = parts(s.channels, Tile::kChannels);
   s.tasks = static_cast<int64_t>(s.channel_blocks) * s.batch * s.tiles_h * s.tiles_w;
@@ -252,8 +246,8 @@ void launch_grad_input_mma(const BackwardArgs& args, const Execution& execution)
       kMostResidentWeights) {
     s.kept_slices = 1;
   }
-  s.ring = s.tiles_h > 1 || s.tiles_w > 1 || h.padding > 1 || w.padding > 1 ||
-           h.out > Tile::kWindowsH - 2 || w.out > Tile::kWindowsW - 2;
+  s.ring = s.tiles_h > 1 || s.tiles_w > 1 || s.padding_h > 1 || s.padding_w > 1 ||
+           s.out_h > Tile::kWindowsH - 2 || s.out_w > Tile::kWindowsW - 2;
   const Strides from = args.grad_output_strides, at = args.code_strides;
   s.gradients_last = from.c == 1 && at.c == 1 && s.out_channels > 1;
   s.gradient_packs = s.gradients_last && s.out_channels % kItem == 0 &&

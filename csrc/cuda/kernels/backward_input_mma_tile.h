@@ -39,9 +39,7 @@ struct InputTile {
       ((NTiles == 1 ? 512 : 384) - (TileW == 8 && Split == 1 ? 128 : 0)) / kThreads;
 };
 
-struct InputMmaSizes {
-  int in_h, in_w, out_h, out_w, padding_h, padding_w;
-  int channels, out_channels;
+struct InputMmaSizes : MapSizes {
   int tiles_h, tiles_w, batch, channel_blocks;
   int slices;           // of output channels
   int kept_slices;      // of weights in shared memory: all, or one

@@ -67,9 +67,7 @@ struct InputWindows {
   static constexpr int kPair = 2 * kLanes + 2;
 };
 
-struct InputWindowsSizes {
-  int in_h, in_w, out_h, out_w, padding_h, padding_w;
-  int channels, out_channels;
+struct InputWindowsSizes : MapSizes {
   int tiles_h, tiles_w, channel_blocks;
   int band;            // rows of windows
   int chunks;          // of a warp's windows, in a row of a tile
@@ -328,14 +326,8 @@ template <int Columns>
 InputWindowsSizes input_windows_sizes(const Geometry& g) {
   using Config = InputWindows<Columns>;
   const auto least = [](int a, int b) { return a < b ? a : b; };
-  const auto parts = [](int whole, int part) { return (whole + part - 1) / part; };
-  const AxisSizes h = sizes_of(g.h), w = sizes_of(g.w);
   InputWindowsSizes s{};
-  s.in_h = h.in, s.in_w = w.in;
-  s.out_h = h.out, s.out_w = w.out;
-  s.padding_h = h.padding, s.padding_w = w.padding;
-  s.channels = static_cast<int>(g.in_channels);
-  s.out_channels = static_cast<int>(g.out_channels);
+  static_cast<MapSizes&>(s) = map_sizes(g);
   s.tiles_h = s.out_h > kInputTileH ? parts(s.out_h - 1, kInputTileH - 1) : 1;
   s.tiles_w = s.out_w > kInputTileW ? parts(s.out_w - 1, kInputTileW - 1) : 1;
   s.channel_blocks = parts(s.channels, Config::kLanes);

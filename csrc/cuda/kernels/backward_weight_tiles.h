@@ -9,30 +9,21 @@
 namespace fusedcnn::cuda {
 namespace {
 
-struct WeightTileSizes {
-  WeightSizes general;  // of the second stage: its slabs are rows of `partial`
-  int in_h, in_w, out_h, out_w, padding_h, padding_w;
-  int channels, out_channels;
+struct WeightTileSizes : MapSizes {
+  WeightSizes general;   // of the second stage: its slabs are rows of `partial`
   int tile_h, tile_w;    // windows of a tile
   int tiles_h, tiles_w;  // of an image
   int channel_blocks;    // of output channels
   int64_t units, slabs;  // tiles of all images
 };
 
-inline int parts(int whole, int part) { return (whole + part - 1) / part; }
-
 // All but the slabs, for tiles of tile_h x tile_w windows and blocks of `block_channels` output
 // channels.
 inline WeightTileSizes weight_tile_sizes(const Geometry& g, int tile_h, int tile_w,
                                          int block_channels) {
   WeightTileSizes s{};
-  const AxisSizes h = sizes_of(g.h), w = sizes_of(g.w);
   s.general = weight_sizes(g, sizeof(float));
-  s.in_h = h.in, s.in_w = w.in;
-  s.out_h = h.out, s.out_w = w.out;
-  s.padding_h = h.padding, s.padding_w = w.padding;
-  s.channels = static_cast<int>(g.in_channels);
-  s.out_channels = static_cast<int>(g.out_channels);
+  static_cast<MapSizes&>(s) = map_sizes(g);
   s.tile_h = tile_h, s.tile_w = tile_w;
   s.tiles_h = parts(s.out_h, tile_h);
   s.tiles_w = parts(s.out_w, tile_w);

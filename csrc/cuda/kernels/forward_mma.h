@@ -79,11 +79,8 @@ struct MmaTile {
   }
 };
 
-struct MmaSizes {
+struct MmaSizes : MapSizes {
   TileGrid grid;
-  int in_h, in_w, conv_h, conv_w, out_h, out_w;
-  int padding_h, padding_w;
-  int channels, out_channels;
   bool pixels_first;   // channels are neighbours in memory
   bool input_pairs;    // two pixels of a row can be copied at once
   bool channel_pairs;  // two channels of a pixel can
@@ -410,21 +407,15 @@ template <typename S>
 MmaSizes mma_sizes(const ForwardArgs& args) {
   constexpr int64_t kBytes = sizeof(S);
   const Geometry& g = args.geometry;
-  const AxisSizes h = sizes_of(g.h), w = sizes_of(g.w);
   MmaSizes s{};
-  s.in_h = h.in, s.in_w = w.in;
-  s.conv_h = h.conv, s.conv_w = w.conv;
-  s.out_h = h.out, s.out_w = w.out;
-  s.padding_h = h.padding, s.padding_w = w.padding;
-  s.channels = static_cast<int>(g.in_channels);
-  s.out_channels = static_cast<int>(g.out_channels);
+  static_cast<MapSizes&>(s) = map_sizes(g);
   const Strides in = args.input_strides, out = args.output_strides;
   s.pixels_first = in.c == 1 && g.in_channels > 1;
-  s.input_pairs = in.w == 1 && w.padding == 1 && w.in % 2 == 0 &&
+  s.input_pairs = in.w == 1 && s.padding_w == 1 && s.in_w % 2 == 0 &&
                   aligned(args.input, kBytes, 2 * kBytes, {in.n, in.c, in.h});
   s.channel_pairs =
       in.c == 1 && g.in_channels % 2 == 0 && aligned(args.input, kBytes, 4, {in.n, in.h, in.w});
-  s.output_fours = out.w == 1 && w.out % 4 == 0 &&
+  s.output_fours = out.w == 1 && s.out_w % 4 == 0 &&
                    aligned(args.output, kBytes, 4 * kBytes, {out.n, out.c, out.h}) &&
                    aligned(args.code, 1, 4, {out.n, out.c, out.h});
   return s;

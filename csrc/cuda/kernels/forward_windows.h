@@ -76,11 +76,8 @@ struct WindowsTile {
 enum class InputAccess : int { kRows, kPixels, kVectorRows };        // in which order, how wide
 enum class OutputAccess : int { kSingle, kPairs, kChannelVectors };  // neighbours written at once
 
-struct WindowsSizes {
+struct WindowsSizes : MapSizes {
   TileGrid grid;
-  int in_h, in_w, conv_h, conv_w, out_h, out_w;
-  int padding_h, padding_w;
-  int channels, out_channels;
   InputAccess input;
   OutputAccess output;
 };
@@ -326,24 +323,18 @@ forward_windows_kernel(ForwardArgs args, WindowsSizes sizes) {
 
 inline WindowsSizes windows_sizes(const ForwardArgs& args) {
   const Geometry& g = args.geometry;
-  const AxisSizes h = sizes_of(g.h), w = sizes_of(g.w);
   WindowsSizes s{};
-  s.in_h = h.in, s.in_w = w.in;
-  s.conv_h = h.conv, s.conv_w = w.conv;
-  s.out_h = h.out, s.out_w = w.out;
-  s.padding_h = h.padding, s.padding_w = w.padding;
-  s.channels = static_cast<int>(g.in_channels);
-  s.out_channels = static_cast<int>(g.out_channels);
+  static_cast<MapSizes&>(s) = map_sizes(g);
 
   const Strides in = args.input_strides, out = args.output_strides;
   s.input = in.c == 1 && g.in_channels > 1 ? InputAccess::kPixels : InputAccess::kRows;
-  if (in.w == 1 && w.padding == 1 && w.in % 4 == 0 &&
+  if (in.w == 1 && s.padding_w == 1 && s.in_w % 4 == 0 &&
       aligned(args.input, 4, 16, {in.n, in.c, in.h})) {
     s.input = InputAccess::kVectorRows;
   }
   // Codes have the values' strides, in bytes.
   s.output = OutputAccess::kSingle;
-  if (out.w == 1 && w.out % 2 == 0 && aligned(args.output, 4, 8, {out.n, out.c, out.h}) &&
+  if (out.w == 1 && s.out_w % 2 == 0 && aligned(args.output, 4, 8, {out.n, out.c, out.h}) &&
       aligned(args.code, 1, 2, {out.n, out.c, out.h})) {
     s.output = OutputAccess::kPairs;
   } else if (out.c == 1 && g.out_channels % 8 == 0 &&

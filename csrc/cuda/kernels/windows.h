@@ -44,6 +44,13 @@ inline bool aligned(const void* pointer, int64_t element, int64_t bytes,
   return true;
 }
 
+// A problem's sizes.
+struct MapSizes {
+  int in_h, in_w, conv_h, conv_w, out_h, out_w;
+  int padding_h, padding_w;
+  int channels, out_channels;
+};
+
 // A walk over the tasks of a launch, each a tile of one image's pooled outputs for a block of
 // output channels; a block takes every grid_blocks()-th task. Without 64-bit divisions on the way.
 struct TileGrid {
@@ -77,10 +84,24 @@ class TileWalk {
   int n_, rest_;
 };
 
+// How many parts cover the whole.
+inline int parts(int64_t whole, int part) { return static_cast<int>((whole + part - 1) / part); }
+
+inline MapSizes map_sizes(const Geometry& g) {
+  const AxisSizes h = sizes_of(g.h), w = sizes_of(g.w);
+  return {h.in,
+          w.in,
+          h.conv,
+          w.conv,
+          h.out,
+          w.out,
+          h.padding,
+          w.padding,
+          static_cast<int>(g.in_channels),
+          static_cast<int>(g.out_channels)};
+}
+
 inline TileGrid tile_grid(const Geometry& g, int tile_h, int tile_w, int channels) {
-  const auto parts = [](int64_t whole, int part) {
-    return static_cast<int>((whole + part - 1) / part);
-  };
   TileGrid grid{};
   grid.tiles_h = parts(g.h.out, tile_h);
   grid.tiles_w = parts(g.w.out, tile_w);
