@@ -179,8 +179,8 @@ MUTANTS = [
     Mutant(
         "forward windows: rows that padded layouts do not align are read by sixteen bytes",
         FORWARD_WINDOWS,
-        "w.in % 4 == 0 &&\n      aligned(args.input, 4, 16, {in.n, in.c, in.h})) {",
-        "w.in % 4 == 0) {",
+        "s.in_w % 4 == 0 &&\n      aligned(args.input, 4, 16, {in.n, in.c, in.h})) {",
+        "s.in_w % 4 == 0) {",
     ),
     Mutant(
         "forward windows: rows and columns of the filter are exchanged",
@@ -593,7 +593,7 @@ MUTANTS = [
     Mutant(
         "grad_input mma: windows beyond the only tile's own are left out",
         INPUT_MMA,
-        "h.padding > 1 || w.padding > 1 ||",
+        "s.padding_h > 1 || s.padding_w > 1 ||",
         "",
     ),
     Mutant(
