@@ -20,7 +20,7 @@ else()
 endif()
 
 add_library(fusedcnn_cpu STATIC
-  csrc/cpu/codes.cpp csrc/cpu/derived_weights.cpp csrc/cpu/plan.cpp csrc/cpu/scratch.cpp
+  csrc/core/geometry.cpp csrc/cpu/codes.cpp csrc/cpu/derived_weights.cpp csrc/cpu/plan.cpp csrc/cpu/scratch.cpp
   csrc/cpu/select.cpp)
 target_link_libraries(fusedcnn_cpu PRIVATE $<BUILD_INTERFACE:fusedcnn_options>)
 target_include_directories(fusedcnn_cpu PUBLIC csrc)

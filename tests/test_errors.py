@@ -226,7 +226,7 @@ def test_integers_of_numpy_are_ints():
 
 
 def test_a_message_says_what_was_expected_and_what_came():
-    with pytest.raises(RuntimeError, match=r"4.*\[2, 5, 8, 9\].*\[6, 4, 3, 3\]|5.*4"):
+    with pytest.raises(RuntimeError, match=r"^input: expected 4 channels, .* got 5"):
         conv_relu_max_pool2d(**call({"input": torch.ones(2, 5, 8, 9)}))
     with pytest.raises(RuntimeError, match=r"stride.*0"):
         conv_relu_max_pool2d(**call({"stride": 0}))

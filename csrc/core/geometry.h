@@ -2,6 +2,7 @@
 // All sizes and strides count elements, never bytes; `h` stands before `w` everywhere.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace fusedcnn {
@@ -41,6 +42,15 @@ struct Axis {
   constexpr int64_t step() const { return pool_stride * stride; }
   // First input element (counted from the first real one) of pooled output 0; may be negative.
   constexpr int64_t origin() const { return -pool_padding * stride - padding; }
+  // Elements from the first to the last tap of one convolution output, and from the first to the
+  // last element of one window.
+  constexpr int64_t extent() const { return (kernel - 1) * dilation + 1; }
+  constexpr int64_t window() const { return (pool_kernel - 1) * pool_dilation + 1; }
+  // Places that all windows together span in the input, the two paddings included: no coordinate
+  // along this axis is larger, whatever it counts from.
+  constexpr int64_t reach() const {
+    return ((out - 1) * pool_stride + window()) * stride + extent();
+  }
 };
 
 struct Geometry {
@@ -58,6 +68,24 @@ struct Geometry {
   constexpr int64_t window() const { return h.pool_kernel * w.pool_kernel; }
   constexpr int64_t outputs() const { return h.out * w.out; }  // pooled pixels of one channel
 };
+
+// The operators' `geometry` argument: one flat list, since a packed list costs half of what six
+// small ones do at every call. Order: see unpack in geometry.cpp; written by functional.py.
+constexpr size_t kPackedGeometrySize = 18;
+
+// The geometry of an input [N, C, H, W], a weight [OC, C / groups, KH, KW] and packed arguments,
+// checked, with its output sizes. Throws std::runtime_error with a message that names the argument.
+//
+// Here and nowhere else is arithmetic on sizes in doubt: of this geometry, kernels may form any of
+// the quantities below, in elements or in bytes, without looking for overflow.
+//
+//   along one axis: padded sizes, extents, step, origin, reach          at most 2^46
+//   elements of a group's padded image, of the output                   at most 2^54
+//   elements of the weight, of a window, and one times the other        at most 2^54
+//
+// An argument that no output depends on may hold anything: the stride where there is one output,
+// the dilation where there is one tap. It is replaced by a value that fits.
+Geometry unpack(const int64_t (&input)[4], const int64_t (&weight)[4], const int64_t* packed);
 
 // Element strides of an [N, C, H, W] tensor; any values, zero included.
 struct Strides {

@@ -6,8 +6,14 @@
 #include <stdexcept>
 #include <string>
 
+// Of torch 2.13 and later; null elsewhere.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace fusedcnn {
 namespace {
+
+constexpr int64_t kMostPadded = int64_t{1} << 28;
+constexpr int64_t kMostGrowth = 8;
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -76,68 +82,22 @@ std::string device_text(const Tensor& tensor) {
          std::to_string(device.index);
 }
 
-// a * b, or an error that names the tensor whose size does not fit.
-int64_t checked_product(int64_t a, int64_t b, const char* what) {
-  int64_t product;
-  if (__builtin_mul_overflow(a, b, &product)) fail(what, ": its size overflows 64 bits");
-  return product;
-}
-
-int64_t checked_sum(int64_t a, int64_t b, const char* what) {
-  int64_t sum;
-  if (__builtin_add_overflow(a, b, &sum)) fail(what, ": its size overflows 64 bits");
-  return sum;
-}
-
-// Sizes of the convolution's and the pool's output along one axis; `letter` is 'H' or 'W'.
-void complete_axis(Axis& axis, bool ceil_mode, char letter) {
-  if (axis.in < 1) fail("input: expected ", letter, " >= 1, got ", axis.in);
-  if (axis.kernel < 1) fail("weight: expected kernel sizes >= 1, got ", axis.kernel);
-  const auto positive = [](const char* argument, int64_t value) {
-    if (value < 1) fail(argument, ": expected values >= 1, got ", value);
-  };
-  const auto not_negative = [](const char* argument, int64_t value) {
-    if (value < 0) fail(argument, ": expected values >= 0, got ", value);
-  };
-  positive("stride", axis.stride);
-  positive("dilation", axis.dilation);
-  not_negative("padding", axis.padding);
-  not_negative("padding", axis.padding_after);
-  positive("pool_kernel_size", axis.pool_kernel);
-  positive("pool_stride", axis.pool_stride);
-  positive("pool_dilation", axis.pool_dilation);
-  not_negative("pool_padding", axis.pool_padding);
-
-  const int64_t padded =
-      checked_sum(axis.in, checked_sum(axis.padding, axis.padding_after, "padding"), "padding");
-  const int64_t extent =
-      checked_sum(checked_product(axis.dilation, axis.kernel - 1, "dilation"), 1, "dilation");
-  if (extent > padded) {
-    fail("weight: expected a kernel no larger than the padded input, got ", extent,
-         axis.dilation > 1 ? " (dilated)" : "", " over ", padded, " along ", letter);
+// Dense, on the device of `like`.
+Tensor empty_strided(int64_t rank, const int64_t* sizes, const int64_t* strides, ScalarType type,
+                     const Tensor& like) {
+  const Device device = device_of(like);
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle = nullptr;
+  if (aoti_torch_empty_strided(rank, sizes, strides, dtype, device.type, device.index, &handle) !=
+      TORCH_SUCCESS) {
+    if (torch_exception_get_what_without_backtrace) {
+      throw std::runtime_error(torch_exception_get_what_without_backtrace());
+    }
+    auto bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
+    for (int64_t d = 0; d < rank; ++d) bytes *= sizes[d];
+    throw std::runtime_error(out_of_memory_text(bytes));
   }
-  axis.conv = (padded - extent) / axis.stride + 1;
-
-  const int64_t window =
-      checked_sum(checked_product(axis.pool_dilation, axis.pool_kernel - 1, "pool_dilation"), 1,
-                  "pool_dilation");
-  // Of the window's elements, not of their extent, as in torch.
-  if (axis.pool_padding > axis.pool_kernel / 2) {
-    fail("pool_padding: expected at most half of pool_kernel_size (", axis.pool_kernel / 2,
-         "), got ", axis.pool_padding);
-  }
-  const int64_t pool_padded = axis.conv + 2 * axis.pool_padding;  // both at most 2^62
-  int64_t room = pool_padded - window;
-  if (ceil_mode) room = checked_sum(room, axis.pool_stride - 1, "pool_stride");
-  // Round towards minus infinity: a window larger than the input has no output at all.
-  axis.out = (room >= 0 ? room / axis.pool_stride : -1) + 1;
-  // A window may not start in the padding after the input.
-  if (ceil_mode && (axis.out - 1) * axis.pool_stride >= axis.conv + axis.pool_padding) --axis.out;
-  if (axis.out < 1) {
-    fail("pool_kernel_size: expected a window no larger than the padded convolution output, got ",
-         window, " over ", pool_padded, " along ", letter);
-  }
-  checked_product(axis.out, axis.step(), "pool_stride");
+  return Tensor(handle);
 }
 
 }  // namespace
@@ -154,58 +114,21 @@ Geometry check_geometry(const Tensor& input, const Tensor& weight,
   if (weight.dim() != 4) {
     fail("weight: expected [out_channels, in_channels / groups, KH, KW], got ", shape_text(weight));
   }
-  const int64_t* p = packed.data();
-  Geometry g{};
-  g.batch = rank == 4 ? input.size(0) : 1;
-  g.in_channels = input.size(rank - 3);
-  g.out_channels = weight.size(0);
-  g.groups = p[8];
-  g.ceil_mode = p[17] != 0;
-  g.h = Axis{input.size(rank - 2),
-             weight.size(2),
-             p[0],
-             p[2],
-             p[3],
-             p[6],
-             p[9],
-             p[11],
-             p[13],
-             p[15],
-             0,
-             0};
-  g.w = Axis{input.size(rank - 1),
-             weight.size(3),
-             p[1],
-             p[4],
-             p[5],
-             p[7],
-             p[10],
-             p[12],
-             p[14],
-             p[16],
-             0,
-             0};
-  if (g.groups < 1) fail("groups: expected a value >= 1, got ", g.groups);
-  if (g.out_channels < 1) fail("weight: expected out_channels >= 1, got ", shape_text(weight));
-  if (g.in_channels < 1) fail("input: expected C >= 1, got ", shape_text(input));
-  if (g.out_channels % g.groups != 0) {
-    fail("groups: expected a divisor of out_channels (", g.out_channels, "), got ", g.groups);
-  }
-  if (g.in_channels % g.groups != 0) {
-    fail("groups: expected a divisor of the input's channels (", g.in_channels, "), got ",
-         g.groups);
-  }
+  const Geometry g =
+      unpack({rank == 4 ? input.size(0) : 1, input.size(rank - 3), input.size(rank - 2),
+              input.size(rank - 1)},
+             {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, packed.data());
   if (weight.size(1) != g.in_channels / g.groups) {
     fail("weight: expected ", g.in_channels / g.groups, " input channels per group for input ",
          shape_text(input), " and groups ", g.groups, ", got ", shape_text(weight));
   }
-  complete_axis(g.h, g.ceil_mode, 'H');
-  complete_axis(g.w, g.ceil_mode, 'W');
-  // Bytes of the largest tensor in play, at 8 a value.
-  int64_t bytes = checked_product(g.h.out, g.w.out, "output");
-  bytes = checked_product(bytes, g.out_channels, "output");
-  bytes = checked_product(bytes, g.batch > 0 ? g.batch : 1, "output");
-  checked_product(bytes, 8, "output");
+  // Images are laid out with their padding, which takes memory that no tensor of the call has.
+  const auto padded = [](const Axis& axis) { return axis.in + axis.padding + axis.padding_after; };
+  const int64_t pixels = padded(g.h) * padded(g.w);
+  if (pixels / kMostGrowth > g.h.in * g.w.in && pixels * g.in_channels_per_group() > kMostPadded) {
+    fail("padding: expected a padded image of at most 2^28 elements, or of at most ", kMostGrowth,
+         " times the input's, got ", padded(g.h), " * ", padded(g.w), " pixels");
+  }
   return g;
 }
 
@@ -248,6 +171,23 @@ void check_shape(const char* argument, const Tensor& tensor, const std::vector<i
   fail(argument, ": expected [", text.str(), "], got ", shape_text(tensor));
 }
 
+void check_storage(const char* argument, const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  int64_t held = 0, offset = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &held));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
+  __int128 elements = offset + 1;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) return;
+    elements += static_cast<__int128>(sizes[d] - 1) * strides[d];
+  }
+  const auto size = static_cast<int64_t>(tensor.element_size());
+  if (elements * size <= held) return;
+  fail(argument, ": expected a storage that holds all elements of ", shape_text(tensor), ", got ",
+       held, " bytes", held == 0 ? ": it was released" : "");
+}
+
 Strides strides_of(const Tensor& tensor) {
   const auto s = tensor.strides();
   return s.size() == 4 ? Strides{s[0], s[1], s[2], s[3]} : Strides{0, s[0], s[1], s[2]};
@@ -258,14 +198,22 @@ bool is_channels_last(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
   if (strides[1] == 0) return false;
+  for (const int64_t size : sizes) {
+    if (size == 0) return false;  // strides of no elements can be anything
+  }
   int64_t least = 0;  // smallest stride that the next outer dimension may have
   for (const int d : {1, 3, 2, 0}) {
-    if (sizes[d] == 0 || strides[d] < least) return false;
+    if (strides[d] < least) return false;
     // [N, 1, H, W] and [N, C, 1, 1] fit both formats; torch reads them as contiguous.
     if (d == 0 && least == strides[1]) return false;
     least = strides[d] * (sizes[d] > 1 ? sizes[d] : 1);
   }
   return true;
+}
+
+std::string out_of_memory_text(int64_t bytes) {
+  return "DefaultCPUAllocator: can't allocate memory: you tried to allocate " +
+         std::to_string(bytes) + " bytes.";
 }
 
 Tensor empty_image(const Tensor& like, bool batched, int64_t n, int64_t c, int64_t h, int64_t w,
@@ -274,23 +222,13 @@ Tensor empty_image(const Tensor& like, bool batched, int64_t n, int64_t c, int64
   const int64_t contiguous[] = {c * h * w, h * w, w, 1};
   const int64_t last[] = {c * h * w, 1, w * c, c};
   const int skip = batched ? 0 : 1;
-  const Device device = device_of(like);
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      4 - skip, sizes + skip, (channels_last ? last : contiguous) + skip,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device.type,
-      device.index, &handle));
-  return Tensor(handle);
+  return empty_strided(4 - skip, sizes + skip, (channels_last ? last : contiguous) + skip, type,
+                       like);
 }
 
 Tensor empty_vector(const Tensor& like, int64_t size, ScalarType type) {
   const int64_t stride = 1;
-  const Device device = device_of(like);
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      1, &size, &stride, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      device.type, device.index, &handle));
-  return Tensor(handle);
+  return empty_strided(1, &size, &stride, type, like);
 }
 
 }  // namespace fusedcnn

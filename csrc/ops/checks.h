@@ -4,15 +4,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "core/geometry.h"
 
 namespace fusedcnn {
-
-// The operators' `geometry` argument: one flat list, since a packed list costs half of what six
-// small ones do at every call. Order: see kFields in checks.cpp; written by functional.py.
-constexpr size_t kPackedGeometrySize = 18;
 
 // Sizes of the operator for these tensors. Input is [N, C, H, W] or [C, H, W] (batch 1).
 // Throws std::runtime_error.
@@ -32,11 +29,19 @@ void check_like_input(const char* argument, const torch::stable::Tensor& tensor,
 void check_shape(const char* argument, const torch::stable::Tensor& tensor,
                  const std::vector<int64_t>& expected);
 
+// Throws unless the memory of every element is there: a storage can be released or cut short under
+// its tensors (untyped_storage().resize_(0)), which sharding and offloading do.
+void check_storage(const char* argument, const torch::stable::Tensor& tensor);
+
 // Element strides as [N, C, H, W]; those of a [C, H, W] tensor get a batch stride of 0.
 Strides strides_of(const torch::stable::Tensor& tensor);
 
 // Whether torch's own layers would treat this 4-d tensor as channels_last.
 bool is_channels_last(const torch::stable::Tensor& tensor);
+
+// What torch's own allocator says of `bytes` that could not be had. Tools that look for the largest
+// batch that fits know a shortage by these words.
+std::string out_of_memory_text(int64_t bytes);
 
 // An uninitialised tensor on the device of `like`: [n, c, h, w], or [c, h, w] when `batched` is
 // false; dense, channels_last or contiguous.

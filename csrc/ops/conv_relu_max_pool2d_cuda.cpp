@@ -48,6 +48,16 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
+// The kernels' coordinates have 32 bits, and they add two of them.
+void check_coordinates(const Geometry& g) {
+  for (const Axis* axis : {&g.h, &g.w}) {
+    if (axis->in + axis->reach() + axis->padding + axis->padding_after >= int64_t{1} << 29) {
+      throw std::runtime_error(
+          "input, padding: expected fewer than 2^29 elements along each axis on CUDA");
+    }
+  }
+}
+
 // One call's device, stream and working memory.
 class Session {
  public:
@@ -84,6 +94,7 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool2d_cuda(const Tensor& input, const 
                                                      const std::vector<int64_t>& packed,
                                                      bool with_code) {
   const Geometry g = check_forward(input, weight, bias, packed);
+  check_coordinates(g);
   const ForwardCall call = forward_call(g, input, weight, bias, with_code);
   if (g.batch > 0) {
     Session(input).run(Pass::kForward, {g, call.args.type, call.args.wide_code},
@@ -98,6 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cuda(
     const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& code,
     const std::vector<int64_t>& packed, int64_t output_mask) {
   const BackwardCall call = backward_call(grad_output, input, weight, code, packed, output_mask);
+  check_coordinates(call.args.geometry);
   if (call.run_grad_weight() || call.run_grad_input()) {
     Session session(input);
     const Problem problem{call.args.geometry, call.args.type, call.args.wide_code};

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <string>
 
 #include "cpu/select.h"
@@ -55,6 +57,15 @@ py::dict last_selected() {
   return names;
 }
 
+// Throws where the operators would, for shapes of four dimensions.
+void check_sizes(const std::array<int64_t, 4>& input, const std::array<int64_t, 4>& weight,
+                 const std::array<int64_t, fusedcnn::kPackedGeometrySize>& packed) {
+  int64_t shapes[2][4];
+  std::copy(input.begin(), input.end(), shapes[0]);
+  std::copy(weight.begin(), weight.end(), shapes[1]);
+  fusedcnn::unpack(shapes[0], shapes[1], packed.data());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -64,6 +75,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("compiler") = "gcc " __VERSION__;
 #endif
+  m.def("check_sizes", &check_sizes, py::arg("input"), py::arg("weight"), py::arg("geometry"));
   m.def("isas", &isas);
   m.def("kernels", &kernels);
   m.def("last_selected", &last_selected);

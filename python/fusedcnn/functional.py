@@ -13,13 +13,20 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fusedcnn import _cuda
+from fusedcnn import _C, _cuda
 from fusedcnn._ops import Geometry, below_autograd, forward_op, note_stock
 from fusedcnn.autograd import ConvReLUMaxPool2dFunction
 
 _INT64_MAX = 2**63 - 1
 # The backward kernels index one padded image with 32 bits; this leaves room for padding.
 _MAX_IMAGE_ELEMENTS = 2**31
+# The kernels lay out images with their padding, which the stock convolution never sees. Where it is
+# most of the image, that is lost time and memory; below the first of these sizes neither shows.
+# Beyond the second the stock layers' own sizes wrap, and the operator says what is wrong.
+_PADDED_ELEMENTS = (2**18, 2**31)
+_MAX_PADDED_GROWTH = 8
+# Padding that cannot make an image so large, on all four sides together.
+_FEW_PADDING = 128
 # The CUDA kernels' coordinates and places within a channel have 32 bits; this leaves room for
 # padding, and for sums.
 _MAX_CUDA_PIXELS = 2**27
@@ -67,6 +74,10 @@ def _pack(
         total_h = dilation_h * (kernel_size[0] - 1) * same
         total_w = dilation_w * (kernel_size[1] - 1) * same
         pads = (total_h // 2, total_h - total_h // 2, total_w // 2, total_w - total_w // 2)
+        if max(pads) > _INT64_MAX:
+            raise RuntimeError(
+                f"dilation: expected values for which padding='same' fits 64 bits, got {dilation}"
+            )
     else:
         padding_h, padding_w = _integers("padding", padding)
         pads = (padding_h, padding_h, padding_w, padding_w)
@@ -170,7 +181,17 @@ def _is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _why_stock(input: Tensor, weight: Tensor, compiling: bool) -> str | None:
+def _mostly_padding(input: Tensor, geometry: tuple[int, ...]) -> bool:
+    _, _, top, bottom, left, right = geometry[:6]
+    channels, height, width = input.shape[-3:]
+    padded = (height + top + bottom) * (width + left + right)
+    low, high = _PADDED_ELEMENTS
+    return padded > _MAX_PADDED_GROWTH * height * width and low < padded * channels <= high
+
+
+def _why_stock(
+    input: Tensor, weight: Tensor, geometry: tuple[int, ...], compiling: bool
+) -> str | None:
     """Why the stock layers compute this call, or None where a fused kernel does."""
     if not input.is_cpu:
         device = input.device.type
@@ -195,6 +216,12 @@ def _why_stock(input: Tensor, weight: Tensor, compiling: bool) -> str | None:
         input.shape[-3] * input.shape[-2] * input.shape[-1] > _MAX_IMAGE_ELEMENTS
     ):
         return f"images of more than {_MAX_IMAGE_ELEMENTS} elements"
+    padding = geometry[2] + geometry[3] + geometry[4] + geometry[5]
+    if padding > _FEW_PADDING and _mostly_padding(input, geometry):
+        if not compiling:  # the stock layers' own messages name no argument
+            shape = input.shape if input.dim() == 4 else (1, *input.shape)
+            _C.check_sizes(shape, weight.shape, geometry)
+        return "images that are mostly padding"
     return None
 
 
@@ -301,7 +328,7 @@ def conv_relu_max_pool2d(
         ceil_mode=ceil_mode,
     )
     compiling = torch.compiler.is_compiling()
-    reason = _why_stock(input, weight, compiling)
+    reason = _why_stock(input, weight, geometry, compiling)
     if reason is not None:
         note_stock(reason)
         pool = {
