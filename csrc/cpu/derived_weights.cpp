@@ -6,9 +6,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <new>
 #include <tuple>
 #include <vector>
+
+#include "cpu/out_of_memory.h"
 
 namespace fusedcnn::cpu {
 
@@ -33,9 +34,9 @@ struct DerivedEntry {
 
   DerivedEntry(const DerivedKey& key, int64_t bytes, int64_t floats)
       : key(key), bytes(bytes), floats(floats) {
-    data =
-        static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>((size() + 63) / 64 * 64)));
-    if (!data) throw std::bad_alloc();
+    const int64_t rounded = (size() + 63) / 64 * 64;
+    data = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(rounded)));
+    if (!data) throw OutOfMemory(rounded);
   }
   ~DerivedEntry() { std::free(data); }
   DerivedEntry(const DerivedEntry&) = delete;

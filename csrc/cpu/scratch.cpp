@@ -1,7 +1,8 @@
 #include "cpu/scratch.h"
 
 #include <cstdlib>
-#include <new>
+
+#include "cpu/out_of_memory.h"
 
 namespace fusedcnn::cpu {
 namespace {
@@ -27,7 +28,7 @@ void* scratch(Slot slot, int64_t bytes) {
     block = Block{};
     const int64_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
     block.data = std::aligned_alloc(kAlignment, static_cast<size_t>(rounded));
-    if (!block.data) throw std::bad_alloc();
+    if (!block.data) throw OutOfMemory(rounded);
     block.bytes = rounded;
   }
   return block.data;

@@ -26,7 +26,10 @@ Geometry check_forward(const Tensor& input, const Tensor& weight, const std::opt
   if (bias) {
     check_like_input("bias", *bias, input);
     check_shape("bias", *bias, {g.out_channels});
+    check_storage("bias", *bias);
   }
+  check_storage("input", input);
+  check_storage("weight", weight);
   return g;
 }
 
@@ -99,6 +102,10 @@ BackwardCall backward_call(const Tensor& grad_output, const Tensor& input, const
   const ScalarType scalar = input.scalar_type();
   const bool want_input = output_mask & 1, want_weight = output_mask & 2,
              want_bias = output_mask & 4;
+  check_storage("grad_output", grad_output);
+  check_storage("code", code);
+  if (want_weight) check_storage("input", input);
+  if (want_input) check_storage("weight", weight);
   BackwardCall call{{},
                     want_input,
                     want_weight,

@@ -3,7 +3,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <cstdint>
+#include <exception>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -11,18 +13,36 @@
 #include <vector>
 
 #include "cpu/codes.h"
+#include "cpu/out_of_memory.h"
 #include "cpu/plan.h"
 #include "cpu/select.h"
 #include "ops/calls.h"
+#include "ops/checks.h"
 
 namespace fusedcnn {
 namespace {
 
 using torch::stable::Tensor;
 
-// torch's own threads: a second OpenMP runtime in the process costs milliseconds per call.
+// torch's own threads: a second OpenMP runtime in the process costs milliseconds per call. What a
+// task throws is kept aside, since the way through torch's C interface would lose all but the fact.
 void run_on_torch_threads(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
-  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, tasks, 1, body, context));
+  struct Run {
+    void (*body)(int64_t, int64_t, void*);
+    void* context;
+    std::atomic_flag failed;
+    std::exception_ptr error;  // of the first that failed
+  } run{body, context, {}, nullptr};
+  const auto guarded = [](int64_t begin, int64_t end, void* opaque) {
+    Run& run = *static_cast<Run*>(opaque);
+    try {
+      run.body(begin, end, run.context);
+    } catch (...) {
+      if (!run.failed.test_and_set()) run.error = std::current_exception();
+    }
+  };
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, tasks, 1, guarded, &run));
+  if (run.error) std::rethrow_exception(run.error);
 }
 
 void run_inline(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -49,6 +69,16 @@ const cpu::Kernel& select_or_throw(cpu::Pass pass, const cpu::Problem& problem) 
   return *kernel;
 }
 
+// body(), with a shortage of working memory as the error that torch's own allocator raises.
+template <typename Body>
+void with_memory(const Body& body) {
+  try {
+    body();
+  } catch (const cpu::OutOfMemory& error) {
+    throw std::runtime_error(out_of_memory_text(error.bytes));
+  }
+}
+
 // output [N, OC, OH, OW] and code of the same shape, or of shape [0] when `with_code` is false.
 std::tuple<Tensor, Tensor> conv_relu_max_pool2d(const Tensor& input, const Tensor& weight,
                                                 const std::optional<Tensor>& bias,
@@ -61,8 +91,9 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool2d(const Tensor& input, const Tenso
   }
   const ForwardCall call = forward_call(g, input, weight, bias, with_code);
   if (g.batch > 0) {
-    select_or_throw(cpu::Pass::kForward, {g, call.args.type, call.args.wide_code})
-        .forward(call.args, thread_pool(g));
+    const cpu::Kernel& kernel =
+        select_or_throw(cpu::Pass::kForward, {g, call.args.type, call.args.wide_code});
+    with_memory([&] { kernel.forward(call.args, thread_pool(g)); });
   }
   return {call.output, call.code};
 }
@@ -81,10 +112,12 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward(
   const cpu::Problem problem{g, call.args.type, call.args.wide_code};
   const cpu::ThreadPool pool = thread_pool(g);
   if (call.run_grad_weight()) {
-    select_or_throw(cpu::Pass::kGradWeight, problem).backward(call.weight_args(), pool);
+    const cpu::Kernel& kernel = select_or_throw(cpu::Pass::kGradWeight, problem);
+    with_memory([&] { kernel.backward(call.weight_args(), pool); });
   }
   if (call.run_grad_input()) {
-    select_or_throw(cpu::Pass::kGradInput, problem).backward(call.input_args(), pool);
+    const cpu::Kernel& kernel = select_or_throw(cpu::Pass::kGradInput, problem);
+    with_memory([&] { kernel.backward(call.input_args(), pool); });
   }
   return {call.grad_input, call.grad_weight, call.grad_bias};
 }
