@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/out_of_memory.h"
+#include "cpu/scratch.h"
 
 namespace fusedcnn::cpu {
 
@@ -112,6 +113,7 @@ DerivedWeights::DerivedWeights(const DerivedKey& key, int64_t bytes, int64_t flo
     entry_ = nullptr;
   }
   if (!entry_) entry_ = std::make_shared<DerivedEntry>(key, bytes, floats);
+  if (on_new_memory) on_new_memory(entry_->data, floats * int64_t{sizeof(float)});
   // Deriving from the copy, not from the weight, keeps the two together even if another thread
   // writes to the weight meanwhile.
   if (bytes > 0) std::memcpy(entry_->copy(), key.weight, static_cast<size_t>(bytes));

@@ -19,6 +19,8 @@ struct Block {
 
 }  // namespace
 
+void (*on_new_memory)(void* data, int64_t bytes) = nullptr;
+
 void* scratch(Slot slot, int64_t bytes) {
   thread_local Block blocks[static_cast<int>(Slot::kCount)];
   Block& block = blocks[static_cast<int>(slot)];
@@ -31,6 +33,7 @@ void* scratch(Slot slot, int64_t bytes) {
     if (!block.data) throw OutOfMemory(rounded);
     block.bytes = rounded;
   }
+  if (on_new_memory) on_new_memory(block.data, bytes);
   return block.data;
 }
 

@@ -24,4 +24,7 @@ enum class Slot : int {
 // Throws std::bad_alloc.
 void* scratch(Slot slot, int64_t bytes);
 
+// The self-test's: gets all memory that a kernel is about to write, before the kernel does.
+extern void (*on_new_memory)(void* data, int64_t bytes);
+
 }  // namespace fusedcnn::cpu

@@ -27,6 +27,9 @@ struct Backend {
   // Orders in which tasks or threads run; no result may depend on them.
   std::vector<std::string> ways;
   std::vector<TestedKernel> kernels;
+  // What the latest call did with memory that nobody had written, or "" for nothing; called after
+  // calls whose operands are small integers. May be empty: the backend cannot tell.
+  std::function<std::string()> misuse = {};
 };
 
 }  // namespace selftest

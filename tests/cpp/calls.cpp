@@ -3,6 +3,7 @@
 #include <exception>
 
 #include "check.h"
+#include "storage.h"
 
 namespace selftest {
 namespace {
@@ -47,8 +48,9 @@ bool run_forward(const Call& call, const Operands& operands, Forward* result,
       call.layout == Layout::kChannelsLast || call.layout == Layout::kPermuted;
   const Strides output_strides =
       strides_for(channels_last ? Layout::kChannelsLast : Layout::kContiguous, output_shape(g));
-  Tensor output(output_shape(g), output_strides, element_size(type));
-  Tensor code(output_shape(g), output_strides, wide ? 4 : 1, 0xee);
+  const int64_t size = element_size(type);
+  Tensor output(output_shape(g), output_strides, size, signalling_nan(type));
+  Tensor code(output_shape(g), output_strides, wide ? 4 : 1, 0xeeeeeeeeeeeeeeee);
 
   ForwardArgs args{};
   args.geometry = g;
@@ -81,9 +83,12 @@ bool run_backward(const Call& call, const Operands& operands, const std::vector<
   const Tensor code = codes_of(wide, output_shape(g), place(output_shape(g)), codes);
   const Tensor input = tensor_of(type, input_shape(g), place(input_shape(g)), operands.input);
   const Tensor weight = tensor_of(type, weight_shape(g), place(weight_shape(g)), operands.weight);
-  Tensor grad_input(input_shape(g), place(input_shape(g)), element_size(type));
-  Tensor grad_weight(weight_shape(g), place(weight_shape(g)), element_size(type));
-  Tensor grad_bias({1, 1, 1, g.out_channels}, {0, 0, 0, 1}, element_size(type));
+  const auto fresh = [type = type](Shape shape, Strides strides) {
+    return Tensor(shape, strides, element_size(type), signalling_nan(type));
+  };
+  Tensor grad_input = fresh(input_shape(g), place(input_shape(g)));
+  Tensor grad_weight = fresh(weight_shape(g), place(weight_shape(g)));
+  Tensor grad_bias = fresh({1, 1, 1, g.out_channels}, {0, 0, 0, 1});
 
   BackwardArgs args{};
   args.geometry = g;

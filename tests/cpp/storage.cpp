@@ -73,6 +73,22 @@ void write(DataType type, void* data, int64_t index, double value) {
   }
 }
 
+uint64_t signalling_nan(DataType type) {
+  switch (type) {
+    case DataType::kFloat64: return 0x7ff400017fa00001;
+    // As a float, too, a signalling NaN and two halves that are none: kernels widen before they
+    // compute.
+    case DataType::kBFloat16: return 0x7fa17fa17fa17fa1;
+    case DataType::kFloat16: return 0x7fa17d017fa17d01;
+    default: return 0x7fa000017fa00001;
+  }
+}
+
+void fill_memory(void* data, int64_t bytes, uint64_t pattern) {
+  auto* to = static_cast<unsigned char*>(data);
+  for (int64_t b = 0; b < bytes; ++b) to[b] = static_cast<unsigned char>(pattern >> (b % 8 * 8));
+}
+
 double rounded(DataType type, double value) {
   double stored[1];
   write(type, stored, 0, value);

@@ -29,6 +29,13 @@ double read(fusedcnn::DataType type, const void* data, int64_t index);
 // Rounds to nearest, ties to even.
 void write(fusedcnn::DataType type, void* data, int64_t index, double value);
 
+// Eight bytes that are a signalling NaN wherever a kernel for `type` may take them for one of its
+// numbers: in the type itself, and in the type that it computes in. Taken for a place in a list,
+// they lead far outside of any tensor.
+uint64_t signalling_nan(fusedcnn::DataType type);
+// The low byte first, whatever the machine's order, over and over.
+void fill_memory(void* data, int64_t bytes, uint64_t pattern);
+
 // `value` as `type` would hold it.
 double rounded(fusedcnn::DataType type, double value);
 

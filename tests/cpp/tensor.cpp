@@ -33,7 +33,7 @@ Strides strides_for(Layout layout, Shape s) {
   }
 }
 
-Tensor::Tensor(Shape s, Strides strides, int64_t element_bytes, unsigned char fill)
+Tensor::Tensor(Shape s, Strides strides, int64_t element_bytes, uint64_t fill)
     : strides_(strides), element_bytes_(element_bytes), fill_(fill) {
   int64_t elements = 0;
   places_.reserve(s.elements());
@@ -49,7 +49,7 @@ Tensor::Tensor(Shape s, Strides strides, int64_t element_bytes, unsigned char fi
   }
   size_ = elements * element_bytes;
   bytes_.reset(new unsigned char[size_]);
-  std::memset(bytes_.get(), fill, size_);
+  fill_memory(bytes_.get(), size_, fill);
 }
 
 bool Tensor::gaps_intact() const {
@@ -58,13 +58,14 @@ bool Tensor::gaps_intact() const {
     for (int64_t b = 0; b < element_bytes_; ++b) owned[place * element_bytes_ + b] = true;
   }
   for (int64_t b = 0; b < size_; ++b) {
-    if (!owned[b] && bytes_[b] != fill_) return false;
+    const auto began = static_cast<unsigned char>(fill_ >> (b % 8 * 8));
+    if (!owned[b] && bytes_[b] != began) return false;
   }
   return true;
 }
 
 Tensor tensor_of(DataType type, Shape shape, Strides strides, const std::vector<double>& values) {
-  Tensor tensor(shape, strides, element_size(type));
+  Tensor tensor(shape, strides, element_size(type), signalling_nan(type));
   for (size_t i = 0; i < values.size(); ++i) {
     write(type, tensor.data(), tensor.places()[i], values[i]);
   }

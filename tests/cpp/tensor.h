@@ -31,8 +31,8 @@ fusedcnn::Strides strides_for(Layout layout, Shape shape);
 // One [N, C, H, W] tensor of `element_bytes` wide elements.
 class Tensor {
  public:
-  // Every byte starts as `fill`. The default makes a NaN in all four element types.
-  Tensor(Shape shape, fusedcnn::Strides strides, int64_t element_bytes, unsigned char fill = 0xff);
+  // The memory starts as `fill`, over and over. The default makes a NaN in all four element types.
+  Tensor(Shape shape, fusedcnn::Strides strides, int64_t element_bytes, uint64_t fill = ~0ull);
 
   void* data() { return bytes_.get(); }
   const void* data() const { return bytes_.get(); }
@@ -47,13 +47,13 @@ class Tensor {
  private:
   fusedcnn::Strides strides_;
   int64_t element_bytes_;
-  unsigned char fill_;
+  uint64_t fill_;
   int64_t size_;  // bytes
   std::unique_ptr<unsigned char[]> bytes_;
   std::vector<int64_t> places_;
 };
 
-// A tensor holding `values`, rounded to `type`.
+// A tensor holding `values`, rounded to `type`, signalling NaNs in the gaps between them.
 Tensor tensor_of(fusedcnn::DataType type, Shape shape, fusedcnn::Strides strides,
                  const std::vector<double>& values);
 // A tensor of codes, bytes or int32.

@@ -192,7 +192,10 @@ void test_exact(const Backend& backend, bool quick) {
         for (int way = 0; way < ways; ++way) {
           if (quick && (turn + way) % ways != 0) continue;
           const Call call{&backend.kernels[k], problem, static_cast<Layout>(layout), way};
-          check_call(call, operands, want, grads, describe(backend, call, one.name));
+          const std::string what = describe(backend, call, one.name);
+          check_call(call, operands, want, grads, what);
+          const std::string misuse = backend.misuse ? backend.misuse() : "";
+          check(misuse.empty(), what + ": " + misuse);
         }
       }
     });

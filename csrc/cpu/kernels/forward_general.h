@@ -234,6 +234,10 @@ void forward_band(const ForwardArgs& args, const ForwardShared<Accumulator<S>>& 
                  conv + phase * plan.conv_size + v * kN, conv_channel);
           }
         }
+        // The last row is pooled in whole vectors, which may end behind the tiles.
+        for (int64_t r = 0; r < in_block; ++r) {
+          store(conv + r * conv_channel + phase * plan.conv_size + vectors * kN, Vector<T>{});
+        }
       }
       for (int64_t r = 0; r < in_block; ++r) {
         T* channel = conv + r * conv_channel;

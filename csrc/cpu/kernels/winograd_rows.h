@@ -57,6 +57,8 @@ FUSEDCNN_NOINLINE void transform_rows(const Geometry& g, const S* image, Strides
     transform_row(rows, windows, r, plane);
     transform_row(rows + row_size, windows, r + 4 * plane, plane);
   }
+  // Whole vectors are read, too: up to one past the last row.
+  for (int64_t i = 0; i < 8; ++i) store(r + i * plane, Vector<float>{});
   range = check;
 }
 
