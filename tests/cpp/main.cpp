@@ -1,12 +1,14 @@
 // Self-test of the CPU kernels, free of torch and of Python: for sanitizers, emulators and cross
 // builds. Exits with 1 when a check failed and with 2 on bad arguments.
+#include <cstdint>
 #include <cstdio>
-#include <cstring>
+#include <cstdlib>
 #include <string>
 
 #include "check.h"
 #include "cpu/select.h"
 #include "cpu_backend.h"
+#include "fuzz.h"
 #include "test_derived_weights.h"
 #include "test_kernels.h"
 #include "test_select.h"
@@ -14,17 +16,21 @@
 namespace {
 
 constexpr char kUsage[] =
-    "usage: fusedcnn_selftest [--quick] [--isa NAME] [--expect NAME]\n"
+    "usage: fusedcnn_selftest [--quick] [--isa NAME] [--expect NAME] [--fuzz COUNT [--seed S]]\n"
     "  --quick        a third of the calls: every kernel, case, type and layout, but not each\n"
     "                 layout with each way of running the tasks\n"
     "  --isa NAME     only this ISA; fails when the machine lacks it\n"
-    "  --expect NAME  fails unless this ISA is the one selected on this machine\n";
+    "  --expect NAME  fails unless this ISA is the one selected on this machine\n"
+    "  --fuzz COUNT   instead of all that: as many geometries drawn at random, for each ISA\n"
+    "  --seed S       of the random numbers (default: 1)\n";
 
 }  // namespace
 
 int main(int count, char** arguments) {
   bool quick = false;
   std::string only, expected;
+  int64_t fuzz_count = 0;
+  uint64_t seed = 1;
   for (int i = 1; i < count; ++i) {
     const std::string argument = arguments[i];
     if (argument == "--quick") {
@@ -33,6 +39,10 @@ int main(int count, char** arguments) {
       only = arguments[++i];
     } else if (argument == "--expect" && i + 1 < count) {
       expected = arguments[++i];
+    } else if (argument == "--fuzz" && i + 1 < count) {
+      fuzz_count = std::atoll(arguments[++i]);
+    } else if (argument == "--seed" && i + 1 < count) {
+      seed = std::strtoull(arguments[++i], nullptr, 10);
     } else {
       std::fputs(kUsage, stderr);
       return 2;
@@ -44,8 +54,10 @@ int main(int count, char** arguments) {
   if (!expected.empty()) {
     selftest::check(selected == expected, "expected ISA " + expected + ", selected " + selected);
   }
-  selftest::test_select();
-  selftest::test_derived_weights();
+  if (fuzz_count == 0) {
+    selftest::test_select();
+    selftest::test_derived_weights();
+  }
   bool found = only.empty();
   for (const fusedcnn::cpu::Isa& isa : fusedcnn::cpu::isas()) {
     if (!only.empty() && only != isa.name) continue;
@@ -55,8 +67,12 @@ int main(int count, char** arguments) {
       selftest::check(only.empty(), "this machine lacks " + only);
       continue;
     }
-    selftest::test_conversions(isa);
     const selftest::Backend backend = selftest::cpu_backend(isa);
+    if (fuzz_count > 0) {
+      selftest::fuzz(backend, seed, fuzz_count);
+      continue;
+    }
+    selftest::test_conversions(isa);
     selftest::test_exact(backend, quick);
     selftest::test_special_values(backend);
     selftest::test_optional_arguments(backend);

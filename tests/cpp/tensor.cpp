@@ -1,10 +1,42 @@
 #include "tensor.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstring>
+#include <new>
 
 #include "storage.h"
 
 namespace selftest {
+namespace {
+
+using Memory = std::unique_ptr<unsigned char[], std::function<void(unsigned char*)>>;
+
+#if defined(__SANITIZE_ADDRESS__)
+Memory guarded(int64_t size) {
+  return {new unsigned char[size], [](unsigned char* data) { delete[] data; }};
+}
+#else
+// `size` bytes that end at, or every fourth time begin behind, a page that nobody may touch.
+Memory guarded(int64_t size) {
+  static int turn = 0;
+  const bool at_begin = ++turn % 4 == 0;
+  const int64_t page = sysconf(_SC_PAGESIZE);
+  const int64_t room = (size + page - 1) / page * page;
+  const auto whole = static_cast<size_t>(room + 2 * page);
+  void* const mapped = mmap(nullptr, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  unsigned char* const first = static_cast<unsigned char*>(mapped) + page;
+  if (room > 0 && mprotect(first, static_cast<size_t>(room), PROT_READ | PROT_WRITE) != 0) {
+    throw std::bad_alloc();
+  }
+  return {at_begin ? first : first + room - size,
+          [mapped, whole](unsigned char*) { munmap(mapped, whole); }};
+}
+#endif
+
+}  // namespace
 
 using fusedcnn::DataType;
 using fusedcnn::Strides;
@@ -48,7 +80,7 @@ Tensor::Tensor(Shape s, Strides strides, int64_t element_bytes, uint64_t fill)
     }
   }
   size_ = elements * element_bytes;
-  bytes_.reset(new unsigned char[size_]);
+  bytes_ = guarded(size_);
   fill_memory(bytes_.get(), size_, fill);
 }
 

@@ -1,8 +1,10 @@
-// Strided tensors in heap buffers of exactly the size that their elements span, so that a sanitizer
-// sees the first byte past either end, and with guarded gaps between the elements.
+// Strided tensors in memory of exactly the size that their elements span, with guarded gaps between
+// the elements. The first byte past one end, by turns, lies on a page that nobody may touch; under
+// AddressSanitizer both ends are the heap's, which it watches.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -49,7 +51,7 @@ class Tensor {
   int64_t element_bytes_;
   uint64_t fill_;
   int64_t size_;  // bytes
-  std::unique_ptr<unsigned char[]> bytes_;
+  std::unique_ptr<unsigned char[], std::function<void(unsigned char*)>> bytes_;
   std::vector<int64_t> places_;
 };
 

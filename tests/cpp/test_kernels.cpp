@@ -7,176 +7,18 @@
 #include <limits>
 #include <string>
 
-#include "calls.h"
 #include "cases.h"
 #include "check.h"
+#include "checked_calls.h"
+#include "operands.h"
 #include "reference.h"
 #include "storage.h"
 
 namespace selftest {
-namespace {
-
 using fusedcnn::DataType;
 using fusedcnn::Geometry;
 using fusedcnn::Pass;
 using fusedcnn::Problem;
-
-constexpr DataType kTypes[] = {DataType::kFloat32, DataType::kFloat64, DataType::kBFloat16,
-                               DataType::kFloat16};
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-
-// The same numbers in every run (splitmix64).
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed) {}
-
-  // Uniform over low..high.
-  int64_t integer(int64_t low, int64_t high) {
-    return low + static_cast<int64_t>(next() % static_cast<uint64_t>(high - low + 1));
-  }
-  // Uniform over (-1, 1), of many bits.
-  double real() { return static_cast<double>(next() >> 11) * 0x1p-52 - 1; }
-
- private:
-  uint64_t next() {
-    state_ += 0x9e3779b97f4a7c15;
-    uint64_t z = state_;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-    return z ^ (z >> 31);
-  }
-  uint64_t state_;
-};
-
-std::vector<double> draw(int64_t count, const std::function<double()>& one) {
-  std::vector<double> values(count);
-  for (double& value : values) value = one();
-  return values;
-}
-
-Operands draw_operands(const Geometry& g, const std::function<double()>& input,
-                       const std::function<double()>& weight) {
-  return {draw(g.batch * g.in_channels * g.h.in * g.w.in, input),
-          draw(g.out_channels * g.in_channels_per_group() * g.taps(), weight),
-          draw(g.out_channels, weight), draw(g.batch * g.out_channels * g.outputs(), input)};
-}
-
-// Small integers: every product and every partial sum is exact in float, whatever the order, so a
-// result is the exact one, rounded once to the element type. They also tie all the time.
-Operands integer_operands(const Geometry& g) {
-  Random random(g.out_channels * 1000 + g.w.in);
-  return draw_operands(
-      g, [&] { return random.integer(-2, 2); }, [&] { return random.integer(-2, 2); });
-}
-
-bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
-
-// Checks `got` against `want`, rounded to the element type; the failure names the first difference.
-bool check_values(DataType type, const std::vector<double>& got, const std::vector<double>& want,
-                  const std::string& what) {
-  std::string difference;
-  if (got.size() != want.size()) difference = ": wrong size";
-  for (size_t i = 0; difference.empty() && i < want.size(); ++i) {
-    const double expected = rounded(type, want[i]);
-    if (same(got[i], expected)) continue;
-    difference = " at " + std::to_string(i) + ": expected " + std::to_string(expected) + ", got " +
-                 std::to_string(got[i]);
-  }
-  return check(difference.empty(), what + difference);
-}
-
-bool check_codes(const std::vector<int32_t>& got, const std::vector<int32_t>& want,
-                 const std::string& what) {
-  std::string difference;
-  if (got.size() != want.size()) difference = ": wrong size";
-  for (size_t i = 0; difference.empty() && i < want.size(); ++i) {
-    if (got[i] == want[i]) continue;
-    difference = " at " + std::to_string(i) + ": expected " + std::to_string(want[i]) + ", got " +
-                 std::to_string(got[i]);
-  }
-  return check(difference.empty(), what + difference);
-}
-
-// Kernels that are not `exact` compute in float and round on the way: their values lie within a few
-// float roundings of the largest result, and their winners are as good as the best element within
-// that. Values that are not finite must agree exactly.
-void check_rounded(const Problem& problem, const Operands& operands, const Forward& got,
-                   const Forward& want, const std::string& what) {
-  double largest = 1;
-  for (const double value : want.output) {
-    if (std::isfinite(value)) largest = std::max(largest, std::fabs(value));
-  }
-  const double allowed = largest * 0x1p-18;
-  std::string difference;
-  for (size_t i = 0; difference.empty() && i < want.output.size(); ++i) {
-    const double value = got.output[i], best = want.output[i];
-    const bool close = same(value, best) || (value >= rounded(problem.type, best - allowed) &&
-                                             value <= rounded(problem.type, best + allowed));
-    // Where both are off, or name the same element, there is nothing to choose.
-    bool winner = got.code[i] == want.code[i];
-    if (!winner && std::isfinite(best)) {
-      const double named =
-          got.code[i] < 0 ? 0 : window_element(problem.geometry, operands, i, got.code[i]);
-      winner = std::fabs(named - best) <= allowed;
-    }
-    if (close && winner) continue;
-    difference = " at " + std::to_string(i) + ": expected " + std::to_string(best) + " of " +
-                 std::to_string(want.code[i]) + ", got " + std::to_string(value) + " of " +
-                 std::to_string(got.code[i]);
-  }
-  check(difference.empty(), what + difference);
-}
-
-std::string describe(const Backend& backend, const Call& call, const std::string& data) {
-  return backend.name + " " + name(call.kernel->pass) + " " + call.kernel->name + " " +
-         name(call.problem.type) + (call.problem.wide_code ? " int32 code " : " byte code ") +
-         name(call.layout) + ", " + backend.ways[call.way] + ", " + data;
-}
-
-// Runs one kernel and checks all that it returns. A dense kernel's grad_weight may be NaN where
-// `dense_weight` is.
-void check_call(const Call& call, const Operands& operands, const Forward& want,
-                const Gradients& grads, const std::string& what,
-                const std::vector<double>& dense_weight = {}) {
-  const DataType type = call.problem.type;
-  if (call.kernel->pass == Pass::kForward) {
-    Forward got;
-    run_forward(call, operands, &got, what);
-    if (!call.kernel->exact) return check_rounded(call.problem, operands, got, want, what);
-    check_values(type, got.output, want.output, what + ": output");
-    check_codes(got.code, want.code, what + ": code");
-    return;
-  }
-  Gradients got;
-  run_backward(call, operands, want.code, &got, what);
-  if (call.kernel->pass == Pass::kGradWeight) {
-    std::vector<double> weight = grads.weight;
-    for (size_t i = 0; call.kernel->dense && i < dense_weight.size(); ++i) {
-      if (std::isnan(got.weight[i]) && std::isnan(dense_weight[i])) weight[i] = kNan;
-    }
-    check_values(type, got.weight, weight, what + ": grad_weight");
-    check_values(type, got.bias, grads.bias, what + ": grad_bias");
-  } else {
-    check_values(type, got.input, grads.input, what + ": grad_input");
-  }
-}
-
-// Calls body(problem, kernel index) for every problem on `g` that a kernel of the backend covers.
-template <typename Body>
-void for_covering_kernels(const Backend& backend, const Geometry& g, const Body& body) {
-  for (const DataType type : kTypes) {
-    for (const bool wide : {false, true}) {
-      if (!wide && g.window() > fusedcnn::kLargestByteWindow) continue;
-      const Problem problem{g, type, wide};
-      for (int k = 0; k < static_cast<int>(backend.kernels.size()); ++k) {
-        if (!backend.kernels[k].why_not(problem)) body(problem, k);
-      }
-    }
-  }
-}
-
-}  // namespace
 
 void test_exact(const Backend& backend, bool quick) {
   std::vector<int> calls(backend.kernels.size());

@@ -1,10 +1,13 @@
 // Self-test of the CUDA kernels on a CPU: no GPU, no CUDA toolkit, no torch. Exits with 1 when a
 // check failed and with 2 on bad arguments.
+#include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 
 #include "check.h"
 #include "cuda_backend.h"
+#include "fuzz.h"
 #include "test_cuda_select.h"
 #include "test_device.h"
 #include "test_kernels.h"
@@ -14,27 +17,15 @@
 namespace {
 
 constexpr char kUsage[] =
-    "usage: fusedcnn_cuda_selftest [--quick] [--stop]\n"
+    "usage: fusedcnn_cuda_selftest [--quick] [--stop] [--fuzz COUNT [--seed S]]\n"
     "  --quick  a quarter of the calls: every kernel, case, type and layout, but not each layout "
     "in\n"
     "           each order of threads\n"
-    "  --stop   ends with the first failure\n";
+    "  --stop   ends with the first failure\n"
+    "  --fuzz COUNT  instead of all that: as many geometries drawn at random\n"
+    "  --seed S      of the random numbers (default: 1)\n";
 
-}  // namespace
-
-int main(int count, char** arguments) {
-  bool quick = false;
-  for (int i = 1; i < count; ++i) {
-    const std::string argument = arguments[i];
-    if (argument == "--quick") {
-      quick = true;
-    } else if (argument == "--stop") {
-      selftest::stop_at_first_failure();
-    } else {
-      std::fputs(kUsage, stderr);
-      return 2;
-    }
-  }
+void all_tests(bool quick) {
   selftest::test_machine();
   selftest::test_device();
   selftest::test_cuda_select();
@@ -46,6 +37,34 @@ int main(int count, char** arguments) {
   selftest::test_special_values(backend);
   selftest::test_optional_arguments(backend);
   selftest::test_determinism(backend);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  bool quick = false;
+  int64_t fuzz_count = 0;
+  uint64_t seed = 1;
+  for (int i = 1; i < count; ++i) {
+    const std::string argument = arguments[i];
+    if (argument == "--quick") {
+      quick = true;
+    } else if (argument == "--stop") {
+      selftest::stop_at_first_failure();
+    } else if (argument == "--fuzz" && i + 1 < count) {
+      fuzz_count = std::atoll(arguments[++i]);
+    } else if (argument == "--seed" && i + 1 < count) {
+      seed = std::strtoull(arguments[++i], nullptr, 10);
+    } else {
+      std::fputs(kUsage, stderr);
+      return 2;
+    }
+  }
+  if (fuzz_count > 0) {
+    selftest::fuzz(selftest::cuda_backend(), seed, fuzz_count);
+  } else {
+    all_tests(quick);
+  }
   std::printf("%d passed, %d failed\n", selftest::passed(), selftest::failed());
   return selftest::failed() ? 1 : 0;
 }
