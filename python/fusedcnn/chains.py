@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from fusedcnn.modules import ConvReLUMaxPool2d
+from fusedcnn.parts import used_in_parts
 from fusedcnn.tracing import Tracer, optional_parameters, shadow, trace
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -95,12 +96,13 @@ class Analysis:
     Attributes:
         traces: of the model, or of the largest parts that torch.fx can follow.
         untraceable: why torch.fx cannot follow a forward, by module path.
-        roots: path of the module that each trace began at, as long as ``traces``.
+        in_parts: why one of those may run a module without the rest of its chain, by the module's
+            id.
     """
 
     traces: list[Trace] = field(default_factory=list)
     untraceable: dict[str, str] = field(default_factory=dict)
-    roots: list[str] = field(default_factory=list)
+    in_parts: dict[int, str] = field(default_factory=dict)
 
 
 def name_of(path: str) -> str:
@@ -128,6 +130,12 @@ def analyse(model: nn.Module) -> Analysis:
                 opaque.add(path)
                 found.untraceable[path] = reason
     _analyse_part(model, copied, "", opaque, found)
+    for path in found.untraceable:
+        module = model.get_submodule(path)
+        for name, how in used_in_parts(module).items():
+            reason = f"{name_of(path)}, which torch.fx cannot follow, may run parts of '{name}': {how}"
+            for part in (module._modules[name] or nn.Module()).modules():
+                found.in_parts.setdefault(id(part), reason)
     return found
 
 
@@ -160,7 +168,6 @@ def _analyse_part(
                 for defaults in (False, True) if optional_parameters(part) else (False,):
                     tracer, graph = trace(part, within, defaults)
                     found.traces.append(_read(model, path, training, tracer, graph))
-                    found.roots.append(path)
             for name in within:
                 for child, _ in part.get_submodule(name).named_children():
                     _analyse_part(model, copied, f"{prefix}{name}.{child}", opaque, found)

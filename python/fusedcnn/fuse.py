@@ -260,10 +260,11 @@ class _Plan:
                 if candidate.reason or step.module is None:
                     continue
                 module = self.model.get_submodule(step.module)
+                candidate.reason = self.analysis.in_parts.get(id(module), "")
                 for parameter in module._parameters.values():
                     others = [p for p in owners[id(parameter)] if p != step.module]
                     if parameter is not None and others:
-                        candidate.reason = (
+                        candidate.reason = candidate.reason or (
                             f"the weights of '{step.module}' are shared with {name_of(others[0])}"
                         )
                 for parent, _ in self.places[id(module)]:

@@ -46,14 +46,23 @@ def copy_sharing(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mod
 
 
 def shadow(model: nn.Module) -> nn.Module:
-    """A copy to be traced: the same tensors, no hooks, and side effects that stay in it."""
+    """A copy to be traced: the same tensors, no hooks, and side effects that stay in it.
+
+    Layers that may be replaced are reached as children alone: where a forward calls one that it
+    holds otherwise, in a list say, torch.fx finds it installed nowhere, and cannot follow.
+    """
     tables = [
         table
         for module in model.modules()
         for name, table in vars(module).items()
         if name.endswith("_hooks") and isinstance(table, dict)
     ]
-    return copy_sharing(model, {id(table): type(table)() for table in tables})
+    copied = copy_sharing(model, {id(table): type(table)() for table in tables})
+    layers = {id(m): copy.copy(m) for m in copied.modules() if type(m) in LEAVES}
+    for module in copied.modules():
+        for name, child in module._modules.items():
+            module._modules[name] = layers.get(id(child), child)
+    return copied
 
 
 def _modes() -> tuple[Any, ...]:
