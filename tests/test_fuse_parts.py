@@ -11,7 +11,10 @@ from fusing import LeNet, assert_equal, block, blocks, integers, run, with_integ
 from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
-pytestmark = pytest.mark.usefixtures("exact")
+pytestmark = [
+    pytest.mark.usefixtures("exact"),
+    pytest.mark.filterwarnings("ignore:fuse has replaced nothing"),
+]
 
 
 class Base(nn.Module):
@@ -87,7 +90,8 @@ class Enumerated(Base):
         for i, layer in enumerate(self.features):
             images = layer(images)
             if i == 1:
-                return images
+                break
+        return images
 
 
 class Listed(Base):
@@ -125,7 +129,8 @@ class NamedChildren(Base):
         for name, layer in self.features.named_children():
             images = layer(images)
             if name == "1":
-                return images
+                break
+        return images
 
 
 class OwnChildren(Base):

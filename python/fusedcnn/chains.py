@@ -25,6 +25,13 @@ _RELU_METHODS = ("relu", "relu_")
 _POOL_FUNCTIONS = (F.max_pool2d, torch.max_pool2d)
 _POOL_WITH_INDICES = (F.max_pool2d_with_indices,)
 _CONV_FUNCTIONS = (F.conv2d, torch.conv2d)
+# Near misses. Not adaptive average pooling, with which most classifiers end.
+_OTHER_POOLS = (nn.AvgPool2d, nn.LPPool2d, nn.FractionalMaxPool2d, nn.AdaptiveMaxPool2d)
+_OTHER_POOL_FUNCTIONS = (
+    *(F.avg_pool2d, F.lp_pool2d, F.fractional_max_pool2d, F.fractional_max_pool2d_with_indices),
+    *(F.adaptive_max_pool2d, F.adaptive_max_pool2d_with_indices),
+)
+_MOST_STEPS = 6  # of a near miss
 _POOL_PARAMETERS = (
     "input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices",
 )  # fmt: skip
@@ -133,9 +140,9 @@ def analyse(model: nn.Module) -> Analysis:
     for path in found.untraceable:
         module = model.get_submodule(path)
         for name, how in used_in_parts(module).items():
-            reason = f"{name_of(path)}, which torch.fx cannot follow, may run parts of '{name}': {how}"
+            reason = f"{name_of(path)}, which torch.fx cannot follow, may run parts of '{name}'"
             for part in (module._modules[name] or nn.Module()).modules():
-                found.in_parts.setdefault(id(part), reason)
+                found.in_parts.setdefault(id(part), f"{reason}: {how}")
     return found
 
 
@@ -189,12 +196,21 @@ def _read(model: nn.Module, root: str, training: bool, tracer: Tracer, graph: fx
 
     chains = []
     for node in graph.nodes:
-        nodes = _chain_at(node, modules) if _kind(node, modules) == "pool" else None
-        if nodes is None:
+        kind = _kind(node, modules)
+        nodes, pool, reason = None, None, ""
+        if kind == "pool":
+            nodes = _chain_at(node, modules)
+        if nodes is not None:
+            pool_node = next(n for n in nodes if _kind(n, modules) == "pool")
+            pool = _pool_arguments(pool_node, modules)
+            reason = _why_not(nodes, modules, pool, tracer)
+        elif kind in ("pool", "other pool"):
+            nodes, reason = _near_miss_at(node, modules)
+        if not nodes:
             continue
         steps = tuple(
             Step(
-                _kind(n, modules),
+                _kind(n, modules) or n.name,
                 whole(n.target) if n.op == "call_module" else None,
                 whole(n.meta["call"][0]),
                 n.meta["call"][1],
@@ -202,9 +218,6 @@ def _read(model: nn.Module, root: str, training: bool, tracer: Tracer, graph: fx
             for n in nodes
             if _kind(n, modules) != "pass"
         )
-        pool_node = next(n for n in nodes if _kind(n, modules) == "pool")
-        pool = _pool_arguments(pool_node, modules)
-        reason = _why_not(nodes, modules, pool, tracer)
         chains.append(Chain(steps, pool or {}, reason))
     return Trace(
         training,
@@ -227,6 +240,7 @@ def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> str:
             ("norm", (nn.BatchNorm2d, nn.SyncBatchNorm)),
             ("relu", nn.ReLU),
             ("pool", nn.MaxPool2d),
+            ("other pool", _OTHER_POOLS),
             ("pass", nn.Identity),
         ):
             if isinstance(module, classes):
@@ -236,6 +250,7 @@ def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> str:
             ("conv", _CONV_FUNCTIONS),
             ("relu", _RELU_FUNCTIONS),
             ("pool", _POOL_FUNCTIONS + _POOL_WITH_INDICES),
+            ("other pool", _OTHER_POOL_FUNCTIONS),
         ):
             if node.target in functions:
                 return kind
@@ -293,6 +308,39 @@ def _chain_at(pool: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node] | N
             return None
         nodes.append(passing)
         at = passing
+
+
+def _near_miss_at(pool: fx.Node, modules: dict[str, nn.Module]) -> tuple[list[fx.Node], str]:
+    """The nodes from a convolution to a pool of any kind that are no chain, and why not.
+
+    Empty where there is no convolution near, or a pool by itself behind it.
+    """
+    nodes, at = [pool], _source(pool)
+    while at is not None and "call" in at.meta and len(nodes) < _MOST_STEPS:
+        kind = _kind(at, modules)
+        if "pool" in kind or isinstance(modules.get(str(at.target)), ConvReLUMaxPool2d):
+            break
+        nodes.insert(0, at)
+        if kind == "conv":
+            reason = _what_is_amiss(nodes, modules)
+            return (nodes, reason) if reason else ([], "")
+        at = _source(at)
+    return [], ""
+
+
+def _what_is_amiss(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> str:
+    """The first thing that keeps convolution to pool from being a chain; empty where all does."""
+    kinds = [_kind(node, modules) for node in nodes]
+    for node, kind in zip(nodes[1:-1], kinds[1:-1], strict=True):
+        if not kind:
+            return f"{_described(node, modules)} stands where only BatchNorm2d and ReLU may"
+        if kind == "norm" and "relu" in kinds[: nodes.index(node)]:
+            return f"{_described(node, modules)} stands behind ReLU, where it cannot be folded"
+    if "relu" not in kinds:
+        return "" if kinds[-1] == "other pool" else "no ReLU is next to the pool"
+    if kinds[-1] == "other pool":
+        return f"{_described(nodes[-1], modules)} is no max pool"
+    return "ReLU or the normalisation stands there twice"
 
 
 def _pool_arguments(node: fx.Node, modules: dict[str, nn.Module]) -> dict[str, Any] | None:
@@ -391,6 +439,11 @@ def _pair(value: Any) -> tuple[int, int]:
 
 def _label(node: fx.Node) -> str:
     return f"'{node.target}'" if node.op == "call_module" else f"{node.name}"
+
+
+def _described(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    kind = f" ({type(modules[node.target]).__name__})" if node.op == "call_module" else ""
+    return f"{_label(node)}{kind}"
 
 
 def _why_not_module(path: str, module: nn.Module) -> str:

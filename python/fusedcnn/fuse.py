@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from fusedcnn.folding import ConvBatchNormReLUMaxPool2d, FoldedBatchNorm2d
 from fusedcnn.modules import ConvReLUMaxPool2d
 from fusedcnn.rewriting import Removed, RewrittenForward, rewritten_class, why_not_rewritable
 from fusedcnn.tracing import copy_sharing
+
+_SHOWN = 8  # rows of the report in a warning
 
 
 class FuseResult(NamedTuple):
@@ -38,6 +41,13 @@ class FuseResult(NamedTuple):
         return f"{what}: fused" if self.fused else f"{what}: left alone: {self.reason}"
 
 
+class FuseReport(list[FuseResult]):
+    """A list of :class:`FuseResult` that prints as one line for each."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self)) or "no Conv2d with a ReLU and a MaxPool2d behind it"
+
+
 @overload
 def fuse(model: nn.Module, *, inplace: bool = ..., report: Literal[False] = ...) -> nn.Module: ...
 
@@ -45,7 +55,7 @@ def fuse(model: nn.Module, *, inplace: bool = ..., report: Literal[False] = ...)
 @overload
 def fuse(
     model: nn.Module, *, inplace: bool = ..., report: Literal[True]
-) -> tuple[nn.Module, list[FuseResult]]: ...
+) -> tuple[nn.Module, FuseReport]: ...
 
 
 def fuse(model, *, inplace=False, report=False):
@@ -90,10 +100,14 @@ def fuse(model, *, inplace=False, report=False):
         model: any module, in training or evaluation mode.
         inplace: change the model itself, and return it. Otherwise a copy that shares all Parameters
             and buffers is changed.
-        report: also return a list of what was fused and what was not, and why.
+        report: also return what was fused and what was not, and why.
 
     Returns:
-        The fused model, or (model, list of :class:`FuseResult`) with ``report=True``.
+        The fused model, or (model, :class:`FuseReport`) with ``report=True``: a list that prints as
+        a line for each chain and each near miss.
+
+    Warns:
+        UserWarning: nothing was fused, and why.
 
     Raises:
         TypeError: model is no module or is compiled by TorchScript, a flag is no bool, or the model
@@ -111,7 +125,19 @@ def fuse(model, *, inplace=False, report=False):
     plan = _Plan(model, analysis)
     with _Edits() as edits:
         plan.apply(target, edits)
-    return (target, plan.results()) if report else target
+    results = plan.results()
+    if not any(row.fused for row in results):
+        warnings.warn(_nothing_fused(model, results), stacklevel=2)
+    return (target, results) if report else target
+
+
+def _nothing_fused(model: nn.Module, results: FuseReport) -> str:
+    why = str(FuseReport(results[:_SHOWN]))
+    if len(results) > _SHOWN:
+        why += f"\nand {len(results) - _SHOWN} more: see fuse(model, report=True)"
+    if not results and any(isinstance(m, ConvReLUMaxPool2d) for m in model.modules()):
+        why = "its blocks are fused already"
+    return f"fuse has replaced nothing in {type(model).__name__}:\n{why}"
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -324,14 +350,15 @@ class _Plan:
         removed[training] = tuple(sorted({*removed.get(training, ()), step.index}))
         return ""
 
-    def results(self) -> list[FuseResult]:
+    def results(self) -> FuseReport:
         """The report: chains in the order of the model, then modules that were not looked into."""
         rows = [
             FuseResult(name, tuple(map(str, c.chain.steps)), not c.reason, c.reason)
             for name, c in self.candidates.items()
         ]
         untraceable = self.analysis.untraceable.items()
-        return rows + [FuseResult(path, (), False, reason) for path, reason in untraceable]
+        rows += [FuseResult(path, (), False, reason) for path, reason in untraceable]
+        return FuseReport(rows)
 
     def apply(self, target: nn.Module, edits: _Edits) -> None:
         """Change the model, or a copy of it."""

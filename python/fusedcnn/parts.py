@@ -30,7 +30,7 @@ _PLAIN = (
 )
 
 
-class _Unknown(Exception):
+class _UnknownError(Exception):
     """Any of the module's children may be used in parts."""
 
 
@@ -39,22 +39,22 @@ def used_in_parts(module: nn.Module) -> dict[str, str]:
 
     Read are ``forward``, the methods and properties whose names it mentions, and so on. Only
     ``self.child(...)`` shows a whole call; an attribute of a child that holds no module, such as
-    ``self.child.out_channels``, shows no use. The forwards of torch's own classes (``DataParallel``,
-    say) call what they hold.
+    ``self.child.out_channels``, shows no use. The forwards of torch's own classes, ``DataParallel``
+    say, call what they hold.
     """
     try:
         if isinstance(module, fx.GraphModule):
-            raise _Unknown("it is a GraphModule")
+            raise _UnknownError("it is a GraphModule")
         if _is_torchs(type(module)):
             return {}
         if "forward" in vars(module):
-            raise _Unknown("its forward was replaced on the instance")
+            raise _UnknownError("its forward was replaced on the instance")
         return {
             name: how
             for function, me, tree in _functions(type(module))
             for name, how in _used_by(module, function, me, tree)
         }
-    except (_Unknown, ValueError) as why:  # ValueError: an empty cell of a closure
+    except (_UnknownError, ValueError) as why:  # ValueError: an empty cell of a closure
         return dict.fromkeys(module._modules, str(why))
 
 
@@ -63,7 +63,7 @@ def _is_torchs(value: type | types.FunctionType) -> bool:
 
 
 def _functions(cls: type) -> Iterator[tuple[types.FunctionType, str, ast.FunctionDef]]:
-    """forward and what it mentions, in all bases but torch's: function, name of self, source."""
+    """All that forward mentions, in all bases but torch's: function, name of self, source."""
     wanted = ["__call__", "__getattribute__", "forward"]
     for name in wanted:  # grows
         for base in cls.__mro__:
@@ -74,13 +74,13 @@ def _functions(cls: type) -> Iterator[tuple[types.FunctionType, str, ast.Functio
             try:
                 tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
             except (OSError, TypeError, SyntaxError):
-                raise _Unknown(f"the source of its {name} cannot be read") from None
+                raise _UnknownError(f"the source of its {name} cannot be read") from None
             if not isinstance(tree, ast.FunctionDef):
-                raise _Unknown(f"its {name} is no def")
+                raise _UnknownError(f"its {name} is no def")
             for decorator in map(ast.unparse, tree.decorator_list):
                 known = decorator in ("property", "staticmethod", "classmethod")
                 if not (known or decorator.startswith("torch.")):
-                    raise _Unknown(f"its {name} is decorated by {decorator}")
+                    raise _UnknownError(f"its {name} is decorated by {decorator}")
             arguments = [] if isinstance(value, staticmethod) else tree.args.args
             yield inspect.unwrap(function), arguments[0].arg if arguments else "", tree
             mentioned = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -102,18 +102,18 @@ def _used_by(
 
     for name in (node for node in ast.walk(tree) if isinstance(node, ast.Name)):
         if name.id in _OPAQUE or isinstance(outside.get(name.id), nn.Module):
-            raise _Unknown(f"it uses {name.id}")
+            raise _UnknownError(f"it uses {name.id}")
         node = above[name] if name.id == "super" else name  # super().forward is one of self's
         if name.id not in ("super", me) or looked_at(node):
             continue
         attribute = above[node]
         if not isinstance(attribute, ast.Attribute):
-            raise _Unknown(_how(node, attribute))
+            raise _UnknownError(_how(node, attribute))
         child = module._modules.get(attribute.attr)
         if child is None:
             stored = isinstance(attribute.ctx, ast.Store)
             if not (stored or _holds_no_module(module, attribute.attr, tree)):
-                raise _Unknown(_how(attribute, above[attribute]))
+                raise _UnknownError(_how(attribute, above[attribute]))
             continue
         user = above[attribute]
         called = isinstance(user, ast.Call) and user.func is attribute
