@@ -366,7 +366,7 @@ def test_module_input(wrong):
 
 def test_model_input():
     model = FusedSimpleCNN()
-    with pytest.raises(RuntimeError, match="^input: expected 3 channels, as weight has, got 1"):
+    with pytest.raises(RuntimeError, match=r"^input: expected 3 channels, as .* got 1$"):
         model(torch.ones(2, 1, 32, 32))
     with pytest.raises(RuntimeError):  # of the first linear layer
         model(torch.ones(2, 3, 28, 28))

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from fusedcnn._ops import note_stock
 from fusedcnn.modules import ConvReLUMaxPool2d
+from fusedcnn.tools import FoldedByItsType
 
 
-class FoldedBatchNorm2d(nn.BatchNorm2d):
+class FoldedBatchNorm2d(FoldedByItsType, nn.BatchNorm2d):
     """A BatchNorm2d that a :class:`ConvBatchNormReLUMaxPool2d` computes: it passes its input on.
 
     It keeps its parameters, statistics and place, and with them its ``state_dict`` keys.
