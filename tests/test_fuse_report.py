@@ -40,6 +40,11 @@ class DropoutInTraining(nn.Module):
         return F.max_pool2d(images, 2)
 
 
+class ActingNorm(nn.BatchNorm2d):
+    def forward(self, images):
+        return F.relu(super().forward(images))
+
+
 class ByValue(nn.Module):
     def forward(self, images):
         return images if images.sum() > 0 else -images
@@ -71,6 +76,8 @@ NEAR_MISSES = {
     "no ReLU": (lambda: sequence(nn.MaxPool2d(2)), "no ReLU is next to the pool"),
     "leaky behind the pool": (
         lambda: sequence(nn.MaxPool2d(2), nn.LeakyReLU()), "no ReLU is next to the pool"),
+    "norm with an activation": (
+        lambda: sequence(ActingNorm(4), nn.MaxPool2d(2)), "'1' is a ActingNorm, and may not"),
     "two ReLUs": (lambda: sequence(nn.ReLU(), nn.ReLU(), nn.MaxPool2d(2)), "stands there twice"),
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from fusedcnn.modules import ConvReLUMaxPool2d
 from fusedcnn.parts import used_in_parts
-from fusedcnn.tracing import Tracer, optional_parameters, shadow, trace
+from fusedcnn.tracing import Method, Tracer, optional_parameters, shadow, trace
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _RELU_METHODS = ("relu", "relu_")
@@ -88,12 +88,14 @@ class Trace:
         chains: what was found.
         calls: how often each module was called.
         module_calls: by module, (caller, index) of each call.
+        methods: (module, name) of the methods that ran.
     """
 
     training: bool
     chains: list[Chain]
     calls: Counter[str]
     module_calls: dict[str, set[tuple[str, int]]]
+    methods: set[Method]
 
 
 @dataclass
@@ -227,6 +229,7 @@ def _read(model: nn.Module, root: str, training: bool, tracer: Tracer, graph: fx
             whole(path): {(whole(caller), index) for caller, index in calls}
             for path, calls in tracer.module_calls.items()
         },
+        {(whole(path), name) for n in graph.nodes for path, name in n.meta.get("methods", ())},
     )
 
 
@@ -337,7 +340,9 @@ def _what_is_amiss(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> str:
         if kind == "norm" and "relu" in kinds[: nodes.index(node)]:
             return f"{_described(node, modules)} stands behind ReLU, where it cannot be folded"
     if "relu" not in kinds:
-        return "" if kinds[-1] == "other pool" else "no ReLU is next to the pool"
+        layers = [n for n, kind in zip(nodes, kinds, strict=True) if n.op == "call_module" and kind]
+        others = filter(None, (_why_not_module(n.target, modules[n.target]) for n in layers[:-1]))
+        return "" if kinds[-1] == "other pool" else next(others, "no ReLU is next to the pool")
     if kinds[-1] == "other pool":
         return f"{_described(nodes[-1], modules)} is no max pool"
     return "ReLU or the normalisation stands there twice"
