@@ -46,6 +46,20 @@ class Twice(nn.Module):
         return self.pool(relu).sum() + other.sum()
 
 
+class Keeping(nn.Module):
+    """The value in between is no result, but put somewhere."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.conv, self.relu, self.pool = block()
+        self.taps, self.keep = {"all": []}, keep
+
+    def forward(self, images):
+        images = self.relu(self.conv(images))
+        self.keep(self, images)
+        return self.pool(images)
+
+
 class Indices(nn.Module):
     def __init__(self):
         super().__init__()
@@ -235,6 +249,11 @@ def shared_module() -> nn.Module:
 REFUSED = {
     "conv used elsewhere": (lambda: Twice("conv"), "'conv' is used in 2 places"),
     "relu used elsewhere": (lambda: Twice("relu"), "'relu' is used in 2 places"),
+    "relu kept": (lambda: Keeping(lambda self, x: setattr(self, "tap", x)), "'relu' is kept by"),
+    "relu in a list": (lambda: Keeping(lambda self, x: self.taps["all"].append(x)), "is kept by"),
+    "size of relu": (lambda: Keeping(lambda self, x: setattr(self, "tap", x.shape)), "is kept by"),
+    "relu in a function": (
+        lambda: Keeping(lambda self, x: setattr(self, "tap", lambda: x)), "is kept by"),
     "returns indices": (
         lambda: changed(2, lambda m: setattr(m, "return_indices", True)), "returns indices"),
     "function returns indices": (Indices, "returns indices"),

@@ -53,8 +53,8 @@ def fuse(model, *, inplace=False, report=False):
       Where the normalisation is in training mode when ``fuse`` is called, the chain is left alone.
 
     Forwards are followed by torch.fx in training and in evaluation mode. One that it cannot follow
-    is left alone; modules inside are fused nevertheless where its source, and that of the methods it
-    uses, shows that it only calls them as a whole, ``self.features(x)``. Where it slices, indexes,
+    is left alone; modules inside are fused nevertheless where its source, with the methods it uses,
+    shows that it only calls them as a whole, ``self.features(x)``. Where it slices, indexes,
     iterates or hands on a module, ``self.features[:2]``, or where its source leaves that open, all
     within that module is left alone.
 
@@ -66,12 +66,12 @@ def fuse(model, *, inplace=False, report=False):
     Only what forward runs is followed: a method that it does not call, but that by its source runs
     some of the replaced layers, warns when it is called.
 
-    A chain is left alone, with a reason in the report, when a value in between is used elsewhere; a
-    method that forward calls, and others may call, runs only a part of it; hooks sit on an inner
-    module or on one that the value in between enters or leaves; the pool returns indices; the
-    weights are shared, called twice or parametrised; or a type is derived from these and may compute
-    something else. So is a near miss: another activation, a Dropout or anything else in between,
-    another pool.
+    A chain is left alone, with a reason in the report, when a value in between is used elsewhere or
+    kept; a method that forward calls, and others may call, runs only a part of it; hooks sit on an
+    inner module or on one that the value in between enters or leaves; the pool returns indices; the
+    weights are shared, called twice or parametrised; or a type is derived from these and may
+    compute something else. So is a near miss: another activation, a Dropout or anything else in
+    between, another pool.
 
     Args:
         model: any module, in training or evaluation mode.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import inspect
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -122,6 +124,19 @@ class Tracer(fx.Tracer):
         self._next: tuple[str, int] = ("", 0)
         self._modes = _modes()
         self.switched = False
+        self._symbols: list[tuple[fx.Node, weakref.ref]] = []
+
+    def proxy(self, node):
+        """The symbol of a node, remembered as long as anything holds it."""
+        symbol = super().proxy(node)
+        self._symbols.append((node, weakref.ref(symbol)))
+        return symbol
+
+    def kept(self) -> set[fx.Node]:
+        """The nodes whose values forward has put somewhere: an attribute, a list outside."""
+        if any(symbol() is not None for _, symbol in self._symbols):
+            gc.collect()  # cycles, which keep nothing for anybody
+        return {node for node, symbol in self._symbols if symbol() is not None}
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         """Whether the call is one node, not entered."""
