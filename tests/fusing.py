@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fusedcnn
+import pytest
 import torch
 import torch.nn.functional as F
 from fusedcnn import ConvReLUMaxPool2d
@@ -75,6 +76,26 @@ def assert_fused(model: nn.Module, count: int, *shapes: tuple[int, ...]) -> nn.M
     assert type(back) is type(model)
     assert_equal(run(back, *inputs), run(model, *inputs))
     return fused
+
+
+def assert_left_alone(model: nn.Module, expected: str, inplace: bool) -> fusedcnn.FuseReport:
+    """Nothing is fused, all rows say why, as does one warning; and the model is as it was."""
+    before, modules = repr(model), list(model.modules())
+    attributes = [dict(vars(m)) for m in modules]
+    with pytest.warns(UserWarning, match="fuse has replaced nothing") as warned:
+        fused, report = fusedcnn.fuse(model, inplace=inplace, report=True)
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    assert str(warned[0].message).endswith(f":\n{report}")
+    assert report
+    assert all(expected in row.reason for row in report), str(report)
+    assert not any(row.fused for row in report)
+    assert repr(model) == repr(fused) == before
+    assert (fused is model) == inplace
+    assert list(map(id, model.modules())) == list(map(id, modules))
+    for module, values in zip(modules, attributes, strict=True):
+        assert vars(module) == values
+    return report
 
 
 def block(*between: nn.Module, channels: tuple[int, int] = (3, 4)) -> list[nn.Module]:

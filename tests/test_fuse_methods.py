@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import warnings
 
 import fusedcnn
 import pytest
@@ -147,3 +149,89 @@ def test_a_method_that_would_pool_twice_is_an_error():
                 method(IMAGES)
     again = fusedcnn.unfuse(other)
     torch.testing.assert_close(again.features(IMAGES), model.features(IMAGES))
+
+
+# ---- methods that forward does not call ----------------------------------------------------------
+
+
+class Unseen(nn.Module):
+    """Each method but the last ones runs a part of what is fused."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+        self.conv, self.relu, self.pool = nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(2)
+
+    def forward(self, input):
+        return self.pool(self.relu(self.conv(self.features(input))))
+
+    def direct(self, input):
+        return self.relu(self.conv(self.whole(input)))
+
+    def sliced(self, input):
+        return self.features[:2](input)
+
+    def indexed(self, input):
+        conv, relu = self.features[0], self.features[1]
+        return relu(conv(input))
+
+    def iterated(self, input):
+        for layer in list(self.features)[:2]:
+            input = layer(input)
+        return input
+
+    def walked(self, input):
+        for layer in list(self.modules())[2:4]:
+            input = layer(input)
+        return input
+
+    def handed(self, input):
+        return first_two(self.features, input)
+
+    def whole(self, input):
+        return self.features(input)
+
+    def initialise(self, scale):
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.constant_(module.weight, scale)
+                module.reset_parameters()
+        self.apply(lambda m: None)
+        return len(self.features)
+
+
+def first_two(layers, input):
+    return layers[1](layers[0](input))
+
+
+PARTS = ["direct", "sliced", "indexed", "iterated", "walked", "handed"]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("method", PARTS)
+def test_methods_that_forward_does_not_call_warn(method, inplace):
+    """Also of a copy; and no more after unfuse, where they are right."""
+    model = Unseen().eval()
+    expected = getattr(model, method)(IMAGES)
+    other = fusedcnn.fuse(model, inplace=inplace)
+    assert sum(isinstance(m, fusedcnn.ConvReLUMaxPool2d) for m in other.modules()) == 2
+    for twin in (other, copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
+        with pytest.warns(UserWarning, match=rf"Unseen\.{method} .* call fusedcnn\.unfuse") as seen:
+            getattr(twin, method)(IMAGES)
+        assert seen[0].filename == __file__
+    back = fusedcnn.unfuse(other)
+    assert vars(back).keys() == vars(Unseen()).keys()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(getattr(back, method)(IMAGES), expected)
+
+
+def test_methods_that_run_no_part_do_not_warn():
+    model = Unseen().eval()
+    fused = fusedcnn.fuse(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(fused.whole(IMAGES), model.whole(IMAGES))
+        fused.initialise(1.0)
+        fused(IMAGES)
+    assert vars(fused).keys() - vars(model).keys() == set(PARTS)

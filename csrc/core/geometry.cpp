@@ -118,17 +118,20 @@ void elements(const char* argument, const char* what, const Sizes&... sizes) {
   (multiply(sizes), ...);
 }
 
-// Fills in the output sizes of a geometry and checks all of it.
-void complete(Geometry& g) {
+// Fills in the output sizes of a geometry and checks all of it; the weight has `weight_channels`
+// input channels.
+void complete(Geometry& g, int64_t weight_channels) {
   if (g.groups < 1) fail("groups: expected a value >= 1, got ", g.groups);
   if (g.out_channels < 1) fail("weight: expected out_channels >= 1, got ", g.out_channels);
   if (g.in_channels < 1) fail("input: expected C >= 1, got ", g.in_channels);
   if (g.out_channels % g.groups != 0) {
     fail("groups: expected a divisor of out_channels (", g.out_channels, "), got ", g.groups);
   }
-  if (g.in_channels % g.groups != 0) {
-    fail("groups: expected a divisor of the input's channels (", g.in_channels, "), got ",
-         g.groups);
+  if (g.in_channels % g.groups != 0 || weight_channels != g.in_channels_per_group()) {
+    std::ostringstream expected;
+    expected << weight_channels << " channels";
+    if (g.groups > 1) expected << " in each of " << g.groups << " groups";
+    fail("input: expected ", expected.str(), ", as weight has, got ", g.in_channels);
   }
   complete_axis(g.h, g.ceil_mode, 'H');
   complete_axis(g.w, g.ceil_mode, 'W');
@@ -171,13 +174,7 @@ Geometry unpack(const int64_t (&input)[4], const int64_t (&weight)[4], const int
                 0};
   };
   Geometry g{input[0], input[1], weight[0], packed[8], axis(0), axis(1), packed[17] != 0};
-  complete(g);
-  if (weight[1] != g.in_channels_per_group()) {
-    std::ostringstream expected;
-    expected << weight[1] << " channels";
-    if (g.groups > 1) expected << " in each of " << g.groups << " groups";
-    fail("input: expected ", expected.str(), ", as weight has, got ", g.in_channels);
-  }
+  complete(g, weight[1]);
   return g;
 }
 

@@ -118,10 +118,6 @@ Geometry check_geometry(const Tensor& input, const Tensor& weight,
       unpack({rank == 4 ? input.size(0) : 1, input.size(rank - 3), input.size(rank - 2),
               input.size(rank - 1)},
              {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, packed.data());
-  if (weight.size(1) != g.in_channels / g.groups) {
-    fail("weight: expected ", g.in_channels / g.groups, " input channels per group for input ",
-         shape_text(input), " and groups ", g.groups, ", got ", shape_text(weight));
-  }
   // Images are laid out with their padding, which takes memory that no tensor of the call has.
   const auto padded = [](const Axis& axis) { return axis.in + axis.padding + axis.padding_after; };
   const int64_t pixels = padded(g.h) * padded(g.w);

@@ -5,7 +5,7 @@ from fusedcnn._ops import build_info
 from fusedcnn._registrations import decompositions
 from fusedcnn.autograd import ConvReLUMaxPool2dFunction
 from fusedcnn.functional import conv_relu_max_pool2d
-from fusedcnn.fuse import FuseResult, fuse, unfuse
+from fusedcnn.fuse import FuseReport, FuseResult, fuse, unfuse
 from fusedcnn.graphs import GraphedTrainStep
 from fusedcnn.model import FusedSimpleCNN, SimpleCNN
 from fusedcnn.modules import ConvReLUMaxPool2d
@@ -16,6 +16,7 @@ __version__: str = build_info()["version"]
 __all__ = [
     "ConvReLUMaxPool2d",
     "ConvReLUMaxPool2dFunction",
+    "FuseReport",
     "FuseResult",
     "FusedSimpleCNN",
     "GraphedTrainStep",

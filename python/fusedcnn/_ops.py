@@ -109,6 +109,20 @@ def _(input, weight, bias, geometry, with_code):
     return output, code
 
 
+_library = torch.library.Library("fusedcnn", "IMPL")  # its registrations live as long as it does
+
+
+def _refuse_quantized(input, *_):
+    raise RuntimeError(
+        "input: expected float32, float64, bfloat16 or float16, got a quantized tensor; call "
+        "fusedcnn.unfuse before quantization, which has no such layer"
+    )
+
+
+for key in ("QuantizedCPU", "QuantizedCUDA"):
+    _library.impl("conv_relu_max_pool2d", _refuse_quantized, key)
+
+
 @torch.library.register_fake("fusedcnn::conv_relu_max_pool2d_backward")
 def _(grad_output, input, weight, code, geometry, output_mask):
     return (

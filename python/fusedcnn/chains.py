@@ -17,13 +17,21 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from fusedcnn.modules import ConvReLUMaxPool2d
-from fusedcnn.tracing import Tracer, optional_parameters, shadow, trace
+from fusedcnn.parts import used_in_parts
+from fusedcnn.tracing import Method, Tracer, optional_parameters, shadow, trace
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _RELU_METHODS = ("relu", "relu_")
 _POOL_FUNCTIONS = (F.max_pool2d, torch.max_pool2d)
 _POOL_WITH_INDICES = (F.max_pool2d_with_indices,)
 _CONV_FUNCTIONS = (F.conv2d, torch.conv2d)
+# Near misses. Not adaptive average pooling, with which most classifiers end.
+_OTHER_POOLS = (nn.AvgPool2d, nn.LPPool2d, nn.FractionalMaxPool2d, nn.AdaptiveMaxPool2d)
+_OTHER_POOL_FUNCTIONS = (
+    *(F.avg_pool2d, F.lp_pool2d, F.fractional_max_pool2d, F.fractional_max_pool2d_with_indices),
+    *(F.adaptive_max_pool2d, F.adaptive_max_pool2d_with_indices),
+)
+_MOST_STEPS = 6  # of a near miss
 _POOL_PARAMETERS = (
     "input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices",
 )  # fmt: skip
@@ -80,12 +88,14 @@ class Trace:
         chains: what was found.
         calls: how often each module was called.
         module_calls: by module, (caller, index) of each call.
+        methods: (module, name) of the methods that ran.
     """
 
     training: bool
     chains: list[Chain]
     calls: Counter[str]
     module_calls: dict[str, set[tuple[str, int]]]
+    methods: set[Method]
 
 
 @dataclass
@@ -95,12 +105,13 @@ class Analysis:
     Attributes:
         traces: of the model, or of the largest parts that torch.fx can follow.
         untraceable: why torch.fx cannot follow a forward, by module path.
-        roots: path of the module that each trace began at, as long as ``traces``.
+        in_parts: why one of those may run a module without the rest of its chain, by the module's
+            id.
     """
 
     traces: list[Trace] = field(default_factory=list)
     untraceable: dict[str, str] = field(default_factory=dict)
-    roots: list[str] = field(default_factory=list)
+    in_parts: dict[int, str] = field(default_factory=dict)
 
 
 def name_of(path: str) -> str:
@@ -128,6 +139,12 @@ def analyse(model: nn.Module) -> Analysis:
                 opaque.add(path)
                 found.untraceable[path] = reason
     _analyse_part(model, copied, "", opaque, found)
+    for path in found.untraceable:
+        module = model.get_submodule(path)
+        for name, how in used_in_parts(module).items():
+            reason = f"{name_of(path)}, which torch.fx cannot follow, may run parts of '{name}'"
+            for part in (module._modules[name] or nn.Module()).modules():
+                found.in_parts.setdefault(id(part), f"{reason}: {how}")
     return found
 
 
@@ -160,7 +177,6 @@ def _analyse_part(
                 for defaults in (False, True) if optional_parameters(part) else (False,):
                     tracer, graph = trace(part, within, defaults)
                     found.traces.append(_read(model, path, training, tracer, graph))
-                    found.roots.append(path)
             for name in within:
                 for child, _ in part.get_submodule(name).named_children():
                     _analyse_part(model, copied, f"{prefix}{name}.{child}", opaque, found)
@@ -180,14 +196,23 @@ def _read(model: nn.Module, root: str, training: bool, tracer: Tracer, graph: fx
     def whole(path: str) -> str:
         return ".".join(p for p in (root, path) if p)
 
-    chains = []
+    chains, kept = [], tracer.kept()
     for node in graph.nodes:
-        nodes = _chain_at(node, modules) if _kind(node, modules) == "pool" else None
-        if nodes is None:
+        kind = _kind(node, modules)
+        nodes, pool, reason = None, None, ""
+        if kind == "pool":
+            nodes = _chain_at(node, modules)
+        if nodes is not None:
+            pool_node = next(n for n in nodes if _kind(n, modules) == "pool")
+            pool = _pool_arguments(pool_node, modules)
+            reason = _why_not(nodes, modules, pool, tracer, kept)
+        elif kind in ("pool", "other pool"):
+            nodes, reason = _near_miss_at(node, modules)
+        if not nodes:
             continue
         steps = tuple(
             Step(
-                _kind(n, modules),
+                _kind(n, modules) or n.name,
                 whole(n.target) if n.op == "call_module" else None,
                 whole(n.meta["call"][0]),
                 n.meta["call"][1],
@@ -195,9 +220,6 @@ def _read(model: nn.Module, root: str, training: bool, tracer: Tracer, graph: fx
             for n in nodes
             if _kind(n, modules) != "pass"
         )
-        pool_node = next(n for n in nodes if _kind(n, modules) == "pool")
-        pool = _pool_arguments(pool_node, modules)
-        reason = _why_not(nodes, modules, pool, tracer)
         chains.append(Chain(steps, pool or {}, reason))
     return Trace(
         training,
@@ -207,6 +229,7 @@ def _read(model: nn.Module, root: str, training: bool, tracer: Tracer, graph: fx
             whole(path): {(whole(caller), index) for caller, index in calls}
             for path, calls in tracer.module_calls.items()
         },
+        {(whole(path), name) for n in graph.nodes for path, name in n.meta.get("methods", ())},
     )
 
 
@@ -220,6 +243,7 @@ def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> str:
             ("norm", (nn.BatchNorm2d, nn.SyncBatchNorm)),
             ("relu", nn.ReLU),
             ("pool", nn.MaxPool2d),
+            ("other pool", _OTHER_POOLS),
             ("pass", nn.Identity),
         ):
             if isinstance(module, classes):
@@ -229,6 +253,7 @@ def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> str:
             ("conv", _CONV_FUNCTIONS),
             ("relu", _RELU_FUNCTIONS),
             ("pool", _POOL_FUNCTIONS + _POOL_WITH_INDICES),
+            ("other pool", _OTHER_POOL_FUNCTIONS),
         ):
             if node.target in functions:
                 return kind
@@ -288,6 +313,41 @@ def _chain_at(pool: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node] | N
         at = passing
 
 
+def _near_miss_at(pool: fx.Node, modules: dict[str, nn.Module]) -> tuple[list[fx.Node], str]:
+    """The nodes from a convolution to a pool of any kind that are no chain, and why not.
+
+    Empty where there is no convolution near, or a pool by itself behind it.
+    """
+    nodes, at = [pool], _source(pool)
+    while at is not None and "call" in at.meta and len(nodes) < _MOST_STEPS:
+        kind = _kind(at, modules)
+        if "pool" in kind or isinstance(modules.get(str(at.target)), ConvReLUMaxPool2d):
+            break
+        nodes.insert(0, at)
+        if kind == "conv":
+            reason = _what_is_amiss(nodes, modules)
+            return (nodes, reason) if reason else ([], "")
+        at = _source(at)
+    return [], ""
+
+
+def _what_is_amiss(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> str:
+    """The first thing that keeps convolution to pool from being a chain; empty where all does."""
+    kinds = [_kind(node, modules) for node in nodes]
+    for node, kind in zip(nodes[1:-1], kinds[1:-1], strict=True):
+        if not kind:
+            return f"{_described(node, modules)} stands where only BatchNorm2d and ReLU may"
+        if kind == "norm" and "relu" in kinds[: nodes.index(node)]:
+            return f"{_described(node, modules)} stands behind ReLU, where it cannot be folded"
+    if "relu" not in kinds:
+        layers = [n for n, kind in zip(nodes, kinds, strict=True) if n.op == "call_module" and kind]
+        others = filter(None, (_why_not_module(n.target, modules[n.target]) for n in layers[:-1]))
+        return "" if kinds[-1] == "other pool" else next(others, "no ReLU is next to the pool")
+    if kinds[-1] == "other pool":
+        return f"{_described(nodes[-1], modules)} is no max pool"
+    return "ReLU or the normalisation stands there twice"
+
+
 def _pool_arguments(node: fx.Node, modules: dict[str, nn.Module]) -> dict[str, Any] | None:
     """The pool's arguments; None where the forward computes one of them."""
     if node.op == "call_module":
@@ -317,6 +377,7 @@ def _why_not(
     modules: dict[str, nn.Module],
     pool: dict[str, Any] | None,
     tracer: Tracer,
+    kept: set[fx.Node],
 ) -> str:
     """Why a chain must stay as it is, as far as one trace shows; empty where it need not."""
     for node in nodes:
@@ -337,6 +398,8 @@ def _why_not(
     for node in nodes[:-1]:
         if len(node.users) != 1:
             return f"the output of {_label(node)} is used in {len(node.users)} places"
+        if node in kept:
+            return f"the output of {_label(node)} is kept by the forward, or what is read of it"
     if any(node.meta["modes"] != nodes[0].meta["modes"] for node in nodes):
         return "gradients, autocast or checkpointing are switched in between"
     first = nodes[0].meta["callers"]
@@ -384,6 +447,11 @@ def _pair(value: Any) -> tuple[int, int]:
 
 def _label(node: fx.Node) -> str:
     return f"'{node.target}'" if node.op == "call_module" else f"{node.name}"
+
+
+def _described(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    kind = f" ({type(modules[node.target]).__name__})" if node.op == "call_module" else ""
+    return f"{_label(node)}{kind}"
 
 
 def _why_not_module(path: str, module: nn.Module) -> str:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from fusedcnn._ops import note_stock
 from fusedcnn.modules import ConvReLUMaxPool2d
+from fusedcnn.tools import FoldedByItsType
 
 
-class FoldedBatchNorm2d(nn.BatchNorm2d):
+class FoldedBatchNorm2d(FoldedByItsType, nn.BatchNorm2d):
     """A BatchNorm2d that a :class:`ConvBatchNormReLUMaxPool2d` computes: it passes its input on.
 
     It keeps its parameters, statistics and place, and with them its ``state_dict`` keys.
@@ -30,9 +31,10 @@ class ConvBatchNormReLUMaxPool2d(ConvReLUMaxPool2d):
 
     In evaluation mode the normalisation is folded into weight and bias at every call, from the
     current parameters and statistics: nothing goes stale, and gradients reach the convolution's and
-    the normalisation's own parameters. In training mode, where it normalises by the batch, the
-    stock layers compute the block and update the statistics; ``build_info()["stock_calls"]`` and a
-    debug line say so.
+    the normalisation's own parameters. Where it normalises by the batch, in training mode or for
+    want of running statistics, and where its tensors do not go together, the stock layers compute
+    the block, update the statistics or raise; ``build_info()["stock_calls"]`` and a debug line say
+    so.
 
     Made by :func:`fusedcnn.fuse`; ``batch_norm`` is not a child of this module but stays where it
     stood, as a :class:`FoldedBatchNorm2d`.
@@ -45,8 +47,9 @@ class ConvBatchNormReLUMaxPool2d(ConvReLUMaxPool2d):
     def forward(self, input: Tensor) -> Tensor:
         """Return the pooled output [N, OC, OH, OW]."""
         norm = self.batch_norm
-        if norm.training:
-            note_stock("BatchNorm2d in training mode")
+        reason = _why_stock(self, norm, input)
+        if reason is not None:
+            note_stock(reason)
             output = self._conv_forward(input, self.weight, self.bias)
             return F.max_pool2d(
                 F.relu(nn.BatchNorm2d.forward(norm, output)),
@@ -56,7 +59,6 @@ class ConvBatchNormReLUMaxPool2d(ConvReLUMaxPool2d):
                 self.pool_dilation,
                 self.ceil_mode,
             )
-        norm._check_input_dim(input)  # no [C, H, W], as in training mode
         dtype = self.weight.dtype
         # Half types are folded in float32 and rounded once, as BatchNorm2d computes in float32.
         wide = torch.promote_types(dtype, torch.float32)
@@ -70,3 +72,30 @@ class ConvBatchNormReLUMaxPool2d(ConvReLUMaxPool2d):
             bias = bias + self.bias.to(wide) * scale
         weight = self.weight.to(wide) * scale.view(-1, 1, 1, 1)
         return self._block_forward(input, weight.to(dtype), bias.to(dtype))
+
+
+def _why_stock(conv: nn.Conv2d, norm: nn.BatchNorm2d, input: Tensor) -> str | None:
+    """Why stock layers compute this call: by the batch's statistics, or to raise their errors."""
+    if norm.training:
+        return "BatchNorm2d in training mode"
+    mean, var = norm.running_mean, norm.running_var
+    if mean is None or var is None:
+        return "BatchNorm2d without running statistics"
+    type_of_sums = torch.promote_types(conv.weight.dtype, torch.float32)
+    fits = (
+        input.dim() == 4
+        and norm.eps > 0
+        and mean.dtype in (conv.weight.dtype, type_of_sums)
+        and all(
+            tensor is None or (tensor.dtype == dtype and tensor.shape == conv.weight.shape[:1])
+            for tensor, dtype in (
+                (mean, mean.dtype),
+                (var, mean.dtype),
+                (norm.weight, mean.dtype),
+                (norm.bias, mean.dtype),
+                (conv.bias, conv.weight.dtype),
+            )
+        )
+        and not (mean.requires_grad or var.requires_grad)
+    )
+    return None if fits else "BatchNorm2d with tensors that do not go together"

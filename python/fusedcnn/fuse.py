@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -13,29 +14,11 @@ from torch import Tensor, nn
 
 from fusedcnn.chains import Analysis, Chain, Step, analyse, hooks_of, name_of
 from fusedcnn.folding import ConvBatchNormReLUMaxPool2d, FoldedBatchNorm2d
+from fusedcnn.methods import NotedMethod, methods_that_run
 from fusedcnn.modules import ConvReLUMaxPool2d
+from fusedcnn.report import FuseReport, FuseResult, why_nothing
 from fusedcnn.rewriting import Removed, RewrittenForward, rewritten_class, why_not_rewritable
 from fusedcnn.tracing import copy_sharing
-
-
-class FuseResult(NamedTuple):
-    """What became of one chain, or of a module that could not be looked into.
-
-    Attributes:
-        name: path of the convolution, or of the module.
-        steps: what was to be fused, in order; empty for a module.
-        fused: whether it is.
-        reason: why not; empty where it is.
-    """
-
-    name: str
-    steps: tuple[str, ...]
-    fused: bool
-    reason: str
-
-    def __str__(self) -> str:
-        what = " -> ".join(self.steps) or name_of(self.name)
-        return f"{what}: fused" if self.fused else f"{what}: left alone: {self.reason}"
 
 
 @overload
@@ -45,7 +28,7 @@ def fuse(model: nn.Module, *, inplace: bool = ..., report: Literal[False] = ...)
 @overload
 def fuse(
     model: nn.Module, *, inplace: bool = ..., report: Literal[True]
-) -> tuple[nn.Module, list[FuseResult]]: ...
+) -> tuple[nn.Module, FuseReport]: ...
 
 
 def fuse(model, *, inplace=False, report=False):
@@ -70,30 +53,38 @@ def fuse(model, *, inplace=False, report=False):
       Where the normalisation is in training mode when ``fuse`` is called, the chain is left alone.
 
     Forwards are followed by torch.fx in training and in evaluation mode. One that it cannot follow
-    is left alone; ``nn.Sequential`` and other modules inside are fused nevertheless, provided that
-    it calls them and does not take them apart. What forward decides by an attribute (a flag, say)
-    must not change afterwards. Where a function call has to go, the instance gets a class derived
-    from its own with the traced forward: attributes of its own that forward reads, but for tensors
-    and modules, cannot be set afterwards without :func:`unfuse`; what lists among them hold and
-    what forward reads of other modules must not change; and a method that forward took such a call
-    from raises when it is called by itself. Only what forward runs is seen: a method that it does
-    not call, but that runs some of the replaced layers, meets the fused block in the convolution's
-    place and computes something else.
+    is left alone; modules inside are fused nevertheless where its source, with the methods it uses,
+    shows that it only calls them as a whole, ``self.features(x)``. Where it slices, indexes,
+    iterates or hands on a module, ``self.features[:2]``, or where its source leaves that open, all
+    within that module is left alone.
 
-    A chain is left alone, with a reason in the report, when a value in between is used elsewhere; a
-    method that forward calls, and others may call, runs only a part of it;
-    hooks sit on an inner module or on one that the value in between enters or leaves; the pool
-    returns indices; the weights are shared, called twice or parametrised; or a type is derived from
-    these and may compute something else.
+    What forward decides by an attribute (a flag, say) must not change afterwards. Where a function
+    call has to go, the instance gets a class derived from its own with the traced forward:
+    attributes of its own that forward reads, but for tensors and modules, cannot be set afterwards
+    without :func:`unfuse`; what lists among them hold and what forward reads of other modules must
+    not change; and a method that forward took such a call from raises when it is called by itself.
+    Only what forward runs is followed: a method that it does not call, but that by its source runs
+    some of the replaced layers, warns when it is called.
+
+    A chain is left alone, with a reason in the report, when a value in between is used elsewhere or
+    kept; a method that forward calls, and others may call, runs only a part of it; hooks sit on an
+    inner module or on one that the value in between enters or leaves; the pool returns indices; the
+    weights are shared, called twice or parametrised; or a type is derived from these and may
+    compute something else. So is a near miss: another activation, a Dropout or anything else in
+    between, another pool.
 
     Args:
         model: any module, in training or evaluation mode.
         inplace: change the model itself, and return it. Otherwise a copy that shares all Parameters
             and buffers is changed.
-        report: also return a list of what was fused and what was not, and why.
+        report: also return what was fused and what was not, and why.
 
     Returns:
-        The fused model, or (model, list of :class:`FuseResult`) with ``report=True``.
+        The fused model, or (model, :class:`FuseReport`) with ``report=True``: a list that prints as
+        a line for each chain and each near miss.
+
+    Warns:
+        UserWarning: nothing was fused, and why.
 
     Raises:
         TypeError: model is no module or is compiled by TorchScript, a flag is no bool, or the model
@@ -111,7 +102,10 @@ def fuse(model, *, inplace=False, report=False):
     plan = _Plan(model, analysis)
     with _Edits() as edits:
         plan.apply(target, edits)
-    return (target, plan.results()) if report else target
+    results = plan.results()
+    if not any(row.fused for row in results):
+        warnings.warn(why_nothing(model, results), stacklevel=2)
+    return (target, results) if report else target
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -146,6 +140,8 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
                 edits.set_class(module, module.original_class)
             elif type(module) is FoldedBatchNorm2d:
                 edits.set_class(module, nn.BatchNorm2d)
+            for name in [n for n, v in vars(module).items() if isinstance(v, NotedMethod)]:
+                edits.reset_method(module, name)
             _unfuse_children(module, edits, convs)
         if type(target) is ConvReLUMaxPool2d:
             edits.set_class(target, StockConvReLUMaxPool2d)
@@ -260,10 +256,11 @@ class _Plan:
                 if candidate.reason or step.module is None:
                     continue
                 module = self.model.get_submodule(step.module)
+                candidate.reason = self.analysis.in_parts.get(id(module), "")
                 for parameter in module._parameters.values():
                     others = [p for p in owners[id(parameter)] if p != step.module]
                     if parameter is not None and others:
-                        candidate.reason = (
+                        candidate.reason = candidate.reason or (
                             f"the weights of '{step.module}' are shared with {name_of(others[0])}"
                         )
                 for parent, _ in self.places[id(module)]:
@@ -323,14 +320,15 @@ class _Plan:
         removed[training] = tuple(sorted({*removed.get(training, ()), step.index}))
         return ""
 
-    def results(self) -> list[FuseResult]:
+    def results(self) -> FuseReport:
         """The report: chains in the order of the model, then modules that were not looked into."""
         rows = [
             FuseResult(name, tuple(map(str, c.chain.steps)), not c.reason, c.reason)
             for name, c in self.candidates.items()
         ]
         untraceable = self.analysis.untraceable.items()
-        return rows + [FuseResult(path, (), False, reason) for path, reason in untraceable]
+        rows += [FuseResult(path, (), False, reason) for path, reason in untraceable]
+        return FuseReport(rows)
 
     def apply(self, target: nn.Module, edits: _Edits) -> None:
         """Change the model, or a copy of it."""
@@ -354,6 +352,17 @@ class _Plan:
             identity = nn.Identity().train(replaced.training)
             vars(identity)["replaced"] = replaced  # not a child: no keys, no part in repr
             edits.set_child(modules[parent], name, identity)
+        ran = set().union(*(trace.methods for trace in self.analysis.traces))
+        layers = {
+            id(self.model.get_submodule(step.module))
+            for candidate in self.candidates.values()
+            for step in candidate.chain.steps
+            if not candidate.reason and step.module is not None
+        }
+        for path, module in self.model.named_modules():
+            for name in methods_that_run(module, layers):
+                if (path, name) not in ran and name not in vars(module):
+                    edits.set_method(modules[path], name, NotedMethod(modules[path], name))
 
 
 def _fused(conv: nn.Conv2d, norms: list[nn.Module], pool: dict[str, Any]) -> ConvReLUMaxPool2d:
@@ -445,6 +454,14 @@ class _Edits:
         before = parent._modules[name]
         self._undo.append(lambda: parent._modules.__setitem__(name, before))
         parent._modules[name] = module
+
+    def set_method(self, module: nn.Module, name: str, method: NotedMethod) -> None:
+        self._undo.append(lambda: vars(module).pop(name))
+        vars(module)[name] = method
+
+    def reset_method(self, module: nn.Module, name: str) -> None:
+        method = vars(module).pop(name)
+        self._undo.append(lambda: vars(module).__setitem__(name, method))
 
     def set_class(self, module: nn.Module, cls: type[nn.Module]) -> None:
         before = type(module)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from fusedcnn.functional import conv_relu_max_pool2d
+from fusedcnn.tools import KnownByItsType
 
 
-class ConvReLUMaxPool2d(nn.Conv2d):
+class ConvReLUMaxPool2d(KnownByItsType, nn.Conv2d):
     """Conv2d, ReLU and MaxPool2d in one module, computed in one pass.
 
     Equivalent to::

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import inspect
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -46,14 +48,23 @@ def copy_sharing(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mod
 
 
 def shadow(model: nn.Module) -> nn.Module:
-    """A copy to be traced: the same tensors, no hooks, and side effects that stay in it."""
+    """A copy to be traced: the same tensors, no hooks, and side effects that stay in it.
+
+    Layers that may be replaced are reached as children alone: where a forward calls one that it
+    holds otherwise, in a list say, torch.fx finds it installed nowhere, and cannot follow.
+    """
     tables = [
         table
         for module in model.modules()
         for name, table in vars(module).items()
         if name.endswith("_hooks") and isinstance(table, dict)
     ]
-    return copy_sharing(model, {id(table): type(table)() for table in tables})
+    copied = copy_sharing(model, {id(table): type(table)() for table in tables})
+    layers = {id(m): copy.copy(m) for m in copied.modules() if type(m) in LEAVES}
+    for module in copied.modules():
+        for name, child in module._modules.items():
+            module._modules[name] = layers.get(id(child), child)
+    return copied
 
 
 def _modes() -> tuple[Any, ...]:
@@ -113,6 +124,19 @@ class Tracer(fx.Tracer):
         self._next: tuple[str, int] = ("", 0)
         self._modes = _modes()
         self.switched = False
+        self._symbols: list[tuple[fx.Node, weakref.ref]] = []
+
+    def proxy(self, node):
+        """The symbol of a node, remembered as long as anything holds it."""
+        symbol = super().proxy(node)
+        self._symbols.append((node, weakref.ref(symbol)))
+        return symbol
+
+    def kept(self) -> set[fx.Node]:
+        """The nodes whose values forward has put somewhere: an attribute, a list outside."""
+        if any(symbol() is not None for _, symbol in self._symbols):
+            gc.collect()  # cycles, which keep nothing for anybody
+        return {node for node, symbol in self._symbols if symbol() is not None}
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         """Whether the call is one node, not entered."""
