@@ -6,6 +6,7 @@ here for what its name says.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -70,13 +71,44 @@ class Block(NamedTuple):
         return F.conv2d(input, weight, bias, *self.conv_arguments)
 
     def stock(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The stock layers of this block."""
-        return F.max_pool2d(F.relu(self.conv(input, weight, bias)), *self.pool_arguments)
+        """The stock layers of this block, with `max_pool2d` below as their pool."""
+        return max_pool2d(F.relu(self.conv(input, weight, bias)), *self.pool_arguments)[0]
 
 
 def pair(value: Pair) -> tuple[int, int]:
     """(h, w) of an argument that may be one int."""
     return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def max_pool2d(
+    plane: Tensor,
+    kernel: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The stock pool, and which element of its window won, counted row by row.
+
+    The plane has no -inf. Stands in for F.max_pool2d, whose backward writes outside of the plane
+    where a window lies wholly in padding (test_stock_faults.py): here padding is made of elements
+    that are -inf, so that every window has a winner.
+    """
+    size = F.max_pool2d(plane.detach().to("meta"), kernel, stride, padding, dilation, ceil_mode)
+    step, before, spread = pair(stride or kernel), pair(padding), pair(dilation)
+    kernel = pair(kernel)
+    # As far as the last window reaches, which may be short of the plane's end.
+    after = [
+        (size.shape[axis - 2] - 1) * step[axis] + (kernel[axis] - 1) * spread[axis] + 1
+        - before[axis] - plane.shape[axis - 2]
+        for axis in (0, 1)
+    ]  # fmt: skip
+    padded = F.pad(plane, (before[1], after[1], before[0], after[0]), value=-math.inf)
+    pooled, index = F.max_pool2d(padded, kernel, step, 0, spread, return_indices=True)
+    rows, columns = (torch.arange(n, device=plane.device) for n in pooled.shape[-2:])
+    row = index // padded.shape[-1] - rows.view(-1, 1) * step[0]
+    column = index % padded.shape[-1] - columns * step[1]
+    return pooled, row // spread[0] * kernel[1] + column // spread[1]
 
 
 def _simple_cnn() -> list[Block]:
@@ -119,6 +151,7 @@ def _convolution_arguments() -> list[Block]:
         Block("dilated_row", (2, 3, 9, 14), 6, kernel=(1, 4), padding=(0, 3), dilation=(1, 2)),
         Block("dilated_column", (2, 3, 14, 9), 6, kernel=(4, 1), padding=(3, 0), dilation=(2, 3)),
         Block("groups2", (2, 6, 10, 10), 8, padding=1, groups=2),
+        Block("one_column", (2, 9, 21, 9), 96, (2, 3), 4, 0, (1, 3), groups=3, pool=(2, 1)),
         Block("groups3_wide", (1, 51, 8, 8), 54, padding=1, groups=3),
         Block("depthwise", (2, 17, 10, 10), 17, padding=1, groups=17),
         Block("depth_multiplier3", (1, 5, 9, 12), 15, padding=1, groups=5),
@@ -128,6 +161,15 @@ def _convolution_arguments() -> list[Block]:
         Block("unbatched", (3, 12, 10), 16, padding=1),
         Block("unbatched_general", (4, 13, 9), 6, 5, 2, 2, pool=3, pool_stride=1),
     ]
+
+
+_WIDE_POOL_OF_PADDING = {
+    "pool": 16,
+    "pool_stride": 30,
+    "pool_padding": 8,
+    "pool_dilation": (1, 3),
+    "ceil_mode": True,
+}
 
 
 def _pool_arguments() -> list[Block]:
@@ -146,6 +188,9 @@ def _pool_arguments() -> list[Block]:
         Block("pool_dilation2", small, 6, padding=1, pool_dilation=2),
         Block("pool_dilation_overlapping", small, 5, pool=3, pool_stride=1, pool_dilation=(2, 3)),
         Block("pool_dilation_padding", small, 5, pool=3, pool_padding=1, pool_dilation=2),
+        # The only window of the height or width lies in padding, between whose elements it falls.
+        Block("pool_of_padding", (2, 3, 4, 13), 5, padding=(0, 1), pool_padding=1, pool_dilation=3),
+        Block("pool_of_padding16", (1, 2, 9, 3), 4, 3, padding=(1, 0), **_WIDE_POOL_OF_PADDING),
         Block("pool3x1", small, 6, padding=1, pool=(3, 1)),
         Block("pool1x4_stride2x3", small, 6, padding=1, pool=(1, 4), pool_stride=(2, 3)),
         Block("pool_rectangular", small, 6, pool=(4, 2), pool_stride=(1, 2), pool_padding=(2, 1)),

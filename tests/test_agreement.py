@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from forcing import ISAS, KERNELS, PASSES, run_pass
 from geometries import BLOCKS, DTYPES, Block, by_name, dtype_name
-from reference import LAYOUTS, decode, exact_case, float_case, with_layout
+from reference import LAYOUTS, decode, exact_case, float_case, largest_error, with_layout
 from torch import Tensor
 
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -68,7 +68,7 @@ def test_floats_are_as_close_as_the_stock_layers(block, dtype):
             code = results.pop("code", None)
             for name, result in results.items():
                 bound = getattr(case, name)
-                error = (result.double() - bound.reference).abs().max().item()
+                error = largest_error(result, bound.reference)
                 allowed = bound.allowed(forced.kernel)
                 if not error <= allowed:
                     wrong.append(

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from forcing import KERNELS, run_everywhere, run_pass
 from fusedcnn import conv_relu_max_pool2d
 from geometries import DTYPES, Block, by_name, dtype_name
-from reference import GRADS, Operands, exact_case, integer_operands, normal_operands, with_layout
+from reference import (
+    Operands,
+    exact_case,
+    integer_operands,
+    normal_operands,
+    stock_result,
+    with_layout,
+)
 from torch import Tensor
 
 NAN, INF = math.nan, math.inf
@@ -32,11 +39,9 @@ over_blocks = pytest.mark.parametrize(
 
 def stock(block: Block, operands: Operands) -> dict[str, Tensor]:
     """Output and gradients of the stock layers, by name."""
-    leaves = [t.detach().clone().requires_grad_() for t in operands[:3]]
-    output = block.stock(*leaves)
-    output.backward(operands.grad_output)
-    grads = dict(zip(GRADS, (leaf.grad for leaf in leaves), strict=True))
-    return {"output": output.detach(), **grads}
+    results = stock_result(block, operands)._asdict()
+    del results["code"]
+    return results
 
 
 def assert_equal_everywhere(
@@ -244,23 +249,6 @@ def test_overflow_and_the_smallest_numbers(dtype, layout):
         assert_equal_everywhere(block, case, {name: expected[name] for name in names})
     infinite = stock(block, overflowing)["output"].isinf()
     assert infinite.sum() == infinite.numel() / 2
-
-
-def test_windows_without_an_element():
-    """A dilated window can lie in the padding altogether: torch's maximum of nothing is -inf.
-
-    No gradient flows there. (The stock layers' backward reads an index outside of the plane, so it
-    is not asked.)
-    """
-    arguments = {"pool_kernel_size": 2, "pool_stride": 1, "pool_padding": 1, "pool_dilation": 3}
-    input = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]], requires_grad=True)
-    weight = torch.ones(1, 1, 1, 1, requires_grad=True)
-    output = conv_relu_max_pool2d(input, weight, None, **arguments)
-    assert torch.equal(output, F.max_pool2d(F.relu(input), 2, 1, 1, 3))
-    assert output.item() == -INF
-    output.backward(torch.ones_like(output))
-    assert input.grad.eq(0).all()
-    assert weight.grad.eq(0).all()
 
 
 @pytest.mark.parametrize("name", ["simplecnn1_n2", "kernel5x5"])

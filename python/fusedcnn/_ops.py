@@ -82,16 +82,35 @@ def stock_conv(input: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) 
     )
 
 
-def _stock_forward(input: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
-    """The stock layers for a packed geometry: the meaning of the operator in plain torch."""
-    return F.max_pool2d(
-        F.relu(stock_conv(input, weight, bias, g)),
+def stock_pool(plane: Tensor, g: Geometry) -> Tensor:
+    """The stock pool for a packed geometry, of a plane that ReLU has passed.
+
+    Where dilation takes a window from the padding before the plane past its end, the window is the
+    axis's only one, and all results are -inf. The stock pool gives it an index outside of the
+    plane, where its backward would write: no gradient may reach it.
+    """
+    empty = any(
+        dilation > 1 and padding > 0 and -padding % dilation >= size
+        for size, padding, dilation in (
+            (plane.shape[-2], g.pool_padding_h, g.pool_dilation_h),
+            (plane.shape[-1], g.pool_padding_w, g.pool_dilation_w),
+        )
+    )
+    pooled = F.max_pool2d(
+        plane.detach() if empty else plane,
         (g.pool_kernel_h, g.pool_kernel_w),
         (g.pool_stride_h, g.pool_stride_w),
         (g.pool_padding_h, g.pool_padding_w),
         (g.pool_dilation_h, g.pool_dilation_w),
         bool(g.ceil_mode),
     )
+    # The sum is never taken; through it the plane's gradient is zero instead of missing.
+    return torch.where(pooled == -torch.inf, pooled, plane.sum()) if empty else pooled
+
+
+def _stock_forward(input: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
+    """The stock layers for a packed geometry: the meaning of the operator in plain torch."""
+    return stock_pool(F.relu(stock_conv(input, weight, bias, g)), g)
 
 
 def code_dtype(g: Geometry) -> torch.dtype:

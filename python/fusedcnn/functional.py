@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fusedcnn import _C, _cuda
-from fusedcnn._ops import Geometry, below_autograd, forward_op, note_stock
+from fusedcnn._ops import Geometry, below_autograd, forward_op, note_stock, stock_pool
 from fusedcnn.autograd import ConvReLUMaxPool2dFunction
 
 _INT64_MAX = 2**63 - 1
@@ -232,10 +232,9 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if castable else tensor
 
 
-def _stock(input, weight, bias, stride, padding, dilation, groups, pool) -> Tensor:
-    return F.max_pool2d(
-        F.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups)), **pool
-    )
+def _stock(input, weight, bias, stride, padding, dilation, groups, geometry) -> Tensor:
+    plane = F.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
+    return stock_pool(plane, Geometry(*geometry))
 
 
 def conv_relu_max_pool2d(
@@ -331,14 +330,7 @@ def conv_relu_max_pool2d(
     reason = _why_stock(input, weight, geometry, compiling)
     if reason is not None:
         note_stock(reason)
-        pool = {
-            "kernel_size": pool_kernel_size,
-            "stride": pool_stride,
-            "padding": pool_padding,
-            "dilation": pool_dilation,
-            "ceil_mode": ceil_mode,
-        }
-        return _stock(input, weight, bias, stride, padding, dilation, groups, pool)
+        return _stock(input, weight, bias, stride, padding, dilation, groups, geometry)
     needs_grad = torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
