@@ -58,7 +58,7 @@ PASSES = {
     "grad_weight": GRAD_WEIGHT | GRAD_BIAS,
     "grad_input": GRAD_INPUT,
 }
-# In the place of a kernel's name on a GPU, whose library does not tell which one it selected.
+# Stands for a kernel's name on a GPU, whose library does not tell which one it selected.
 CHOSEN = "(chosen)"
 PROFILED_CALLS = 10
 
@@ -222,11 +222,9 @@ class Calls:
             results = self.step(name)()
         exact, stock = self.problem.references
         if mask := PASSES[name]:
-            names = ("grad input", "grad weight", "grad bias")
-            grads = {
-                n: g for i, (n, g) in enumerate(zip(names, results, strict=True)) if mask >> i & 1
-            }
-            return what_is_wrong(grads, exact, stock)
+            bits = {"grad input": GRAD_INPUT, "grad weight": GRAD_WEIGHT, "grad bias": GRAD_BIAS}
+            grads = dict(zip(bits, results, strict=True))
+            return what_is_wrong({k: grads[k] for k in bits if mask & bits[k]}, exact, stock)
         wrong = what_is_wrong({"output": results[0]}, exact, stock)
         if wrong or name == "forward":
             return wrong
@@ -263,7 +261,8 @@ def time_kernels(
     Returns:
         The report's result: ``rows``, one for each kernel, whose ``status`` is ``"timed"``, or
         ``"not covered"``, ``"failed"`` or ``"wrong"`` with a ``reason``; ``selected``, the one that
-        selection chooses; ``status``: ``"wrong"`` where any is, else ``"timed"``.
+        selection chooses; ``status``: ``"wrong"`` where any is, ``"incomplete"`` where any failed,
+        else ``"timed"``.
     """
     device, of_pass = options.device, name.removesuffix("+code")
     force = functools.partial(_force_kernel, isa)
@@ -305,7 +304,8 @@ def time_kernels(
                         force(row["name"])
                         row["launches_us"] = _launches(step)
         force(CHOSEN)
-    status = "wrong" if any(row["status"] == "wrong" for row in rows) else "timed"
+    statuses = {row["status"] for row in rows}
+    status = "wrong" if "wrong" in statuses else "incomplete" if "failed" in statuses else "timed"
     return {"status": status, "rows": rows, "selected": selected}
 
 
