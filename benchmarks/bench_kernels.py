@@ -2,93 +2,337 @@ r"""Kernels by name on any block, and real blocks beside the stock layers.
 
     python benchmarks/bench_kernels.py                          # every kernel of SimpleCNN's blocks
     python benchmarks/bench_kernels.py alexnet-2 --isa avx2 avx512 --passes forward
-    python benchmarks/bench_kernels.py --shape 64x3x32x32 --out-channels 16 --kernel-size 3 \
-        --padding 1 --pool 2 --dtype bfloat16 --layout channels_last --threads 1
-    python benchmarks/bench_kernels.py --blocks                 # a summary of real networks
+    python benchmarks/bench_kernels.py --shape 64x3x32x32 --conv '16, 3, padding=1' --pool 2 \
+        --dtype bfloat16 --layout channels_last --threads 1
+    python benchmarks/bench_kernels.py --blocks                 # real networks, block by block
+    python benchmarks/bench_kernels.py --device cuda --precision float32 tf32 bfloat16
 
-The first three time the operators pass by pass: each kernel that covers the block is forced by its
-name, checked against a float64 reference (agreement.py) and timed by turns with the others; one
-that does not cover it is listed with its reason. The gradients start from the general kernel's
-codes. The last times whole calls from Python, forward and forward with backward, beside the stock
-layers. Both report the fraction of the float32 multiply-add peak of the ISA, measured in the same
-run with as many threads. --list prints all names.
+All but ``--blocks`` time the operators pass by pass: each kernel that covers the block is forced by
+its name, checked against a float64 reference (contenders.py) and timed by turns with the others of
+its pass; one that does not cover the block is listed with its reason. The gradients start from the
+general kernel's codes. On a GPU the kernel that selection chooses is timed once more under a name
+of its own, and torch's profiler splits each call into its launches. ``--blocks`` times whole calls
+from Python, forward and forward with backward, beside the stock layers.
 
-Exit status: 0; 1 where a result was wrong; 2 for bad arguments.
+Needs ``fusedcnn[bench]``. Exit status: 0; 1 where a result was wrong, fused could not run or time
+was over; 2 for bad arguments.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import fusedcnn
 import torch
-from block_summary import count_turns as count_summary_turns
-from block_summary import run_summary
-from fusedcnn._ops import force
-from kernel_options import Options, parse
-from kernel_report import print_report
-from ladder import count_turns as count_ladder_turns
-from ladder import run_ladder
-from limits import describe_machine, fma_gflops
-from progress import Progress
-from report import write_json
+from bench_block import race_all
+from blocks import BLOCKS, Block, Problem, block_case
+from contenders import allowed_error, largest_error, what_is_wrong
+from fusedcnn import _cuda
+from fusedcnn._ops import (
+    _C,
+    GRAD_BIAS,
+    GRAD_INPUT,
+    GRAD_WEIGHT,
+    Geometry,
+    _dense_backward,
+    backward_op,
+    below_autograd,
+    forward_op,
+)
+from options import Options, Parser, own_block
+from report import Report
+from timing import Precision, at_best, force_kernel, time_rows
+from torch import Tensor
+
+SMALL_BATCH = 1
+BATCH_ON_GPU = 4096
+LAYOUTS = ("contiguous", "channels_last")
+# Gradients that each pass computes; the forward passes differ in whether they keep codes.
+PASSES = {
+    "forward": 0,
+    "forward+code": 0,
+    "grad_weight": GRAD_WEIGHT | GRAD_BIAS,
+    "grad_input": GRAD_INPUT,
+}
+# Stands for a kernel's name on a GPU, whose library does not tell which one it selected.
+CHOSEN = "(chosen)"
+PROFILED_CALLS = 10
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    options = parse(arguments)
-    report = run(options)
-    print_report(report)
-    if options.json:
-        write_json(report, options.json)
-    return 0 if report["status"] == "right" else 1
+    return run(parse(arguments)).finish()
 
 
-def run(options: Options) -> dict[str, Any]:
-    """Measure everything that the options ask for.
+def parse(arguments: list[str] | None) -> Options:
+    """Read the command line."""
+    parser = Parser("Time kernels by name, or real blocks.", min_time=0.1, rounds=5)
+    parser.add_kernels()
+    # fmt: off
+    add = parser.add_argument
+    add("names", nargs="*", metavar="BLOCK",
+        help="see --list (default: SimpleCNN's two; with --blocks all)")
+    add("--blocks", dest="whole", action="store_true",
+        help="time whole forward and backward passes beside the stock layers")
+    add("--passes", nargs="+", choices=PASSES, metavar="PASS",
+        help=f"{', '.join(PASSES)} (default: all)")
+    add("--layout", nargs="+", choices=LAYOUTS, metavar="LAYOUT",
+        help=f"{', '.join(LAYOUTS)} (default: contiguous)")
+    add("--no-launches", dest="launches", action="store_false",
+        help="do not split a GPU's calls into launches; for runs under another profiler")
+    # fmt: on
+    parser.add_own_block()
+    return parser.read(arguments, _finish)
+
+
+def _finish(options: Options) -> None:
+    """Put the defaults in, and refuse what the chosen mode would ignore."""
+    for name in ("kernel", "passes", "layout") if options.whole else ("contenders",):
+        if getattr(options, name):
+            mode = "with" if options.whole else "without"
+            raise ValueError(f"argument --{name}: not allowed {mode} --blocks")
+    on_cpu = options.device.type == "cpu"
+    if options.whole:
+        options.expect_one("isa")
+        options.contenders = options.contenders or ["fused", "eager", "eager-cl"]
+    elif not on_cpu and _cuda.reason is not None:
+        raise ValueError(f"argument --device: no CUDA kernels to time: {_cuda.reason}")
+    if options.shape:
+        blocks = [own_block(options)]
+    elif options.conv or options.pool:
+        raise ValueError("argument --shape: needed with --conv and --pool")
+    else:
+        names = options.names or (BLOCKS if options.whole else ["simplecnn-1", "simplecnn-2"])
+        if unknown := [name for name in names if name not in BLOCKS]:
+            raise ValueError(f"argument BLOCK: expected one of {', '.join(BLOCKS)}, got {unknown}")
+        blocks = [BLOCKS[name] for name in dict.fromkeys(names)]
+    options.blocks = [
+        (run, block)
+        for block in blocks
+        for run in options.pair_runs([1, block.batch] if on_cpu else [BATCH_ON_GPU], SMALL_BATCH)
+    ]
+    options.passes = options.passes or list(PASSES)
+    options.layout = options.layout or ["contiguous"]
+    if on_cpu and not options.isa:
+        options.isa = [i["name"] for i in fusedcnn.build_info()["isas"] if i["selected"]]
+
+
+def run(options: Options) -> Report:
+    """Measure everything that the options ask for."""
+    if options.whole:
+        works = [
+            (run, block_case(block, backward=backward))
+            for run, block in options.blocks
+            for backward in (False, True)
+        ]
+        return race_all(options, works)
+    works = list(itertools.product(options.precisions, options.blocks, options.layout))
+    isas = options.isa or [None]
+    report = Report(options, len(works) * len(isas) * len(options.passes))
+    for precision, (run, block), layout in works:
+        precision.use(options.device)
+        torch.set_num_threads(run.threads)
+        head = {"block": block.name, **run._asdict(), "precision": precision.name, "layout": layout}
+        calls = None  # made for the first pass that there is time for
+        for isa, name in itertools.product(isas, options.passes):
+            one = head | {"pass": name} | ({"isa": isa} if isa else {})
+            if report.begin(one):
+                limits = report.limits(run.threads, precision, isa)
+                calls = calls or Calls(block, run.batch, precision, options.device, layout)
+                result = time_kernels(calls, name, isa, options, run.threads, report.say)
+                report.add(
+                    one, result | at_best(block.flops * run.batch, calls.bytes(name), limits)
+                )
+        if options.device.type == "cuda":
+            del calls
+            torch.cuda.empty_cache()
+    return report
+
+
+class Operands(NamedTuple):
+    """What changes from call to call."""
+
+    input: Tensor
+    grad_output: Tensor
+    code: Tensor
+
+
+class Calls:
+    """All passes of one block at one batch size, precision and layout.
+
+    The codes from which the backward passes start are the general kernel's: it serves every block,
+    and ties fall as in the stock layers.
+    """
+
+    def __init__(
+        self, block: Block, batch: int, precision: Precision, device: torch.device, layout: str
+    ) -> None:
+        self.geometry = block.geometry()
+        case = block_case(block, backward=True, input_grad=True)
+        self.problem = Problem(case, batch, precision, device)
+        last = layout == "channels_last"
+        module = self.problem.module(fused=True, channels_last=last)[0]
+        self.weight, self.bias = module.weight.detach(), module.bias.detach()
+        self._operands = []
+        with below_autograd(), force_kernel(device, "general"):
+            for batch in self.problem.batches(channels_last=last):
+                input = batch.input.detach()
+                _, code = forward_op(input, self.weight, self.bias, self.geometry, True)
+                self._operands.append(Operands(input, batch.target, code))
+
+    def bytes(self, name: str) -> int:
+        """Bytes that a call of a pass must at least read and write once, workspace left out."""
+        input, grad_output, code = self._operands[0]
+        # The output is as large as its gradient, and each gradient as what it is the gradient of.
+        tensors = {
+            "forward": [input, self.weight, self.bias, grad_output],
+            "forward+code": [input, self.weight, self.bias, grad_output, code],
+            "grad_weight": [input, grad_output, code, self.weight, self.bias],
+            "grad_input": [grad_output, code, self.weight, input],
+        }[name]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def step(self, name: str) -> Callable[[], tuple[Tensor, ...]]:
+        """Return the function that calls a pass on the next operands: what is timed."""
+        rotating, weight = itertools.cycle(self._operands), self.weight
+        bias, geometry = self.bias, self.geometry
+        with_code, mask = name == "forward+code", PASSES[name]
+
+        def forward() -> tuple[Tensor, ...]:
+            input, _, _ = next(rotating)
+            return forward_op(input, weight, bias, geometry, with_code)
+
+        def backward() -> tuple[Tensor, ...]:
+            input, grad_output, code = next(rotating)
+            return backward_op(grad_output, input, weight, code, geometry, mask)
+
+        return backward if mask else forward
+
+    def check(self, name: str) -> str:
+        """Compute a pass once by the kernel in use; return what is wrong, or "".
+
+        Raises:
+            RuntimeError: the forced kernel does not cover the block.
+        """
+        with torch.no_grad(), below_autograd():
+            results = self.step(name)()
+        exact, stock = self.problem.references
+        if mask := PASSES[name]:
+            bits = {"grad input": GRAD_INPUT, "grad weight": GRAD_WEIGHT, "grad bias": GRAD_BIAS}
+            grads = dict(zip(bits, results, strict=True))
+            return what_is_wrong({k: grads[k] for k in bits if mask & bits[k]}, exact, stock)
+        wrong = what_is_wrong({"output": results[0]}, exact, stock)
+        if wrong or name == "forward":
+            return wrong
+        # Of two outputs that are each off by the limit, the smaller may have looked the larger.
+        ways = [way["output"] for way in stock]
+        limit = 2 * allowed_error(results[0].dtype, exact["output"], ways)[1]
+        error = largest_error(self._coded(results[1]), exact["output"])
+        return "" if error <= limit else f"code is off by {error:.2g}, allowed {limit:.2g}"
+
+    def _coded(self, code: Tensor) -> Tensor:
+        """In float64, the convolution outputs that the codes name, and 0 where ReLU is off."""
+        # Both grad_weight and grad_bias are linear in grad_output; with the weight and the bias in
+        # place of what they meet, its factor is the output that the code names.
+        input, grad_output, _ = self._operands[0]
+        weight = self.weight.double().contiguous()
+        probe = grad_output.double().contiguous().requires_grad_()
+        operands = (probe, input.double().contiguous(), weight, code.contiguous())
+        with torch.enable_grad():
+            _, grad_weight, grad_bias = _dense_backward(*operands, Geometry(*self.geometry))
+            total = (grad_weight * weight).sum() + (grad_bias * self.bias.double()).sum()
+        return torch.autograd.grad(total, probe)[0]
+
+
+def time_kernels(
+    calls: Calls,
+    name: str,
+    isa: str | None,
+    options: Options,
+    threads: int,
+    say: Callable[[str], object],
+) -> dict[str, Any]:
+    """Check each kernel of a pass, then time those that cover the block and are right.
 
     Returns:
-        The report: plain values only, ready for JSON.
+        The report's result: ``rows``, one for each kernel, whose ``status`` is ``"timed"``, or
+        ``"not covered"``, ``"failed"`` or ``"wrong"`` with a ``reason``; ``selected``, the one that
+        selection chooses; ``status``: ``"wrong"`` where any is, ``"incomplete"`` where any failed,
+        else ``"timed"``.
     """
-    threads = sorted({one.threads for _, runs in options.blocks for one in runs})
-    turns = count_summary_turns(options) if options.summary else count_ladder_turns(options)
-    progress = Progress(len(options.isas) * len(threads) + turns)
-    peaks = {}
-    try:
-        for isa in options.isas:
-            for count in threads:
-                progress.say(f"FMA peak of {isa}, {count} thread(s)")
-                with force(isa):
-                    peaks[isa, count] = fma_gflops(count)
-                progress.advance()
-        if options.summary:
-            with force(options.isas[0]):
-                rows = run_summary(options, peaks, progress)
-        else:
-            rows = run_ladder(options, peaks, progress)
-    finally:
-        progress.close()
+    device, of_pass = options.device, name.removesuffix("+code")
+    force = functools.partial(_force_kernel, isa)
+    step = calls.step(name)
+    if isa:
+        listed = [k for k in fusedcnn.build_info()["kernels"] if k["isa"] == isa]
+        with force_kernel(device, "", isa), torch.no_grad(), below_autograd():
+            step()
+        selected = _C.last_selected()[of_pass]
+    else:
+        listed = _cuda.info()["kernels"]
+        selected = CHOSEN
+    names = options.kernel or [k["name"] for k in listed if k["pass"] == of_pass]
+    names = names if isa else [CHOSEN, *names]
+    rows = []
+    with force_kernel(device, "", isa):
+        for kernel in names:
+            say(kernel)
+            row = {"name": kernel, "status": "right"}
+            rows.append(row)
+            force(kernel)
+            try:
+                wrong = calls.check(name)
+            except RuntimeError as error:
+                reason = str(error).partition("kernel covers this call: ")[2]
+                if not reason:
+                    raise
+                row |= {"status": "not covered", "reason": reason.removeprefix(f"{kernel}: ")}
+                continue
+            if wrong:
+                row |= {"status": "wrong", "reason": wrong}
+        say("timing")
+        right = [row["name"] for row in rows if row["status"] == "right"]
+        with torch.no_grad(), below_autograd():
+            time_rows(rows, dict.fromkeys(right, step), options.clock(threads), before_turn=force)
+            if options.launches and not isa:
+                for row in rows:
+                    if row["status"] == "timed":
+                        force(row["name"])
+                        row["launches_us"] = _launches(step)
+        force(CHOSEN)
+    statuses = {row["status"] for row in rows}
+    status = "wrong" if "wrong" in statuses else "incomplete" if "failed" in statuses else "timed"
+    return {"status": status, "rows": rows, "selected": selected}
+
+
+def _force_kernel(isa: str | None, kernel: str) -> None:
+    """Force a kernel of the ISA, or of the GPU for None, until something else is forced."""
+    kernel = "" if kernel == CHOSEN else kernel
+    if isa:
+        _C.force(isa, kernel)
+    else:
+        _cuda._library.fusedcnn_cuda_force(kernel.encode())
+
+
+def _launches(step: Callable[[], object]) -> dict[str, float]:
+    """What a call launches: microseconds on the GPU by name, means of several calls."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        for _ in range(PROFILED_CALLS):
+            step()
+        torch.cuda.synchronize()
     return {
-        "status": "wrong" if any(row["status"] == "wrong" for row in rows) else "right",
-        "options": {
-            "summary": options.summary,
-            "dtype": ", ".join(options.dtypes),
-            "device": "cpu",
-            "layouts": options.layouts,
-            "passes": options.passes,
-            "isas": options.isas,
-            "kernels": options.kernels,
-            "contenders": options.contenders,
-            "min_time_s": options.min_time,
-            "rounds": options.rounds,
-        },
-        "machine": describe_machine(torch.device("cpu")),
-        "peaks": [
-            {"isa": isa, "threads": count, "fma_gflops": rate}
-            for (isa, count), rate in peaks.items()
-        ],
-        "blocks": [block.describe() for block, _ in options.blocks],
-        "rows": rows,
+        event.key: event.self_device_time_total / PROFILED_CALLS
+        for event in profiler.key_averages()
+        if event.device_type == DeviceType.CUDA and event.self_device_time_total > 0
     }
 
 

@@ -1,113 +1,107 @@
-"""Blocks of real networks: convolution, bias, ReLU and max pooling, by name."""
+"""What is computed: blocks of real networks and SimpleCNN, the cases made of them, and problems.
+
+A :class:`Problem` is a case at one batch size, precision and device: the parameters, the batches,
+and the results that every contender must reproduce.
+"""
 
 from __future__ import annotations
 
+import copy
 import functools
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import fusedcnn
 import torch
-from fusedcnn._ops import Geometry
+import torch.nn.functional as F
 from fusedcnn.functional import pack_geometry
+from timing import Precision, with_tf32_operands
 from torch import Tensor, nn
 
-Pair = tuple[int, int]
+SEED = 0
+
+# A batch of 64 images fits in a core's second-level cache, and timing it over and over would
+# flatter everybody: real batches come from memory. So calls rotate over copies whose sum is larger
+# than the 1 to 4 MiB that a core has to itself, and large enough to disturb a shared last level. On
+# a GPU their sum is twice the second-level cache; small batches stay in it all the same.
+ROTATED_BYTES = 32 * 2**20
+ROTATED_CACHES = 2
+MAX_COPIES = 64
+
+# A pool window whose two largest values nearly tie, or whose largest value ReLU sees within
+# rounding distance of 0, sends its gradient one way or another by the luck of the last bit, in the
+# stock layers as in the fused ones. So that gradients can be compared, such windows of a block get
+# no gradient, and a training step gets no images with such windows. In epsilons of values near 1:
+# float32 results of these sizes err by about 8; coarser types by the rounding of one result, which
+# takes part in too many near ties to leave images without any.
+MARGIN_EPSILONS = 128
+COARSE_MARGIN_EPSILONS = 4
+TF32_EPSILON = 2.0**-10
+
+
+# ---- blocks --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block's sizes; every pair is (height, width).
+    """One block's sizes.
 
     Attributes:
-        name: on the command line and in the JSON.
-        title: for people.
-        in_channels: of the input; a block of 1 or 3 channels is a network's first and reads images,
-            which need no gradient.
-        size: of the input.
-        out_channels: of the convolution.
-        kernel_size: of the convolution, like the four that follow.
-        stride: see above.
-        padding: see above.
-        dilation: see above.
-        groups: see above.
-        pool_kernel_size: of the pool, like all that follow.
-        pool_stride: see above; None: ``pool_kernel_size``.
-        pool_padding: see above.
-        pool_dilation: see above.
-        ceil_mode: see above.
+        name: on the command line and in the JSON; ``title`` is for people.
+        image: (C, H, W) of the input. A block of 1 or 3 channels is a network's first: its input is
+            data, which needs no gradient, and no activation.
+        conv: arguments of nn.Conv2d after in_channels.
+        pool: arguments of nn.MaxPool2d.
         batch: images of a training step, no more than keeps a call within some 100 ms.
     """
 
     name: str
     title: str
-    in_channels: int
-    size: Pair
-    out_channels: int
-    kernel_size: Pair = (3, 3)
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
-    groups: int = 1
-    pool_kernel_size: Pair = (2, 2)
-    pool_stride: Pair | None = None
-    pool_padding: Pair = (0, 0)
-    pool_dilation: Pair = (1, 1)
-    ceil_mode: bool = False
+    image: tuple[int, int, int]
+    conv: dict[str, Any]
+    pool: dict[str, Any]
     batch: int = 64
 
     @property
-    def image(self) -> tuple[int, int, int]:
-        """(C, H, W) of the input."""
-        return (self.in_channels, *self.size)
-
-    @property
     def reads_images(self) -> bool:
-        """Whether the input is data, which needs no gradient, and no activation."""
-        return self.in_channels in (1, 3)
+        """Whether the input is data."""
+        return self.image[0] in (1, 3)
 
     def stock(self) -> nn.Sequential:
         """The block from stock layers; its fused form has the same state_dict keys."""
-        pool = nn.MaxPool2d(
-            self.pool_kernel_size,
-            self.pool_stride,
-            self.pool_padding,
-            self.pool_dilation,
-            ceil_mode=self.ceil_mode,
-        )
-        return nn.Sequential(self._convolution(), nn.ReLU(), pool)
+        conv = nn.Conv2d(self.image[0], **self.conv)
+        return nn.Sequential(conv, nn.ReLU(), nn.MaxPool2d(**self.pool))
 
     def fused(self) -> nn.Sequential:
         """The same block, fused."""
-        block = fusedcnn.ConvReLUMaxPool2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            **self._pool_arguments(),
-        )
-        return nn.Sequential(block)
+        conv, _, pool = self.stock()
+        return nn.Sequential(fusedcnn.ConvReLUMaxPool2d.from_modules(conv, pool))
 
-    def geometry(self) -> Geometry:
+    def geometry(self) -> tuple[int, ...]:
         """The operators' ``geometry``."""
+        with torch.device("meta"):
+            conv, _, pool = self.stock()
         return pack_geometry(
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            **self._pool_arguments(),
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            pool_kernel_size=pool.kernel_size,
+            pool_stride=pool.stride,
+            pool_padding=pool.padding,
+            pool_dilation=pool.dilation,
+            ceil_mode=pool.ceil_mode,
         )
 
     @functools.cached_property
     def flops(self) -> int:
         """FLOPs per image of the direct convolution: a multiply and an add for each tap."""
         with torch.device("meta"):
-            outputs = self._convolution()(torch.empty(self.image)).numel()
-        taps = self.kernel_size[0] * self.kernel_size[1]
-        return 2 * outputs * (self.in_channels // self.groups) * taps
+            conv = self.stock()[0]
+            return 2 * conv(torch.empty(self.image)).numel() * conv.weight[0].numel()
 
     @functools.cached_property
     def output(self) -> torch.Size:
@@ -117,92 +111,373 @@ class Block:
             RuntimeError, ValueError: the sizes do not go together.
         """
         with torch.device("meta"):
-            output: Tensor = self.stock()(torch.empty(self.image))
-        return output.shape
-
-    def describe(self) -> dict[str, object]:
-        """The sizes as plain values, ready for JSON."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def _convolution(self) -> nn.Conv2d:
-        return nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-        )
-
-    def _pool_arguments(self) -> dict[str, object]:
-        return {
-            "pool_kernel_size": self.pool_kernel_size,
-            "pool_stride": self.pool_stride,
-            "pool_padding": self.pool_padding,
-            "pool_dilation": self.pool_dilation,
-            "ceil_mode": self.ceil_mode,
-        }
+            return self.stock()(torch.empty(self.image)).shape
 
 
-def _square(
+def _block(
     name: str,
     title: str,
     channels: tuple[int, int],
     size: int,
     kernel: int,
-    *,
-    batch: int,
-    stride: int = 1,
     padding: int = 0,
+    stride: int = 1,
     pool: tuple[int, int, int] = (2, 2, 0),
+    batch: int = 64,
 ) -> Block:
     """A block of square sizes; ``pool`` is kernel size, stride and padding."""
-    return Block(
-        name=name,
-        title=title,
-        in_channels=channels[0],
-        size=(size, size),
-        out_channels=channels[1],
-        kernel_size=(kernel, kernel),
-        stride=(stride, stride),
-        padding=(padding, padding),
-        pool_kernel_size=(pool[0], pool[0]),
-        pool_stride=(pool[1], pool[1]),
-        pool_padding=(pool[2], pool[2]),
-        batch=batch,
-    )
+    conv = {"out_channels": channels[1], "kernel_size": kernel, "stride": stride}
+    pooling = dict(zip(("kernel_size", "stride", "padding"), pool, strict=True))
+    image = (channels[0], size, size)
+    return Block(name, title, image, conv | {"padding": padding}, pooling, batch)
 
 
 # Overlapping windows, as in AlexNet.
 POOL3 = (3, 2, 0)
 
 # fmt: off
-BLOCKS = (
-    _square("simplecnn-1", "SimpleCNN, first block", (3, 16), 32, 3, padding=1, batch=64),
-    _square("simplecnn-2", "SimpleCNN, second block", (16, 32), 16, 3, padding=1, batch=64),
-    _square("lenet-1", "LeNet-5, first block", (1, 6), 32, 5, batch=64),
-    _square("lenet-2", "LeNet-5, second block", (6, 16), 14, 5, batch=64),
-    _square("alexnet-1", "AlexNet, first convolution", (3, 64), 224, 11, stride=4, padding=2,
-            pool=POOL3, batch=16),
-    _square("alexnet-2", "AlexNet, second convolution", (64, 192), 27, 5, padding=2, pool=POOL3,
-            batch=16),
-    _square("alexnet-5", "AlexNet, fifth convolution", (256, 256), 13, 3, padding=1, pool=POOL3,
-            batch=16),
-    _square("stem", "7x7 stem of a ResNet", (3, 64), 224, 7, stride=2, padding=3, pool=(3, 2, 1),
-            batch=8),
-    _square("vgg11-1", "VGG-11, stage 1", (3, 64), 224, 3, padding=1, batch=4),
-    _square("vgg11-2", "VGG-11, stage 2", (64, 128), 112, 3, padding=1, batch=4),
-    _square("vgg11-3", "VGG-11, last of stage 3", (256, 256), 56, 3, padding=1, batch=4),
-    _square("vgg11-4", "VGG-11, last of stage 4", (512, 512), 28, 3, padding=1, batch=4),
-    _square("vgg11-5", "VGG-11, last of stage 5", (512, 512), 14, 3, padding=1, batch=4),
-    _square("cifar-1", "CIFAR net, first block", (3, 64), 32, 3, padding=1, batch=64),
-    _square("cifar-2", "CIFAR net, second block", (64, 128), 16, 3, padding=1, batch=64),
-    _square("cifar-3", "CIFAR net, third block", (128, 256), 8, 3, padding=1, batch=64),
-    _square("gray-1", "28x28 grayscale net, first block", (1, 32), 28, 3, padding=1, batch=64),
-    _square("gray-2", "28x28 grayscale net, second block", (32, 64), 14, 3, padding=1, batch=64),
-)
+BLOCKS = {block.name: block for block in (
+    _block("simplecnn-1", "SimpleCNN, first block", (3, 16), 32, 3, 1),
+    _block("simplecnn-2", "SimpleCNN, second block", (16, 32), 16, 3, 1),
+    _block("lenet-1", "LeNet-5, first block", (1, 6), 32, 5),
+    _block("lenet-2", "LeNet-5, second block", (6, 16), 14, 5),
+    _block("alexnet-1", "AlexNet, first convolution", (3, 64), 224, 11, 2, 4, POOL3, 16),
+    _block("alexnet-2", "AlexNet, second convolution", (64, 192), 27, 5, 2, 1, POOL3, 16),
+    _block("alexnet-5", "AlexNet, fifth convolution", (256, 256), 13, 3, 1, 1, POOL3, 16),
+    _block("stem", "7x7 stem of a ResNet", (3, 64), 224, 7, 3, 2, (3, 2, 1), 8),
+    _block("vgg11-1", "VGG-11, stage 1", (3, 64), 224, 3, 1, batch=4),
+    _block("vgg11-2", "VGG-11, stage 2", (64, 128), 112, 3, 1, batch=4),
+    _block("vgg11-3", "VGG-11, last of stage 3", (256, 256), 56, 3, 1, batch=4),
+    _block("vgg11-4", "VGG-11, last of stage 4", (512, 512), 28, 3, 1, batch=4),
+    _block("vgg11-5", "VGG-11, last of stage 5", (512, 512), 14, 3, 1, batch=4),
+    _block("cifar-1", "CIFAR net, first block", (3, 64), 32, 3, 1),
+    _block("cifar-2", "CIFAR net, second block", (64, 128), 16, 3, 1),
+    _block("cifar-3", "CIFAR net, third block", (128, 256), 8, 3, 1),
+    _block("gray-1", "28x28 grayscale net, first block", (1, 32), 28, 3, 1),
+    _block("gray-2", "28x28 grayscale net, second block", (32, 64), 14, 3, 1),
+)}
 # fmt: on
+SIMPLECNN_1, SIMPLECNN_2 = BLOCKS["simplecnn-1"], BLOCKS["simplecnn-2"]
 
-BY_NAME = {block.name: block for block in BLOCKS}
-SIMPLECNN_1, SIMPLECNN_2 = BY_NAME["simplecnn-1"], BY_NAME["simplecnn-2"]
+
+# ---- cases ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One piece of work.
+
+    Attributes:
+        name: on the command line and in the JSON; ``title`` is for people.
+        stock: makes the module from stock layers; ``fused`` the one with the same state_dict keys.
+        image: (C, H, W) of the input.
+        kind: ``"forward"`` under no_grad; ``"gradients"``: forward and backward with a given
+            gradient of the output, of one block; ``"training"``: zero_grad, forward, loss,
+            backward, Adam step.
+        flops: per image, of the direct convolutions and full gradients: what the stock layers do.
+        elements: per image, what each pass must at least read and write once: inputs and results,
+            without parameters. The input of a backward pass counts again: a batch later it has left
+            the cache.
+        elements_per_call: the same for what does not grow with the batch.
+        passes: of the operators, where they are those of one block.
+    """
+
+    name: str
+    title: str
+    stock: Callable[[], nn.Module]
+    fused: Callable[[], nn.Module]
+    image: tuple[int, int, int]
+    kind: Literal["forward", "gradients", "training"]
+    flops: int
+    elements: int
+    elements_per_call: int = 0
+    passes: tuple[str, ...] = ()
+
+    @property
+    def input_grad(self) -> bool:
+        """Whether the input's gradient is computed too."""
+        return "grad_input" in self.passes
+
+
+def block_case(
+    block: Block, name: str = "", *, backward: bool, input_grad: bool | None = None
+) -> Case:
+    """Return the case of one block: its forward, or its forward and backward.
+
+    The input's gradient is computed where ``input_grad`` says so, or else unless it is images.
+    """
+    passes = ("forward", "grad_weight", "grad_input")
+    passes = passes[: 2 + (not block.reads_images if input_grad is None else input_grad)]
+    passes = passes if backward else passes[:1]
+    image, output = math.prod(block.image), math.prod(block.output)
+    return Case(
+        name or f"{block.name} {'forward+backward' if backward else 'forward'}",
+        f"{block.title}: {', '.join(passes)}",
+        block.stock,
+        block.fused,
+        block.image,
+        "gradients" if backward else "forward",
+        flops=block.flops * len(passes),
+        elements=(1 + backward) * (image + output) + ("grad_input" in passes) * image,
+        passes=passes,
+    )
+
+
+# Elements per image: images, activations after block 1 and 2, hidden layer, logits.
+_IMAGE, _POOLED1, _POOLED2, _HIDDEN, _LOGITS = 3 * 32 * 32, 16 * 16 * 16, 32 * 8 * 8, 128, 10
+_BETWEEN = _POOLED1 + _POOLED2 + _HIDDEN
+_LINEAR_FLOPS = 2 * (_POOLED2 * _HIDDEN + _HIDDEN * _LOGITS)
+_SIMPLECNN = (fusedcnn.SimpleCNN, fusedcnn.FusedSimpleCNN, SIMPLECNN_1.image)
+
+CASES = {case.name: case for case in (
+    block_case(SIMPLECNN_1, "block1-forward", backward=False),
+    block_case(SIMPLECNN_1, "block1-backward", backward=True),
+    block_case(SIMPLECNN_2, "block2-forward", backward=False),
+    block_case(SIMPLECNN_2, "block2-backward", backward=True),
+    Case(
+        "inference", "SimpleCNN, inference", *_SIMPLECNN, "forward",
+        flops=SIMPLECNN_1.flops + SIMPLECNN_2.flops + _LINEAR_FLOPS,
+        elements=_IMAGE + 2 * _BETWEEN + _LOGITS,
+    ),
+    Case(
+        "training", "SimpleCNN, training step (Adam)", *_SIMPLECNN, "training",
+        flops=2 * SIMPLECNN_1.flops + 3 * (SIMPLECNN_2.flops + _LINEAR_FLOPS),
+        elements=2 * _IMAGE + 5 * _BETWEEN + 3 * _LOGITS,
+        # Adam reads parameter, gradient and two moments, and writes all but the gradient.
+        elements_per_call=7 * sum(p.numel() for p in fusedcnn.SimpleCNN().parameters()),
+    ),
+)}  # fmt: skip
+
+
+# ---- problems ------------------------------------------------------------------------------------
+
+Results = dict[str, Tensor]
+Call = Callable[["Batch"], tuple[Tensor, ...]]
+
+
+class Batch(NamedTuple):
+    """One batch: ``target`` is the output's gradient, the labels, or None, by the case's kind."""
+
+    input: Tensor
+    target: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> Batch:
+        """The batch in another dtype; labels stay labels."""
+        floating = self.target is not None and self.target.is_floating_point()
+        return Batch(self.input.to(dtype), self.target.to(dtype) if floating else self.target)
+
+
+class Problem:
+    """A case at one batch size, precision and device."""
+
+    def __init__(self, case: Case, batch: int, precision: Precision, device: torch.device) -> None:
+        self.case, self.batch, self.precision, self.device = case, batch, precision, device
+        dtype = precision.dtype
+        # What a call must at least read and write.
+        self.bytes = (case.elements * batch + case.elements_per_call) * dtype.itemsize
+        torch.manual_seed(SEED)
+        self._stock = case.stock().to(device, dtype)
+        self._batches: dict[bool, list[Batch]] = {}
+        images = self._draw_images()
+        target = None
+        if case.kind == "gradients":
+            # Drawn in float32 like everything, so that each dtype's values fit the wider ones.
+            clear = self._window_margins(images) >= self._margin
+            target = clear * torch.randn(clear.shape).to(device, dtype)
+        elif case.kind == "training":
+            target = torch.randint(10, (batch,), device=device)
+        self._first = Batch(images, target)
+
+    def module(self, *, fused: bool = False, channels_last: bool = False) -> nn.Module:
+        """Return a module of its own for one contender, with the problem's parameters."""
+        module = self.case.fused() if fused else self.case.stock()
+        module.to(self.device, self.precision.dtype).load_state_dict(self._stock.state_dict())
+        if channels_last:
+            module.to(memory_format=torch.channels_last)
+        return module.train(self.case.kind == "training")
+
+    def batches(self, *, channels_last: bool = False) -> list[Batch]:
+        """Return the batches that calls rotate over; results are checked on the first.
+
+        All images and gradients are in the asked memory format before the clock starts.
+        """
+        if channels_last not in self._batches:
+            size = sum(t.nbytes for t in self._first if t is not None)
+            copies = min(MAX_COPIES, max(2, -(-_rotated_bytes(self.device) // size)))
+            self._batches[channels_last] = [self._copy(i, channels_last) for i in range(copies)]
+        return self._batches[channels_last]
+
+    @functools.cached_property
+    def references(self) -> tuple[Results, list[Results]]:
+        """The results of the stock layers, by name: in float64, and in the measured dtype.
+
+        The latter once for each way in which the stock layers compute: their sums run in another
+        order in each layout, and on large batches one errs several times as much as the other.
+        Where tf32 is allowed, operands rounded to it are a third way, whether or not the device's
+        libraries make use of that. All compute from the same parameters and images, and drop the
+        same elements in training.
+        """
+        ways = [(False, False), (True, False)] + [(False, True)] * self.precision.tf32
+        measured = []
+        kept: list[Tensor] = []
+        for channels_last, rounded in ways:
+            stock = self.module(channels_last=channels_last).to(self.precision.measured)
+            if rounded:
+                with_tf32_operands(stock)
+            for layer in _leaves(stock):
+                if isinstance(layer, nn.Dropout) and layer.training:
+                    layer.register_forward_hook(lambda _layer, _args, out: kept.append(out != 0))
+            batch = self.batches(channels_last=channels_last)[0].to(self.precision.measured)
+            measured.append(self.results(make_call(self.case, stock), stock, batch))
+
+        exact = self.module().double()
+        for name, layer in list(exact.named_modules()):
+            if isinstance(layer, nn.Dropout) and kept:
+                exact.set_submodule(name, _Keep(kept[0], layer.p))
+        batch = self._first.to(torch.float64)
+        return self.results(make_call(self.case, exact), exact, batch), measured
+
+    def results(self, call: Call, own: nn.Module, batch: Batch) -> Results:
+        """Do the case's work once by a :func:`make_call`; return the results, by name."""
+        case = self.case
+        if case.input_grad:
+            batch = batch._replace(input=batch.input.detach().requires_grad_())
+        torch.manual_seed(SEED)  # of the dropout
+        with torch.set_grad_enabled(case.kind != "forward"):
+            results = [t.detach().clone() for t in call(batch)]  # graphs reuse their memory
+        if case.kind == "training":
+            grads = {f"grad {name}": p.grad.clone() for name, p in own.named_parameters()}
+            return {"loss": results[0], **grads}
+        names = ["output"]
+        if case.kind == "gradients":
+            names += ["grad input"] * case.input_grad
+            names += [f"grad {name.removeprefix('0.')}" for name, _ in own.named_parameters()]
+        return dict(zip(names, results, strict=True))
+
+    @property
+    def _margin(self) -> float:
+        eps = torch.finfo(self.precision.measured).eps
+        if self.precision.coarse:
+            return COARSE_MARGIN_EPSILONS * max(eps, TF32_EPSILON * self.precision.tf32)
+        return MARGIN_EPSILONS * eps
+
+    def _draw_images(self) -> Tensor:
+        """Images [N, C, H, W], for a training step without near ties."""
+        if self.case.kind != "training" or self.precision.coarse:
+            return self._random_images()
+        chosen = self._random_images()[:0]
+        while len(chosen) < self.batch:
+            images = self._random_images()
+            chosen = torch.cat([chosen, images[self._image_margins(images) >= self._margin]])
+        return chosen[: self.batch].contiguous()
+
+    def _random_images(self) -> Tensor:
+        images = torch.randn(self.batch, *self.case.image)
+        if self.case.image[0] not in (1, 3):
+            images = images.abs()  # what the block before puts out is not negative
+        return images.to(self.device, self.precision.dtype)
+
+    @torch.no_grad()
+    def _window_margins(self, images: Tensor) -> Tensor:
+        """[N, C, H, W] of a block's output: how far each window is from another choice."""
+        conv, _, pool = copy.deepcopy(self._stock).double()
+        return window_margins(conv(images.double()), pool)
+
+    @torch.no_grad()
+    def _image_margins(self, images: Tensor) -> Tensor:
+        """[N]: how far each image is from another choice of any window or ReLU."""
+        layers = list(_leaves(copy.deepcopy(self._stock).double().eval()))
+        margins = []
+        values = images.double()
+        for layer, following in zip(layers, [*layers[1:], None], strict=True):
+            if isinstance(layer, nn.ReLU):
+                pooled = isinstance(following, nn.MaxPool2d)
+                margins.append(window_margins(values, following) if pooled else values.abs())
+            values = layer(values)
+        return torch.stack([margin.flatten(1).amin(1) for margin in margins]).amin(0)
+
+    def _copy(self, index: int, channels_last: bool) -> Batch:
+        """The first batch with its images in another order: new memory, the same work."""
+
+        def copy_of(tensor: Tensor) -> Tensor:
+            rolled = tensor.roll(index, 0)
+            last = channels_last and rolled.dim() == 4
+            return rolled.contiguous(memory_format=torch.channels_last) if last else rolled
+
+        images, target = self._first
+        images = copy_of(images).requires_grad_(self.case.input_grad)
+        return Batch(images, None if target is None else copy_of(target))
+
+
+def make_call(case: Case, module: nn.Module, own: nn.Module | None = None) -> Call:
+    """Return the function that does a case's work on one batch: what is timed.
+
+    ``own`` holds the parameters where ``module`` wraps another one, as compiled ones do.
+    """
+    own = own or module
+    if case.kind == "forward":
+        return lambda batch: (module(batch.input),)
+    if case.kind == "gradients":
+        parameters = list(own.parameters())
+
+        def gradients(batch: Batch) -> tuple[Tensor, ...]:
+            output = module(batch.input)
+            wanted = [batch.input, *parameters] if case.input_grad else parameters
+            return output, *torch.autograd.grad(output, wanted, batch.target)
+
+        return gradients
+    criterion, optimizer = nn.CrossEntropyLoss(), make_optimizer(own, fused=True)
+    return lambda batch: (fusedcnn.train_step(module, criterion, optimizer, *batch),)
+
+
+def make_optimizer(own: nn.Module, **how: bool) -> torch.optim.Optimizer:
+    """Return the Adam of a training case.
+
+    A learning rate of 0 does the same arithmetic and leaves the parameters where they are, so that
+    all contenders time the same work however many steps each of them takes.
+    """
+    return torch.optim.Adam(own.parameters(), lr=0.0, **how)
+
+
+def window_margins(values: Tensor, pool: nn.MaxPool2d) -> Tensor:
+    """How far each window of a ReLU and the pool after it is from making another choice.
+
+    For values [N, C, H, W] that ReLU sees, returns [N, C, pooled H, pooled W]: the distance of the
+    largest one from 0, or from the second largest where that is nearer. A window that is off has no
+    winner.
+    """
+    windows = values
+    for dim, sizes in ((3, 1), (2, 0)):
+        kernel, stride, padding, dilation = (
+            size[sizes] if isinstance(size, tuple) else size
+            for size in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+        )
+        span = dilation * (kernel - 1) + 1
+        count = pool(values).shape[dim]
+        after = (count - 1) * stride + span - padding - values.shape[dim]
+        # F.pad counts dimensions from the last one; windows of the width are behind the height.
+        pads = (padding, after) if dim == 3 else (0, 0, 0, 0, padding, after)
+        windows = F.pad(windows, pads, value=-math.inf).unfold(dim, span, stride)[..., ::dilation]
+    first, second = F.pad(windows.flatten(4), (0, 1), value=-math.inf).topk(2).values.unbind(-1)
+    return torch.minimum(first.abs(), torch.where(first > 0, first - second, math.inf))
+
+
+def _rotated_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return ROTATED_BYTES
+    return ROTATED_CACHES * torch.cuda.get_device_properties(device).L2_cache_size
+
+
+class _Keep(nn.Module):
+    """Dropout that keeps given elements."""
+
+    def __init__(self, kept: Tensor, p: float) -> None:
+        super().__init__()
+        self.kept, self.scale = kept, 1 / (1 - p)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input * self.kept * self.scale
+
+
+def _leaves(module: nn.Module) -> Iterator[nn.Module]:
+    return (m for m in module.modules() if not any(m.children()))

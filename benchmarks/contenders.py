@@ -1,20 +1,42 @@
-"""Who is timed: the fused operator and the ways to compute the same with what there is."""
+"""Who is timed: the fused operator and the ways to compute the same with what there is.
+
+Before anybody is timed, all must be right: see :func:`what_is_wrong`.
+"""
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
+import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import fusedcnn
 import torch
-from agreement import describe
-from cases import Batch, Case, Problem, make_call, run_checked
-from graphed import record_calls, record_training
-from timing import time_by_turns
+from blocks import Batch, Call, Problem, Results, make_call, make_optimizer
+from timing import Clock, against_best, first_line, time_rows
 from torch import Tensor, nn
+
+# Tuned on the GPU, and without the compiler's own graphs: these are recorded like everybody's.
+COMPILE_MODE = {"cpu": None, "cuda": "max-autotune-no-cudagraphs"}
+
+# Calls before a recording: what is initialised or chosen lazily (cuDNN's algorithms, Inductor's
+# tuning) synchronises, which a graph cannot record. torch's own recipe takes three.
+WARM_UP_CALLS = 3
+
+# A result may be this many times as far from the float64 reference as the stock layers are. Four is
+# for the largest Winograd kernel, which selection may choose; the tests hold every kernel to its
+# own bound, two for the rest.
+ALLOWED_ERROR_RATIO = 4.0
+
+# Where even the stock layers miss the reference by more than this part of its norm, the two do not
+# compute the same thing, and the ratio above would let anything pass. Single elements may be off by
+# all they are in half types: a rounded convolution makes ties that were none, and the pool then
+# sends a gradient elsewhere.
+SANE_STOCK_ERROR = 0.3
 
 
 @dataclass(frozen=True)
@@ -22,8 +44,7 @@ class Contender:
     """One way to compute a case.
 
     Attributes:
-        name: on the command line and in the JSON.
-        note: what it is, for people.
+        name: on the command line and in the JSON; ``title`` is for people.
         fused: the fused modules instead of the stock layers.
         channels_last: parameters, inputs and gradients in channels_last; the conversion of the
             inputs is not timed.
@@ -36,17 +57,13 @@ class Contender:
     """
 
     name: str
-    note: str
+    title: str
     fused: bool = False
     channels_last: bool = False
     compiled: bool = False
     onnx: bool = False
     graphed: bool = False
     rest: float = 0.01
-
-    def covers(self, problem: Problem) -> bool:
-        """Whether the contender can do this kind of work at all."""
-        return not self.onnx or problem.case.kind == "forward"
 
     def why_not_on(self, device_type: str) -> str:
         """Why the contender cannot run on a type of device, or ""."""
@@ -59,94 +76,144 @@ class Contender:
 
 _EVERYWHERE = (
     Contender("fused", "fusedcnn", fused=True),
-    Contender("eager", "stock layers, contiguous"),
+    Contender("eager", "stock layers"),
     Contender("eager-cl", "stock layers, channels_last", channels_last=True),
-    Contender("compile", "torch.compile of the stock layers, contiguous", compiled=True),
-    Contender(
-        "compile-cl",
-        "torch.compile of the stock layers, channels_last",
-        channels_last=True,
-        compiled=True,
-    ),
+    Contender("compile", "stock layers, torch.compile", compiled=True),
+    Contender("compile-cl", "stock layers, channels_last, torch.compile", False, True, True),
 )
-CONTENDERS = (
-    *_EVERYWHERE,
-    *(
-        replace(one, name=f"{one.name}-graph", note=f"{one.note}, as CUDA graphs", graphed=True)
-        for one in _EVERYWHERE
-    ),
-    Contender("onnxruntime", "ONNX Runtime, forward passes only", onnx=True, rest=0.05),
+_GRAPHED = (
+    replace(one, name=f"{one.name}-graph", title=f"{one.title}, as CUDA graphs", graphed=True)
+    for one in _EVERYWHERE
 )
-# Tuned on the GPU, and without the compiler's own graphs: these are recorded like everybody's.
-COMPILE_MODE = {"cpu": None, "cuda": "max-autotune-no-cudagraphs"}
+_ONNX = Contender("onnxruntime", "ONNX Runtime, forward passes only", onnx=True, rest=0.05)
+CONTENDERS = {one.name: one for one in (*_EVERYWHERE, *_GRAPHED, _ONNX)}
 
 
 def contenders_on(device_type: str) -> list[str]:
     """Names of the contenders that can run on a type of device."""
-    return [one.name for one in CONTENDERS if not one.why_not_on(device_type)]
+    return [one.name for one in CONTENDERS.values() if not one.why_not_on(device_type)]
 
 
-@dataclass(frozen=True)
-class Ready:
-    """A contender set up for one problem.
+# ---- a race --------------------------------------------------------------------------------------
 
-    Attributes:
-        step: does the work on the next of the rotated batches: what is timed.
-        results: of the work on the first batch, by name.
+
+def race(
+    problem: Problem, names: list[str], clock: Clock, say: Callable[[str], object]
+) -> dict[str, Any]:
+    """Check all contenders of one problem, then time them by turns; ``say`` is told what is next.
+
+    Returns:
+        The report's result: ``rows``, one for each contender, whose ``status`` is ``"timed"``,
+        or ``"unavailable"``, ``"failed"`` or ``"wrong"`` with a ``reason``; ``speedups``, of the
+        fastest fused way against all, then of each fused way against its like; ``status``:
+        ``"wrong"`` where any is, and then nobody is timed, ``"incomplete"`` where a fused one has
+        no time, else ``"timed"``.
     """
-
-    step: Callable[[], object]
-    results: dict[str, Tensor]
-
-
-def try_prepare(
-    contender: Contender, problem: Problem, threads: int
-) -> tuple[dict[str, Any], Ready | None]:
-    """Call :func:`prepare`; return the beginning of the report's row, which says what failed."""
-    row: dict[str, Any] = {"name": contender.name, "note": contender.note}
-    try:
-        return row, prepare(contender, problem, threads)
-    except Exception as error:  # compilers and exporters raise all sorts; the others go on
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return row | {"status": "unavailable", "reason": reason}, None
-
-
-def judge(row: dict[str, Any], agreement: dict[str, dict[str, Any]]) -> None:
-    """Add the verdict on a contender's results (agreement.py) to its row of the report."""
-    row |= {"agreement": agreement, "status": "right"}
-    wrong = describe(agreement)
-    if wrong:
-        row |= {"status": "wrong", "reason": wrong}
-
-
-def time_contenders(
-    case: Case,
-    ready: dict[str, Ready],
-    *,
-    device: torch.device,
-    threads: int,
-    rounds: int,
-    min_time: float,
-    progress: Callable[[], None],
-) -> dict[str, list[float]]:
-    """Time contenders, by name, at a case: see :func:`timing.time_by_turns`."""
-    with torch.set_grad_enabled(case.kind != "forward"):
-        return time_by_turns(
-            {name: one.step for name, one in ready.items()},
-            {
-                # A device does not spin for anyone.
-                contender.name: contender.rest if device.type == "cpu" else 0.0
-                for contender in CONTENDERS
-            },
-            threads=threads,
-            rounds=rounds,
-            min_time=min_time,
-            progress=progress,
-        )
+    contenders = [CONTENDERS[name] for name in names]
+    rows: list[dict[str, Any]] = []
+    steps: dict[str, Callable[[], object]] = {}
+    for contender in contenders:
+        say(contender.name)
+        row = {"name": contender.name, "status": "right"}
+        rows.append(row)
+        try:
+            steps[contender.name], results = prepare(contender, problem, clock.threads)
+        except Exception as error:  # compilers and exporters raise all sorts; the others go on
+            row |= {"status": "unavailable", "reason": first_line(error)}
+            continue
+        if wrong := what_is_wrong(results, *problem.references):
+            row |= {"status": "wrong", "reason": wrong}
+    seconds = {}
+    on_cpu = problem.device.type == "cpu"
+    if not any(row["status"] == "wrong" for row in rows):
+        say("timing")
+        rests = {one.name: one.rest for one in contenders if on_cpu}  # a GPU spins for nobody
+        with torch.set_grad_enabled(problem.case.kind != "forward"):
+            seconds = time_rows(rows, steps, clock, rests=rests)
+    torch._dynamo.reset()  # compiled code of this problem is of no use to the next
+    steps.clear()
+    if not on_cpu:
+        torch.cuda.empty_cache()  # nor are the memory pools of its graphs
+    own = [row for row in rows if CONTENDERS[row["name"]].fused]
+    status = "timed" if all(row["status"] == "timed" for row in own) else "incomplete"
+    if any(row["status"] == "wrong" for row in rows):
+        status = "wrong"
+    return {"status": status, "rows": rows, "speedups": speedups(seconds)}
 
 
-def prepare(contender: Contender, problem: Problem, threads: int) -> Ready:
-    """Set a contender up: build, compile or export it, and compute its results once.
+def speedups(seconds: Mapping[str, list[float]]) -> list[dict[str, Any]]:
+    """Fused against the others: the faster of its ways against all, and like against like."""
+    found = {name: CONTENDERS[name] for name in seconds}
+    ours = [name for name in found if found[name].fused]
+    best = min(ours, key=lambda name: statistics.median(seconds[name]), default=None)
+    pairs = [(best, set(ours))] * (best is not None)
+    if any(one.graphed for one in found.values()):
+        for own in ours:
+            unlike = {name for name in found if found[name].graphed != found[own].graphed}
+            pairs.append((own, {*ours, *unlike}))
+    return [one for pair in pairs if (one := against_best(seconds, *pair))]
+
+
+# ---- the rule ------------------------------------------------------------------------------------
+
+
+def what_is_wrong(results: Results, exact: Results, stock: list[Results]) -> str:
+    """Hold results against :attr:`blocks.Problem.references` by the stock layers' largest error.
+
+    Returns:
+        What is wrong, or "". A wrong shape or a NaN is an infinite error. Nothing is right where
+        the stock layers miss the reference by far.
+    """
+    wrong = []
+    for name, result in results.items():
+        stock_error, limit = allowed_error(result.dtype, exact[name], [s[name] for s in stock])
+        error = largest_error(result, exact[name])
+        if not error <= limit:
+            wrong.append(
+                f"{name} is off by {error:.2g}, allowed {limit:.2g} "
+                f"(stock layers: off by {stock_error:.2g})"
+            )
+    return "; ".join(wrong)
+
+
+def allowed_error(dtype: torch.dtype, exact: Tensor, stock: list[Tensor]) -> tuple[float, float]:
+    """The stock layers' largest error, and what a result of this dtype may be off by at most.
+
+    The latter is minus infinity where the stock layers miss the reference by far.
+    """
+    eps = torch.finfo(dtype).eps
+    stock_error = max(largest_error(way, exact) for way in stock)
+    stock_error *= eps / torch.finfo(stock[0].dtype).eps  # 1, but for float64
+    # The smallest error that can be asked of anybody: the reference itself, rounded to the dtype,
+    # is off by up to half a unit in the last place of its largest element, which is at most eps / 2
+    # times that element. It matters where the stock layers' error happens to be (nearly) zero, as
+    # in a sum of few terms.
+    limit = ALLOWED_ERROR_RATIO * (stock_error + eps / 2 * exact.abs().max().item())
+    if dtype == torch.float64:
+        limit += stock_error  # the reference errs as much itself
+    sane = SANE_STOCK_ERROR * exact.norm()
+    if not all((way.double() - exact).norm() <= sane for way in stock):
+        limit = -math.inf
+    return stock_error, limit
+
+
+def largest_error(result: Tensor, reference: Tensor) -> float:
+    """The largest absolute difference; infinite for another shape or a NaN."""
+    if result.shape != reference.shape:
+        return math.inf
+    error = (result.double() - reference).abs().max().item()
+    return math.inf if math.isnan(error) else error
+
+
+# ---- setting up ----------------------------------------------------------------------------------
+
+
+# What does the work on the next of the rotated batches and is timed; and the first one's results.
+Prepared = tuple[Callable[[], object], Results]
+
+
+def prepare(contender: Contender, problem: Problem, threads: int) -> Prepared:
+    """Set a contender up: build, compile, record or export it, and compute its results once.
 
     Raises:
         Exception: whatever keeps it from working here: a missing package, a failing compiler, a
@@ -154,50 +221,41 @@ def prepare(contender: Contender, problem: Problem, threads: int) -> Ready:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of exporters and compilers, not about the figures
-        if contender.onnx:
-            return _prepare_onnx(problem, threads)
-        return _prepare(contender, problem, threads)
+        return (_prepare_onnx if contender.onnx else _prepare_torch)(contender, problem, threads)
 
 
-def _prepare(contender: Contender, problem: Problem, threads: int) -> Ready:
-    own = problem.module(fused=contender.fused, channels_last=contender.channels_last)
-    module = own
+def _prepare_torch(contender: Contender, problem: Problem, threads: int) -> Prepared:
+    case, batches = problem.case, problem.batches(channels_last=contender.channels_last)
+    module = own = problem.module(fused=contender.fused, channels_last=contender.channels_last)
     if contender.compiled:
         # Dropout from torch's own generator, so that the results can be compared; Inductor's own
         # generator saves some microseconds at most in these models.
         torch._inductor.config.fallback_random = True
         torch._inductor.config.cpp.threads = threads  # compiled in
         module = torch.compile(own, dynamic=False, mode=COMPILE_MODE[problem.device.type])
-    batches = problem.batches(channels_last=contender.channels_last)
+    if contender.graphed and case.kind != "training":
+        with torch.set_grad_enabled(case.kind != "forward"):
+            replays = record_calls(make_call(case, module, own), batches)
+        results = problem.results(lambda _batch: replays[0](), own, batches[0])
+        rotating = itertools.cycle(replays)
+        return lambda: next(rotating)(), results
     if contender.graphed:
-        return _prepare_graphed(problem.case, module, own, batches)
-    call = make_call(problem.case, module, own)
-    results = run_checked(problem.case, module, own, batches[0], call)
-    rotating = itertools.cycle(batches)
-    return Ready(lambda: call(next(rotating)), results)
-
-
-def _prepare_graphed(case: Case, module: nn.Module, own: nn.Module, batches: list[Batch]) -> Ready:
-    if case.kind == "training":
         call = record_training(module, own, batches)
-        rotating = itertools.cycle(batches)
-        results = run_checked(case, module, own, batches[0], call)
-        return Ready(lambda: call(next(rotating)), results)
-    with torch.set_grad_enabled(case.kind != "forward"):
-        replays = record_calls(make_call(case, module, own), batches)
-    results = run_checked(case, module, own, batches[0], lambda _batch: replays[0]())
-    rotating = itertools.cycle(replays)
-    return Ready(lambda: next(rotating)(), results)
+    else:
+        call = make_call(case, module, own)
+    results = problem.results(call, own, batches[0])
+    rotating = itertools.cycle(batches)
+    return lambda: call(next(rotating)), results
 
 
-def _prepare_onnx(problem: Problem, threads: int) -> Ready:
+def _prepare_onnx(_contender: Contender, problem: Problem, threads: int) -> Prepared:
+    if problem.case.kind != "forward":
+        raise NotImplementedError("it serves forward passes only")
     import onnxruntime
 
-    batches = problem.batches(channels_last=False)
+    batches = problem.batches()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    program = torch.onnx.export(
-        problem.module(fused=False), (batches[0].input,), dynamo=True, verbose=False
-    )
+    program = torch.onnx.export(problem.module(), (batches[0].input,), dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(
@@ -207,4 +265,49 @@ def _prepare_onnx(problem: Problem, threads: int) -> Ready:
     feeds = [{name: batch.input.numpy()} for batch in batches]
     results = {"output": torch.from_numpy(session.run(None, feeds[0])[0])}
     rotating = itertools.cycle(feeds)
-    return Ready(lambda: session.run(None, next(rotating)), results)
+    return lambda: session.run(None, next(rotating)), results
+
+
+def record_calls(call: Call, batches: list[Batch]) -> list[Callable[[], tuple[Tensor, ...]]]:
+    """Record a call on each batch as a CUDA graph, which reads that batch's memory: no copies.
+
+    Returns:
+        For each batch a function that replays its graph and returns the results, which live in
+        memory that all graphs share: they are valid until another one of them replays.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP_CALLS):
+            call(batches[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    pool = None
+
+    def record(batch: Batch) -> Callable[[], tuple[Tensor, ...]]:
+        nonlocal pool
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            # Detached: the results' history would keep the graph's intermediates from being the
+            # next graph's memory.
+            results = tuple(result.detach() for result in call(batch))
+        pool = pool or graph.pool()
+
+        def replay() -> tuple[Tensor, ...]:
+            graph.replay()
+            return results
+
+        return replay
+
+    return [record(batch) for batch in batches]
+
+
+def record_training(module: nn.Module, own: nn.Module, batches: list[Batch]) -> Call:
+    """Record a training step as :class:`fusedcnn.GraphedTrainStep`, whichever the model.
+
+    Its calls copy the batch into the graph's memory, as in training: that is timed too.
+    """
+    optimizer = make_optimizer(own, fused=True, capturable=True)
+    step = fusedcnn.GraphedTrainStep(module, nn.CrossEntropyLoss(), optimizer)
+    for batch in itertools.islice(itertools.cycle(batches), WARM_UP_CALLS + 1):
+        step(*batch)
+    return lambda batch: (step(*batch),)

@@ -1,30 +1,35 @@
-r"""The README's table of results, from the committed JSON of one run of bench_block.py.
+r"""The published table and chart of results, from the committed JSON of one run of bench_block.py.
 
     python benchmarks/bench_block.py --batch-sizes 1 4 64 256 \
         --json benchmarks/results/bench_block.json
-    python benchmarks/readme_table.py             # writes the table into README.md
-    python benchmarks/readme_table.py --check     # exit status 1 where the README says otherwise
+    python benchmarks/readme_table.py             # writes the tables and the chart
+    python benchmarks/readme_table.py --check     # exit status 1 where they say something else
 
-The text between the README's two marker comments is replaced, and nothing else.
+A page holds the whole table between two marker comments that say "table", one row for each kind of
+work between two that say "summary", or both; nothing else in it is touched. The chart needs
+matplotlib (``fusedcnn[plot]``).
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import re
 import statistics
 import sys
 import textwrap
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "bench_block.json"
-README = ROOT / "README.md"
-BEGIN = "<!-- benchmarks/readme_table.py writes from here: do not edit -->"
-END = "<!-- benchmarks/readme_table.py writes up to here -->"
+RESULTS = ROOT / "benchmarks/results/bench_block.json"
+PAGES = [ROOT / "README.md"]
+CHART = ROOT / "docs/_static/speed.svg"
+BEGIN = "<!-- benchmarks/readme_table.py writes this {}: do not edit -->"
+END = "<!-- end of the {} -->"
 WIDTH = 120
+SUMMARY_BATCH = 64
 
 ROWS = {
     "block1-forward": "block 3->16 at 32x32, forward",
@@ -37,92 +42,123 @@ ROWS = {
 PEERS = {
     "eager": "eager",
     "eager-cl": "eager channels_last",
-    "compile": "compiled",
-    "compile-cl": "compiled channels_last",
+    "compile": "torch.compile",
+    "compile-cl": "torch.compile channels_last",
     "onnxruntime": "ONNX Runtime",
 }
+# Contrast of 4.3 with white and with the near black of dark pages alike.
+INK = "#797979"
+COLORS = {"eager": "#a5a5a5", "best other": "#5b8fd0", "fused": "#e2711d"}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    parser = argparse.ArgumentParser(description="Write the README's table of results.")
+    parser = argparse.ArgumentParser(description="Write the tables and the chart of results.")
     parser.add_argument("--check", action="store_true", help="write nothing, tell whether it fits")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE")
-    parser.add_argument("--readme", type=Path, default=README, metavar="FILE")
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, metavar="FILE")
+    parser.add_argument("--chart", type=Path, default=CHART, metavar="FILE.svg")
     options = parser.parse_args(arguments)
     try:
-        text = options.readme.read_text()
-        wanted = place(text, render(json.loads(options.json.read_text())))
+        report = json.loads(options.json.read_text())
+        refuse_untrustworthy(report)
+        wanted = {page: place(page.read_text(), report) for page in options.pages}
+        wanted[options.chart] = draw(report)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if options.check:
-        if wanted != text:
-            print(f"{options.readme}: not what {options.json} says: run {Path(__file__).name}")
-        return int(wanted != text)
-    options.readme.write_text(wanted)
-    return 0
+    except ImportError:
+        parser.error("the chart needs matplotlib: pip install 'fusedcnn[plot]'")
+    status = 0
+    for path, text in wanted.items():
+        if not options.check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        elif not path.is_file() or shown(path.read_text()) != shown(text):
+            print(f"{path}: not what {options.json} says: run {Path(__file__).name}")
+            status = 1
+    return status
 
 
-def place(text: str, table: str) -> str:
-    """Return the README's text with the table between its markers.
-
-    Raises:
-        ValueError: there is not exactly one of each marker, in order.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README: expected one line {BEGIN!r} and after it one line {END!r}")
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.partition(END)[2]}"
+def shown(text: str) -> str:
+    """What a reader sees: the words of a chart, whose outlines vary with matplotlib's version."""
+    if not text.startswith("<?xml"):
+        return text
+    return "\n".join(re.findall(r"<text[^>]*>(.*?)</text>", text, re.S))
 
 
-def render(report: dict[str, Any]) -> str:
-    """Return a report of bench_block.py as Markdown.
-
-    Raises:
-        ValueError: the report is of results that were wrong, that lack a case or that nobody could
-            repeat.
-    """
-    commit = report["machine"]["commit"]
+def refuse_untrustworthy(report: dict[str, Any]) -> None:
+    """Raise ValueError for results that were wrong, lack a case or that nobody could repeat."""
+    commit, cases = report["machine"]["commit"], {r["case"] for r in report["results"]}
     if report["status"] != "right":
         raise ValueError(f"report: expected status 'right', got {report['status']!r}")
     if not commit or commit.endswith("-dirty"):
         raise ValueError(f"report: expected figures of a commit, got {commit!r}")
-    if report["options"]["isa"] or report["options"]["kernel"]:
+    if report["options"].get("isa") or report["options"].get("kernel"):
         raise ValueError("report: expected no forced ISA or kernel")
-    missing = ROWS.keys() - {result["case"] for result in report["results"]}
-    if missing:
+    if missing := ROWS.keys() - cases:
         raise ValueError(f"report: expected all cases, these are missing: {sorted(missing)}")
+    if not all(result["speedups"] for result in report["results"]):
+        raise ValueError("report: expected another contender than fused in every case")
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def place(text: str, report: dict[str, Any]) -> str:
+    """Return a page's text with the tables between its markers.
+
+    Raises:
+        ValueError: a marker has no partner, or there is none.
+    """
+    before = text
+    for kind, render in (("table", render_table), ("summary", render_summary)):
+        begin, end = BEGIN.format(kind), END.format(kind)
+        head, _, rest = text.partition(begin)
+        if (text.count(begin), text.count(end), rest.count(end)) == (1, 1, 1):
+            text = f"{head}{begin}\n\n{render(report)}\n\n{end}{rest.partition(end)[2]}"
+            before = ""
+        elif begin in text or end in text:
+            raise ValueError(f"page: expected one line {begin!r} and after it one line {end!r}")
+    if before:
+        raise ValueError(f"page: expected the line {BEGIN.format('table')!r}, or 'summary'")
+    return text
+
+
+def render_table(report: dict[str, Any]) -> str:
+    """Every case at every batch size, with what must be known about the figures."""
     return "\n\n".join([_preface(report), _table(report["results"]), _limits(report)])
+
+
+def render_summary(report: dict[str, Any]) -> str:
+    """One row for each case, at SUMMARY_BATCH images."""
+    return _table(summary(report))
+
+
+def summary(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results at SUMMARY_BATCH images, in the order of ROWS."""
+    results = {r["case"]: r for r in report["results"] if r["batch"] == SUMMARY_BATCH}
+    if missing := ROWS.keys() - results.keys():
+        raise ValueError(f"report: expected batch {SUMMARY_BATCH} of {sorted(missing)}")
+    return [results[case] for case in ROWS]
 
 
 def _preface(report: dict[str, Any]) -> str:
     machine, options = report["machine"], report["options"]
-    isa = next(isa["name"] for isa in machine["fusedcnn"]["isas"] if isa["selected"])
-    date = datetime.fromisoformat(machine["date"]).date()
-    onnx = f"ONNX Runtime {machine['onnxruntime']}" if machine["onnxruntime"] else "ONNX Runtime"
-    peers = {
-        "eager": "stock eager",
-        "eager-cl": "stock eager channels_last",
-        "compile": "`torch.compile`",
-        "compile-cl": "`torch.compile` channels_last",
-        "onnxruntime": f"{onnx} (inference only)",
-    }
     timed = {
-        row["name"]
-        for result in report["results"]
-        for row in result["contenders"]
-        if row["status"] == "timed"
+        row["name"] for r in report["results"] for row in r["rows"] if row["status"] == "timed"
     }
-    names = [text for name, text in peers.items() if name in timed]
-    batch_sizes = " ".join(str(one["batch"]) for one in options["runs"])
+    names = [name for contender, name in PEERS.items() if contender in timed]
+    batch_sizes = " ".join(map(str, options["batch_sizes"]))
     return _filled(
-        f"`python benchmarks/bench_block.py --batch-sizes {batch_sizes}` at commit "
-        f"{machine['commit']} on {date}: {machine['cpu']}, {machine['cores']} cores, {isa} "
-        f"kernels, {machine['system']}, torch {machine['torch']}, {options['dtype']}. Medians of "
-        f"whole calls from Python in microseconds, contenders by turns in one run. The best other "
-        f"is the fastest of {', '.join(names)}. The backward rows are forward and backward "
-        "together. Of peak: FLOPs of the direct convolutions and full gradients, as a fraction "
-        "of the multiply-add peak that the same run measured; over 100 % where work is skipped."
+        f"`python benchmarks/bench_block.py --batch-sizes {batch_sizes}` at commit"
+        f" {machine['commit']} on {machine['date'][:10]}: {machine['cpu']}, "
+        f"{machine['cores']} cores, {machine['isa']} kernels, {machine['system']}, torch "
+        f"{machine['torch']}, ONNX Runtime {machine['onnxruntime'] or 'not installed'}, float32. "
+        "Medians of whole calls from Python in microseconds, contenders by turns in one run. The "
+        f"best other is the fastest of {', '.join(names)}. The backward rows are forward and "
+        "backward together. Of peak: FLOPs of the direct convolutions and full gradients, as a "
+        "fraction of the multiply-add peak that the same run measured; over 100 % where work is "
+        "skipped."
     )
 
 
@@ -132,26 +168,19 @@ def _table(results: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for case, title in ROWS.items():
-        for i, result in enumerate(r for r in results if r["case"] == case):
-            cells = [title if i == 0 else "", *_cells(result)]
-            lines.append(("| " + " | ".join(cells) + " |").replace("|  |", "| |"))
+        for result in (r for r in results if r["case"] == case):
+            medians, best = _medians(result), result["speedups"][0]
+            cells = [title, str(result["batch"]), str(result["threads"])]
+            cells += [_micros(medians["fused"]), _micros(medians[best["best_peer"]])]
+            cells += [PEERS[best["best_peer"]], _ratio(best["ratio"])]
+            cells += [f"{100 * result['peak_us'] / medians['fused']:.0f} %"]
+            lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+            title = ""
     return "\n".join(lines)
 
 
-def _cells(result: dict[str, Any]) -> list[str]:
-    rows = {row["name"]: row for row in result["contenders"]}
-    best = result["best_peer"]
-    if best is None:
-        raise ValueError(f"report: expected another contender than fused in {result['case']}")
-    return [
-        str(result["batch"]),
-        str(result["threads"]),
-        _micros(rows["fused"]["median_us"]),
-        _micros(rows[best]["median_us"]),
-        PEERS[best],
-        _ratio(result["speedup"]["ratio"]),
-        f"{100 * rows['fused']['peak_fraction']:.0f} %",
-    ]
+def _medians(result: dict[str, Any]) -> dict[str, float]:
+    return {row["name"]: row["median_us"] for row in result["rows"] if "median_us" in row}
 
 
 def _micros(value: float) -> str:
@@ -171,24 +200,71 @@ def _limits(report: dict[str, Any]) -> str:
         for limits in report["limits"]
     )
     spreads = [
-        100 * (row["iqr_us"][1] - row["iqr_us"][0]) / row["median_us"]
+        100 * (row["q3_us"] - row["q1_us"]) / row["median_us"]
         for result in report["results"]
-        for row in result["contenders"]
+        for row in result["rows"]
         if row["status"] == "timed"
     ]
     row = next(row for row in report["saved_bytes"] if row["what"] == "both blocks")
-    stock, fused = (1e-6 * row[name]["saved"] for name in ("stock", "fused"))
     return _filled(
         f"The machine's limits in the same run: {rates}. Between the quartiles of the "
         f"rounds lay {statistics.median(spreads):.0f} % of the median in the typical row, "
         f"{max(spreads):.0f} % in the worst. Saved for the backward by the two blocks, "
-        f"input included: {fused:.1f} MB against the stock layers' {stock:.1f} MB at batch "
-        f"{row['batch']} ({row['ratio']:.1f} times less)."
+        f"input included: {1e-6 * row['fused']:.1f} MB against the stock layers' "
+        f"{1e-6 * row['stock']:.1f} MB at batch {row['batch']} "
+        f"({row['stock'] / row['fused']:.1f} times less)."
     )
 
 
 def _filled(text: str) -> str:
     return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+# ---- the chart -----------------------------------------------------------------------------------
+
+
+def draw(report: dict[str, Any]) -> str:
+    """Return an SVG: how many times as fast as stock eager the best other and fused are.
+
+    The same report gives the same bytes with the same matplotlib. Text stays text, so that the
+    page's own fonts are used.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there are no results at SUMMARY_BATCH images.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    results, machine = summary(report), report["machine"]
+    fixed = {"svg.fonttype": "none", "svg.hashsalt": "fusedcnn", "font.size": 9, "text.color": INK}
+    with matplotlib.rc_context(fixed):
+        figure = Figure(figsize=(7.2, 4.3))
+        axes = figure.add_axes((0.33, 0.02, 0.64, 0.89))
+        for i, result in enumerate(results):
+            medians, peer = _medians(result), result["speedups"][0]["best_peer"]
+            bars = {"eager": "eager", "best other": peer, "fused": "fused"}
+            for j, (bar, name) in enumerate(bars.items()):
+                ratio = medians["eager"] / medians[name]
+                at = i + 0.27 * (j - 1)
+                axes.barh(at, ratio, 0.25, color=COLORS[bar], label=bar if i == 0 else None)
+                note = f", {PEERS[name]}" if bar == "best other" else ""
+                axes.text(ratio + 0.1, at, f"{ratio:.1f}{note}", va="center", fontsize=7.5)
+        axes.set_yticks(range(len(ROWS)), [t.replace(" (", "\n(") for t in ROWS.values()])
+        axes.invert_yaxis()
+        axes.margins(x=0.1)
+        axes.tick_params(colors=INK, length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xticks([])
+        axes.legend(loc="lower right", frameon=False)
+        what = f"batch {SUMMARY_BATCH}, {results[0]['threads']} threads of {machine['cpu']}"
+        title = f"Times as fast as stock eager: {what}, torch {machine['torch']}"
+        axes.set_title(title, fontsize=9, x=0.25, color=INK)
+        text = io.StringIO()
+        figure.savefig(
+            text, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
+    return re.sub(r"[ \t]+$", "", text.getvalue(), flags=re.M)
 
 
 if __name__ == "__main__":

@@ -1,232 +1,320 @@
-"""The report as tables for people, as JSON and as a picture. All three read the same dict."""
+"""The report of all scripts: JSON, written after every result, and tables for people."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import re
+import subprocess
+import time
+from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-HEADER = (
-    "case",
-    "batch",
-    "threads",
-    "contender",
-    "median us",
-    "min us",
-    "IQR",
-    "time / fused",
-    "FMA",
-    "copy",
-)
+import fusedcnn
+import torch
+from options import Options
+from rich.console import Console
+from rich.table import Table
+from timing import Precision, available_cores, force_kernel, measure_limits
+from tqdm import tqdm
+
+# Columns of a table on a pipe or in a file, which have no width of their own.
+WIDTH = 200
+# Columns of the JSON.
+LINE = 120
+
+LEGEND = """\
+IQR: between the quartiles of the rounds, in % of the median. Of peak: FLOPs of the direct
+convolutions and full gradients / time / peak (the FMA's, half of it in float64; on a GPU the
+GEMM's), over 100 % where work is skipped. Of copy: bytes read and written once / time / copy."""
 
 
-def print_report(report: dict[str, Any]) -> None:
+class Report:
+    """What a run measured: plain values, which become JSON and tables.
+
+    A result is a head of names and numbers, such as case, batch and threads; ``status``; ``rows``,
+    each with ``name``, ``status`` and either a median with its quartiles or a ``reason``; and what
+    :func:`timing.at_best`, :func:`contenders.race` and the scripts add. ``total`` results are to
+    come.
+    """
+
+    def __init__(self, options: Options, total: int) -> None:
+        asked = {name: value for name, value in vars(options).items() if value and name != "json"}
+        self.values: dict[str, Any] = {
+            "status": "right",
+            "options": _plain(dict(sorted(asked.items()))),
+            "machine": describe_machine(options.device),
+            "limits": [],
+            "results": [],
+            "not_run": [],
+        }
+        self._options = options
+        self._limits: dict[tuple, dict[str, Any]] = {}
+        self._end = time.monotonic() + (options.time_limit or float("inf"))
+        self._bar = tqdm(total=total, unit="result", dynamic_ncols=True)
+        self._label = ""
+
+    def begin(self, head: dict[str, Any]) -> bool:
+        """Say which result comes next; False where the time is over."""
+        self._label = _text(head)
+        self.say("setting up")
+        if time.monotonic() < self._end:
+            return True
+        self.values["not_run"].append(head)
+        self._worsen("incomplete")
+        self._bar.update()
+        return False
+
+    def say(self, text: str) -> None:
+        """Say what is going on in this result."""
+        self._bar.set_description(f"{self._label}: {text}")
+
+    def limits(self, threads: int, precision: Precision, isa: str | None = None) -> dict[str, Any]:
+        """What the machine can do at most, measured once: see :func:`timing.measure_limits`."""
+        key = (threads, precision.name, isa)
+        if key not in self._limits:
+            self.say("limits of the machine")
+            with force_kernel(self._options.device, isa=isa):
+                self._limits[key] = measure_limits(threads, precision, self._options.device)
+            head = {"threads": threads, "precision": precision.name} | ({"isa": isa} if isa else {})
+            self.values["limits"].append(head | self._limits[key])
+        return self._limits[key]
+
+    def add(self, head: dict[str, Any], result: dict[str, Any]) -> None:
+        """Take a result in, and write what there is so far."""
+        self.values["results"].append(head | result)
+        self._worsen(result["status"])
+        self._bar.update()
+        if self._options.json:
+            write_json(self.values, self._options.json)
+
+    def finish(self) -> int:
+        """Write and print everything; return the exit status."""
+        self._bar.close()
+        info, kind = fusedcnn.build_info(), self._options.device.type
+        self.values["notes"] = [f"fused on {kind}: {info['devices'][kind]}"] + [
+            f"fused: {count} calls were computed by the stock layers: {reason}"
+            for reason, count in info["stock_calls"].items()
+        ]
+        if self._options.json:
+            write_json(self.values, self._options.json)
+        print_report(self.values)
+        return 0 if self.values["status"] == "right" else 1
+
+    def _worsen(self, status: str) -> None:
+        if status == "wrong" or (status == "incomplete" and self.values["status"] == "right"):
+            self.values["status"] = status
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it; objects by their name, floats with six digits."""
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, str | int | None):
+        return value
+    return getattr(value, "name", None) or str(value)
+
+
+def write_json(values: dict[str, Any], path: Path) -> None:
+    """Write values with as many to a line as fit into LINE columns."""
+    path.write_text(_filled(_plain(values), 0) + "\n")
+
+
+def _filled(value: Any, indent: int) -> str:
+    text = json.dumps(value)
+    if indent + len(text) <= LINE or not isinstance(value, dict | list):
+        return text
+    lines = [""]
+    for name in value:
+        key, one = (f"{json.dumps(name)}: ", value[name]) if isinstance(value, dict) else ("", name)
+        entry = key + _filled(one, indent + 1) + ", "
+        if "\n" in entry + lines[-1] or indent + len(lines[-1] + entry) > LINE:
+            lines.append("")
+        lines[-1] += entry
+    inner = "\n".join(" " * (indent + 1) + line.rstrip() for line in lines if line)
+    begin, end = "{}" if isinstance(value, dict) else "[]"
+    return f"{begin}\n{inner.removesuffix(',')}\n{' ' * indent}{end}"
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def print_report(values: dict[str, Any]) -> None:
     """Print everything that a person wants to know."""
-    print_machine(report)
-    for limits in report["limits"]:
-        fma = limits["fma_gflops"]
-        print(
-            f"limits of {limits['threads']} thread(s): "
-            f"FMA peak {f'{fma:.0f} GFLOP/s' if fma else 'not measured'}, "
-            f"GEMM {limits['gemm_gflops']:.0f} GFLOP/s, "
-            f"copy {limits['copy_gbps']:.1f} GB/s (read + written)"
-        )
-    for note in report["notes"]:
-        print(f"note: {note}")
-
-    peak = report["peak_name"]
-    header = tuple(peak if title == "FMA" else title for title in HEADER)
-    print_table(header, [_case_rows(result) for result in report["results"]])
-    print(
-        f"{peak}: FLOPs of the direct convolutions and full gradients / time / {peak} peak; over "
-        "100 % where work is skipped.\ncopy: bytes that must be read and written / time / copy "
-        "rate. IQR: between the quartiles of the rounds, in % of the median."
-    )
-
-    print()
-    for result in report["results"]:
-        head = f"{result['case']}, batch {result['batch']}, {result['threads']} thread(s)"
-        print(f"{head}: {_verdict(result)}")
-        for row in result["contenders"]:
-            if row["status"] in ("unavailable", "wrong"):
-                print(f"    {row['name']}: {row['status']}: {row['reason']}")
-        for one in result.get("like_with_like", []):
-            if one["speedup"]:
-                print(f"    {one['own']}: {one['speedup']['ratio']:.2f} x {one['best_peer']}")
-    for one in report["not_run"]:
-        print(f"{one['case']}, batch {one['batch']}: NOT RUN: --time-limit was over")
-
-    print("\nBytes saved for backward, parameters left out:")
-    print_table(
-        ("what", "batch", "stock", "fused", "stock / fused", "with the output"),
-        [[_saved_row(row) for row in report["saved_bytes"]]],
-    )
-
-
-def print_machine(report: dict[str, Any]) -> None:
-    """Print what the figures were taken on."""
-    machine, options = report["machine"], report["options"]
+    machine, results = values["machine"], values["results"]
+    software = (f"{name} {machine[name]}" for name in ("torch", "fusedcnn", "commit", "isa"))
     print(f"{machine['cpu']}, {machine['cores']} cores; {machine['gpu'] or 'no GPU used'}")
-    cuda = machine["cuda"]
-    if cuda:
-        print(
-            f"driver {cuda['driver']}, CUDA {cuda['runtime']}, cuDNN {cuda['cudnn']}, compute "
-            f"capability {cuda['capability']}, {cuda['multiprocessors']} multiprocessors"
-        )
-    precision = options.get("precision", options["dtype"])
-    print(
-        f"torch {machine['torch']}, fusedcnn {machine['fusedcnn']['version']} at commit "
-        f"{machine['commit']}, {precision} on {options['device']}"
-    )
-    if options.get("settings"):
-        print("for all: " + ", ".join(f"{k} = {v}" for k, v in options["settings"].items()))
+    print(", ".join(software))
+    for limits in values["limits"]:
+        rates = (f"{k.replace('_', ' ')} {v:.1f}" for k, v in limits.items() if "_" in k and v)
+        head = {name: value for name, value in limits.items() if "_" not in name}
+        print(f"limits, {_text(head)}: {', '.join(rates)}")
+    for note in values["notes"]:
+        print(f"note: {note}")
+    if results:
+        heads = [_head(result) for result in results]
+        same = {k: v for k, v in heads[0].items() if all(head.get(k) == v for head in heads)}
+        varying = [name for name in heads[0] if name not in same]
+        print(f"for all: {_text(same)}")
+        _print_rows(results, varying)
+        _print_speedups(results, varying)
+        _print_reasons(results)
+    for head in values["not_run"]:
+        print(f"NOT RUN, --time-limit was over: {_text(head)}")
+    if saved := values.get("saved_bytes"):
+        print("Bytes saved for the backward, parameters left out:")
+        print_table(list(saved[0]), [list(map(str, row.values())) for row in saved])
 
 
-def _case_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    own = next((row for row in result["contenders"] if row["name"] == result["own"]), {})
+def _print_rows(results: list[dict[str, Any]], varying: list[str]) -> None:
+    parts = {part: None for r in results for row in r["rows"] for part in row.get("parts_us", ())}
     rows = []
-    for row in result["contenders"]:
-        head = (result["case"], str(result["batch"]), str(result["threads"]), row["name"])
-        if row["status"] != "timed":
-            rows.append((*head, row["status"], "", "", "", "", ""))
-            continue
-        median = row["median_us"]
-        q1, q3 = row["iqr_us"]
-        rows.append(
-            (
-                *head,
-                f"{median:.1f}",
-                f"{row['min_us']:.1f}",
-                f"{100 * (q3 - q1) / median:.0f} %",
-                f"{median / own['median_us']:.2f}" if "median_us" in own else "",
-                f"{100 * row['peak_fraction']:.0f} %",
-                f"{100 * row['copy_fraction']:.0f} %",
-            )
-        )
-    return rows
+    for result in results:
+        for row in result["rows"]:
+            mark = " *" if row["name"] == result.get("selected") else ""
+            cells = [*(str(result[name]) for name in varying), row["name"] + mark]
+            if "median_us" in row:
+                micros = row["median_us"]
+                iqr = 100 * (row["q3_us"] - row["q1_us"]) / micros
+                cells += [f"{micros:,.1f}", f"{iqr:.0f} %", *_rates(result, micros)]
+                cells += [f"{row['parts_us'][p]:,.1f}" if "parts_us" in row else "" for p in parts]
+            else:
+                cells.append(row["status"])
+            rows.append(cells)
+        rows.append([])
+    header = ["median us", "IQR", "GFLOP/s", "of peak", "of copy", *parts]
+    print_table([*varying, "", *header], rows)
+    if "flops" in results[0]:
+        print(LEGEND)
+    if any("selected" in result for result in results):
+        print("*: what selection chooses.")
 
 
-def _verdict(result: dict[str, Any]) -> str:
-    if result["status"] == "wrong":
-        return "WRONG, not timed"
-    if result["speedup"] is None:
-        return "no ratio: it needs fused and at least one other contender"
-    speedup = result["speedup"]
-    low, high = speedup["quartiles"]
-    return (
-        f"{result['own']} is {speedup['ratio']:.2f} times as fast as the best other contender, "
-        f"{result['best_peer']} (quartiles of the rounds {low:.2f} to {high:.2f}, by the fastest "
-        f"rounds {speedup['ratio_of_minima']:.2f})"
-    )
+def _rates(result: dict[str, Any], micros: float) -> list[str]:
+    if "flops" not in result:
+        return ["", "", ""]
+    peak, copy = (f"{100 * result[name] / micros:.0f} %" for name in ("peak_us", "copy_us"))
+    return [f"{1e-3 * result['flops'] / micros:,.1f}", peak, copy]
 
 
-def _saved_row(row: dict[str, Any]) -> tuple[str, ...]:
-    stock, fused = row["stock"], row["fused"]
-    with_output = (stock["saved"] + stock["output"]) / (fused["saved"] + fused["output"])
-    return (
-        row["what"],
-        str(row["batch"]),
-        f"{stock['saved']:,}",
-        f"{fused['saved']:,}",
-        f"{row['ratio']:.2f}",
-        f"{with_output:.2f}",
-    )
+def _print_speedups(results: list[dict[str, Any]], varying: list[str]) -> None:
+    rows = []
+    for result in results:
+        head = [str(result[name]) for name in varying]
+        if result["status"] == "wrong":
+            rows.append([*head, "WRONG, not timed"])
+        medians = {row["name"]: row.get("median_us") for row in result["rows"]}
+        for one in result.get("speedups", ()):
+            own, peer = one["own"], one["best_peer"]
+            cells = [own, f"{medians[own]:,.1f}", peer, f"{medians[peer]:,.1f}"]
+            cells += [f"{one['ratio']:.2f}", f"{one['q1']:.2f} to {one['q3']:.2f}"]
+            rows.append([*head, *cells, ", ".join(result.get("kernels", ()))])
+    header = ["", "us", "best other", "us", "times as fast", "quartiles", "kernels"]
+    if rows:
+        print_table([*varying, *header], rows)
 
 
-def print_table(
-    header: tuple[str, ...], groups: list[list[tuple[str, ...]]], width: int = 160
-) -> None:
-    """Print groups of rows under a header, with rich where it is installed."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        _print_plain_table(header, groups)
-        return
+def _print_reasons(results: list[dict[str, Any]]) -> None:
+    """Why rows have no time, each reason once; and what a GPU's calls launch."""
+    reasons: dict[str, list[str]] = {}
+    for result in results:
+        for row in result["rows"]:
+            if "reason" in row:
+                text = f"{row['name']}: {row['status']}: {row['reason']}"
+                reasons.setdefault(text, []).append(_text(_head(result)))
+            for launch, micros in row.get("launches_us", {}).items():
+                head = f"{_text(_head(result))}, {row['name']}"
+                print(f"{head}: {micros:.1f} us in {launch[:80]}")
+    for text, heads in reasons.items():
+        print(f"{text} [{heads[0]}{f', and {len(heads) - 1} more' if heads[1:] else ''}]")
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Print rows under a header; [] draws a line, and columns without any text are left out."""
+    kept = [i for i in range(len(header)) if any(row[i : i + 1] > [""] for row in rows)]
     table = Table()
-    for i, title in enumerate(header):
-        table.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
-    for group in groups:
-        for row in group:
-            table.add_row(*row)
-        table.add_section()
+    for i in kept:
+        table.add_column(header[i], justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        if row:
+            table.add_row(*("".join(row[i : i + 1]) for i in kept))
+        else:
+            table.add_section()
     console = Console()
-    # A file or a pipe has no width of its own: leave the table whole.
     if not console.is_terminal:
-        console.width = width
+        console.width = WIDTH
     console.print(table)
 
 
-def _print_plain_table(header: tuple[str, ...], groups: list[list[tuple[str, ...]]]) -> None:
-    rows = [header, *(row for group in groups for row in group)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        return "  ".join(cells).rstrip()
-
-    print(line(header))
-    for group in groups:
-        print("-" * (sum(widths) + 2 * len(widths) - 2))
-        for row in group:
-            print(line(row))
+def _head(result: dict[str, Any]) -> dict[str, Any]:
+    """What a result is of: the entries before its status."""
+    names = list(result)
+    return {name: result[name] for name in names[: names.index("status")]}
 
 
-def write_json(report: dict[str, Any], path: Path) -> None:
-    """Write the whole report, lists and dicts of plain values on one line each."""
-    text = json.dumps(report, indent=1)
-    # A line end inside a string is escaped, so that these are the document's own.
-    text = re.sub(r"[\[{]\n[^\[\]{}]*[\]}]", lambda match: " ".join(match[0].split()), text)
-    path.write_text(text + "\n")
+def _text(head: dict[str, Any]) -> str:
+    counted = {"batch": "batch {}", "threads": "{} thread(s)"}
+    return ", ".join(counted.get(name, "{}").format(value) for name, value in head.items())
 
 
-def write_plot(report: dict[str, Any], path: Path) -> None:
-    """Draw median times with their quartiles, one panel per case and batch size."""
-    from matplotlib.figure import Figure
-
-    timed = [
-        result
-        for result in report["results"]
-        if any(row["status"] == "timed" for row in result["contenders"])
-    ]
-    batches = list(dict.fromkeys((result["batch"], result["threads"]) for result in timed))
-    cases = list(dict.fromkeys(result["case"] for result in timed))
-    figure = Figure(
-        figsize=(3.4 * max(1, len(cases)), 1 + 2.6 * max(1, len(batches))), layout="constrained"
-    )
-    machine, options = report["machine"], report["options"]
-    figure.suptitle(
-        f"{machine['gpu'] or machine['cpu']}, {options['dtype']}: "
-        "median time of a call, lines between the quartiles"
-    )
-    if timed:
-        panels = figure.subplots(len(batches), len(cases), squeeze=False)
-        for result in timed:
-            panel = panels[batches.index((result["batch"], result["threads"]))][
-                cases.index(result["case"])
-            ]
-            _draw_panel(panel, result)
-    figure.savefig(path, dpi=120)
+# ---- the machine ---------------------------------------------------------------------------------
 
 
-def _draw_panel(panel: Any, result: dict[str, Any]) -> None:
-    rows = [row for row in result["contenders"] if row["status"] == "timed"]
-    names = [row["name"] for row in rows]
-    medians = [row["median_us"] for row in rows]
-    spread = [
-        [row["median_us"] - row["iqr_us"][0] for row in rows],
-        [row["iqr_us"][1] - row["median_us"] for row in rows],
-    ]
-    colors = ["tab:orange" if name.startswith("fused") else "tab:gray" for name in names]
-    panel.barh(names, medians, xerr=spread, color=colors)
-    panel.invert_yaxis()
-    panel.set_xlabel("microseconds")
-    panel.locator_params(axis="x", nbins=5)
-    speedup = result["speedup"]
-    best = f"\nfused {speedup['ratio']:.2f} times as fast" if speedup else ""
-    panel.set_title(
-        f"{result['case']}, batch {result['batch']}, {result['threads']} thread(s){best}",
-        fontsize=10,
-    )
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were taken on: hardware, software, commit, date; no paths."""
+    build = fusedcnn.build_info()
+    commit = _first_line("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    machine = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": _cpu_model(),
+        "cores": available_cores(),
+        "isa": next(isa["name"] for isa in build["isas"] if isa["selected"]),
+        "gpu": None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnxruntime": next((d.version for d in metadata.distributions(name="onnxruntime")), None),
+        "fusedcnn": build["version"],
+        "compiler": build["compiler"],
+        "commit": commit or os.environ.get("FUSEDCNN_COMMIT"),  # in a copy of the files
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        query = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+        machine |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": properties.L2_cache_size,
+            "driver": _first_line(*query),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        }
+    return machine
+
+
+def _first_line(*command: str) -> str | None:
+    """The first line that a command prints, or None where it cannot be run."""
+    how = {"capture_output": True, "text": True, "check": True, "timeout": 60}
+    try:
+        answer = subprocess.run(command, cwd=Path(__file__).parent, **how)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(answer.stdout.splitlines()), None)
+
+
+def _cpu_model() -> str:
+    try:
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None  # not Linux
+    return found[1].strip() if found else platform.processor() or platform.machine()

@@ -5,12 +5,12 @@ r"""One visit to a GPU machine: build, test, sanitize, measure and profile in un
     python scripts/gpu_visit.py --dry-run       # what would run here, and what would not and why
 
 Needs no network. Needed: Python 3.10, torch with CUDA, a GPU, nvcc, a C++20 compiler, cmake and
-ninja; pytest for the tests; compute-sanitizer for the sanitizers; ncu for the counters. They are
-looked for first, and a stage that lacks one of its own is not run, with the reason. With
-scikit-build-core and pybind11 the package is built by pip, as users build it; without them by cmake
-alone, with the pybind11 headers that torch brings, into a folder that later stages have on their
-PYTHONPATH. Missing Python packages can be brought along as wheels (--wheels FOLDER). Where there is
-no git, FUSEDCNN_COMMIT in the environment says what the figures are of.
+ninja; pytest for the tests; rich and tqdm for the benchmarks; compute-sanitizer for the sanitizers;
+ncu for the counters. They are looked for first, and a stage that lacks one of its own is not run,
+with the reason. With scikit-build-core and pybind11 the package is built by pip, as users build it;
+without them by cmake alone, with the pybind11 headers that torch brings, into a folder that later
+stages have on their PYTHONPATH. Missing Python packages can be brought along as wheels (--wheels
+FOLDER). Where there is no git, FUSEDCNN_COMMIT in the environment says what the figures are of.
 
 Each stage has a time limit of its own, and all together have --minutes; one that fails or runs out
 of time stops no later one unless that needs what it makes. OUT receives visit.json (per stage:
@@ -42,7 +42,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("nvidia-smi", "nvcc", "c++", "cmake", "ninja", "compute-sanitizer", "ncu", "nsys")
-PACKAGES = ("torch", "triton", "numpy", "pytest", "scikit_build_core", "pybind11")
+PACKAGES = ("torch", "triton", "numpy", "pytest", "rich", "tqdm", "scikit_build_core", "pybind11")
+BENCH_PACKAGES = ("rich", "tqdm")
 # In --kill-after's place: seconds between asking a process group to end and making it end.
 GRACE = 5
 # Ends with the reason where the CUDA kernels cannot be used.
@@ -234,6 +235,7 @@ def benchmark(precision: str, limit: float) -> Stage:
         f"benchmark at {precision}",
         limit,
         commands,
+        packages=BENCH_PACKAGES,
         after=("build",),
         report=f"bench-{precision}.json",
     )
@@ -243,8 +245,8 @@ def profile(visit: Visit) -> list[list[str]]:
     """Commands that profile every kernel."""
     large = max(visit.batch_sizes, key=int)
     return [
-        [sys.executable, str(ROOT / "benchmarks/profile_kernels.py"), "--batch-sizes", large,
-         "--precisions", *visit.precisions, "--time-limit", "40",
+        [sys.executable, str(ROOT / "benchmarks/bench_kernels.py"), "--device", "cuda",
+         "--batch-sizes", large, "--precision", *visit.precisions, "--time-limit", "40",
          "--json", str(visit.out / "profile.json")],
     ]  # fmt: skip
 
@@ -255,9 +257,9 @@ def counters(visit: Visit) -> list[list[str]]:
         ["ncu", "--clock-control", "none", "--kernel-name-base", "function",
          "--section", "SpeedOfLight", "--section", "Occupancy", "--section", "LaunchStats",
          "--kernel-name", "regex:(forward|grad_weight|grad_input)_.*kernel", "--launch-count", "40",
-         sys.executable, str(ROOT / "benchmarks/profile_kernels.py"), "--batch-sizes",
-         max(visit.batch_sizes, key=int), "--precisions", *visit.precisions, "--rounds", "2",
-         "--min-time", "1e-6", "--no-launches"],
+         sys.executable, str(ROOT / "benchmarks/bench_kernels.py"), "--device", "cuda",
+         "--batch-sizes", max(visit.batch_sizes, key=int), "--precision", *visit.precisions,
+         "--rounds", "2", "--min-time", "1e-6", "--no-launches"],
     ]  # fmt: skip
 
 
@@ -284,11 +286,11 @@ def stages(precisions: Iterable[str]) -> list[Stage]:
                 # It may find nothing and exit with 0 where it could not look.
                 bad=r"(?m)^0 passed|Device not supported")
           for tool, limit in sanitizers),
-        Stage("profile", "every kernel beside the GPU's rates", 60, profile, after=("build",),
-              report="profile.json"),
+        Stage("profile", "every kernel beside the GPU's rates", 60, profile,
+              packages=BENCH_PACKAGES, after=("build",), report="profile.json"),
         *(benchmark(precision, 120) for precision in precisions),
         Stage("counters", "the GPU's own counters, by ncu", 60, counters, ("ncu",),
-              after=("build",)),
+              packages=BENCH_PACKAGES, after=("build",)),
     ]  # fmt: skip
 
 
@@ -457,14 +459,17 @@ def digest(results: dict[str, dict[str, Any]]) -> list[str]:
             lines += [f"{name}: ...", *result.get("output_end", "")[-800:].splitlines()]
         report = result.get("report", {})
         for one in report.get("results", []):
-            ratio = one["speedup"] and f"{one['speedup']['ratio']:.2f} x {one['best_peer']}"
-            lines.append(f"{name}: {one['case']}, batch {one['batch']}: {one['own']} {ratio}")
-        lines += [
-            f"{name}: {row['precision']}, {row['block']}, {row['pass']}, {row['kernel']}: "
-            f"{row['median_us']:.1f} us, {row['times_floor']:.2f} x its floor"
-            for row in report.get("rows", [])
-            if row["status"] == "timed"
-        ]
+            for best in one.get("speedups", [])[:1]:
+                ratio = f"{best['own']} {best['ratio']:.2f} x {best['best_peer']}"
+                lines.append(f"{name}: {one['case']}, batch {one['batch']}: {ratio}")
+            if "pass" in one:
+                floor = max(one["peak_us"], one["copy_us"])
+                lines += [
+                    f"{name}: {one['precision']}, {one['block']}, {one['pass']}, {row['name']}: "
+                    f"{row['median_us']:.1f} us, {row['median_us'] / floor:.2f} x its floor"
+                    for row in one["rows"]
+                    if row["status"] == "timed"
+                ]
     return lines
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+
 import fusedcnn
 import pytest
 import torch
+from bench_scripts import BENCHMARKS
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,3 +42,13 @@ def exact():
     """Only kernels whose results on small integers are exact."""
     with fusedcnn.backends.winograd.flags(enabled=False):
         yield
+
+
+@pytest.fixture
+def module(monkeypatch, restore_threads):
+    """Imports one of the benchmarks' modules by name; what they set is put back."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    kept = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = kept
