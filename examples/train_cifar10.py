@@ -377,12 +377,14 @@ def check(state: Any) -> dict[str, Any]:
     about |= {"train": whole(1), "test": whole(1)}
     about |= {"mean": like(colour, 0, 255), "std": like(colour, 1, 255)}
     settings = {n: kind._replace(or_none=value is None) for n, (value, kind, _) in SETTINGS.items()}
-    first = {"format": FORMAT, "settings": settings, "data": about, "step": whole(0)}
+    rows = Kind(list, "a list", lambda rows: True)
+    first = {"format": FORMAT, "settings": settings, "data": about}
+    first |= {"step": whole(0), "history": rows}
     # What the rest follows from.
     got = {key: state.get(key, NOTHING) for key in first} if isinstance(state, dict) else state
     got = checked(first, got)
     settings, step, count = got["settings"], got["step"], got["data"]["train"]
-    epochs = len(state["history"]) if isinstance(state.get("history"), list) else 0
+    epochs = len(got["history"])
     steps_per_epoch = -(-count // settings["batch_size"])
     steps = min(epochs * steps_per_epoch + step, 2**24)  # Adam counts in float32, no further
 
@@ -518,12 +520,12 @@ def train(run: Run, tensors: Sequence[Tensor], output: Path, every: int) -> None
 # ---- pictures ------------------------------------------------------------------------------------
 
 
-def draw_curves(runs: dict[str, list[dict[str, float]]], title: str) -> Figure:
-    """Loss by epoch and test accuracy by time, from the metrics of each run."""
+def draw_curves(runs: Sequence[tuple[str, list[dict]]], title: str) -> Figure:
+    """Loss by epoch and test accuracy by time, from the name and the metrics of each run."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     figure.suptitle(title, parse_math=False)
     loss, accuracy = figure.subplots(1, 2)
-    for i, (name, history) in enumerate(runs.items()):
+    for i, (name, history) in enumerate(runs):
         column = {key: [row[key] for row in history] for key in COLUMNS}
         for kind, style in (("train", "--"), ("test", "o-")):
             values = column[f"{kind}_loss"]
@@ -554,19 +556,19 @@ def draw_predictions(
         if i < len(images):
             right = answers[i] == labels[i]
             text = {"fontsize": 8, "color": "black" if right else "tab:red", "parse_math": False}
-            axes.imshow(images[i].permute(1, 2, 0))
+            axes.imshow(images[i].permute(1, 2, 0).numpy())
             axes.set_title(f"{names[answers[i]]} {sure[i]:.0%}", **text)
             axes.set_xlabel("" if right else f"is: {names[labels[i]]}", **text)
             axes.spines[:].set(edgecolor=text["color"], linewidth=0 if right else 3)
     return figure
 
 
-def draw(run: Run, tensors: Sequence[Tensor], output: Path, others: dict[str, list]) -> None:
+def draw(run: Run, tensors: Sequence[Tensor], output: Path, others: list[tuple]) -> None:
     """Write the curves, and the first test images with what the model takes them for."""
     images, labels = (tensor[:40] for tensor in tensors[2:])
     last, what = run.history[-1], f"{type(run.model).__name__}, {run.about['source']}"
     title = f"{what}: {last['images_per_second']:,.0f} images/s in training"
-    curves = draw_curves({output.resolve().name: run.history, **others}, title)
+    curves = draw_curves([(output.resolve().name, run.history), *others], title)
     title = f"{what}: {last['test_accuracy']:.1%} of {run.about['test']:,} test images right"
     sample = (tensor.cpu() for tensor in (images, labels, predict(run, images)))
     predictions = draw_predictions(*sample, run.about["class_names"], title)
@@ -695,10 +697,10 @@ def run_training(arguments: Sequence[str] | None) -> None:
     """Do what the command line says."""
     options = parse(arguments)
     settings, output, checkpoint, state = plan(options)
-    others = {}
+    others = []
     if options.compare is not None:
         path, other = load_checkpoint(options.compare, "--compare")
-        others[path.resolve().parent.name] = other["history"]
+        others.append((path.resolve().parent.name, other["history"]))
         if not other["history"]:
             raise Stop(2, f"--compare: expected a run of an epoch or more, got none in {path}")
     device = prepare(options, output)
