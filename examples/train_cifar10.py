@@ -73,11 +73,7 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 
 
 class Stop(Exception):  # noqa: N818 (an interruption, as StopIteration is)
-    """Ends the script with one line, and with exit status 2 for bad input, 1 after the start."""
-
-    def __init__(self, status: int, line: str) -> None:
-        super().__init__(line)
-        self.status = status
+    """Ends the script: an exit status, 2 for bad input and 1 for what comes later, and a line."""
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -155,7 +151,7 @@ def load_data(settings: dict) -> tuple[list[Tensor], dict[str, Any]]:
                 line = f"expected at most {len(images)}, as {folder} has, got {count}"
                 raise Stop(2, f"--{option}-images: {line}")
         tensors = [tensor[: wanted[i // 2]] for i, tensor in enumerate(tensors)]
-        source, digest = f"CIFAR-10 files of {Path(folder).name}", hashlib.sha256()
+        source, digest = f"CIFAR-10 files of {Path(folder).name!r}", hashlib.sha256()
         for tensor in tensors:
             digest.update(str(list(tensor.shape)).encode() + tensor.numpy().tobytes())
         fingerprint = digest.hexdigest()
@@ -300,6 +296,7 @@ def like(tensor: Tensor, low: float = -3e38, high: float = 3e38) -> Kind:
     return Kind(Tensor, f"{show(tensor)} with values from {low:g} to {high:g}", allows)
 
 
+LINE = Kind(str, "a printable text", str.isprintable)
 TEXT = Kind(str, "a text", lambda text: True)
 MODEL = Kind(str, "'fused' or 'stock'", MODELS.__contains__)
 RATE = Kind(float, "a finite number over 0", lambda x: 0 < x < math.inf)
@@ -335,15 +332,12 @@ def show(value: Any) -> str:
 def checked(expected: Any, got: Any, at: str = "checkpoint") -> Any:
     """Return a copy of ``got``, in memory of its own, if it is as ``expected``.
 
-    That is a Kind, a dict or list of what is expected in it, or the value itself. ``at`` says where
-    in a file ``got`` was.
+    That is a Kind, a dict, list or tuple of what is expected in it, or the value itself. ``at``
+    says where in a file ``got`` was.
     """
     if isinstance(expected, dict) and isinstance(got, dict):
         both = ((key, expected.get(key, NOTHING), got.get(key, NOTHING)) for key in expected | got)
         return {key: checked(one, other, f"{at}[{show(key)}]") for key, one, other in both}
-    if isinstance(expected, list) and type(got) is list and len(got) == len(expected):
-        both = enumerate(zip(expected, got, strict=True))
-        return [checked(one, other, f"{at}[{i}]") for i, (one, other) in both]
     if isinstance(expected, Kind):
         if got is None and expected.or_none:
             return None
@@ -351,6 +345,10 @@ def checked(expected: Any, got: Any, at: str = "checkpoint") -> Any:
             # A tensor's memory may be another's, too, or less than its shape says.
             copy = type(got) is Tensor
             return torch.empty(got.shape, dtype=got.dtype).copy_(got) if copy else got
+    elif type(got) is type(expected) and isinstance(got, (list, tuple)):
+        if len(got) == len(expected):
+            both = enumerate(zip(expected, got, strict=True))
+            return type(got)(checked(one, other, f"{at}[{i}]") for i, (one, other) in both)
     elif type(got) is type(expected) and got == expected:
         return got
     came = show(got)
@@ -372,20 +370,17 @@ def is_generator_state(state: Tensor) -> bool:
 
 def check(state: Any) -> dict[str, Any]:
     """Return a copy of ``state`` if it is what ``Run.state_dict`` may have given."""
-    about = {"source": TEXT, "fingerprint": TEXT, "class_names": [TEXT] * 10}
-    colour = torch.zeros(3, 1, 1)
+    about = {"source": LINE, "fingerprint": LINE, "class_names": [TEXT] * 10}
     about |= {"train": whole(1), "test": whole(1)}
-    about |= {"mean": like(colour, 0, 255), "std": like(colour, 1, 255)}
+    about |= {key: like(torch.zeros(3, 1, 1), low, 255) for key, low in (("mean", 0), ("std", 1))}
     settings = {n: kind._replace(or_none=value is None) for n, (value, kind, _) in SETTINGS.items()}
-    rows = Kind(list, "a list", lambda rows: True)
-    first = {"format": FORMAT, "settings": settings, "data": about}
-    first |= {"step": whole(0), "history": rows}
     # What the rest follows from.
+    first = {"format": FORMAT, "settings": settings, "data": about, "step": whole(0)}
+    first["history"] = Kind(list, "a list", lambda rows: True)
     got = {key: state.get(key, NOTHING) for key in first} if isinstance(state, dict) else state
     got = checked(first, got)
-    settings, step, count = got["settings"], got["step"], got["data"]["train"]
-    epochs = len(got["history"])
-    steps_per_epoch = -(-count // settings["batch_size"])
+    settings, count, step = got["settings"], got["data"]["train"], got["step"]
+    epochs, steps_per_epoch = len(got["history"]), -(-count // settings["batch_size"])
     steps = min(epochs * steps_per_epoch + step, 2**24)  # Adam counts in float32, no further
 
     run = Run(settings, got["data"], torch.device("cpu"))
@@ -400,12 +395,12 @@ def check(state: Any) -> dict[str, Any]:
     cuda = like(torch.zeros(16, dtype=torch.uint8), 0, 255)._replace(or_none=True)
     row = dict.fromkeys(COLUMNS, AMOUNT) | {"seconds": RATE}
     expected = first | {
-        "environment": {"torch": TEXT, "device": TEXT, "threads": whole(1), "processes": whole(1)},
+        "epoch": epochs,
+        "environment": {"torch": LINE, "device": LINE, "threads": whole(1), "processes": whole(1)},
         "model": {name: like(tensor) for name, tensor in run.model.state_dict().items()},
         "optimizer": optimizer,
         "random": {"cpu": cpu, "cuda": cuda, "epoch_start": cpu},
         "history": [row | {"epoch": n + 1} for n in range(epochs)],
-        "epoch": epochs,
         "step": whole(0, steps_per_epoch),
         "seconds": AMOUNT if step else 0.0,
         "loss_sum": AMOUNT if step else 0.0,
@@ -430,7 +425,7 @@ def load_checkpoint(path: str | Path, option: str) -> tuple[Path, dict[str, Any]
     except OSError as error:
         why = f"cannot read {path}: {error.strerror}"
     except Stop as error:
-        why = f"{path}: {error}"
+        why = f"{path}: {error.args[1]}"
     except pickle.UnpicklingError:
         why = f"{path}: expected tensors and plain values, got others"
     except Exception as error:  # zipfile and torch raise a dozen classes on damaged files
@@ -453,7 +448,8 @@ def write(path: Path, data: bytes) -> None:
         line = f"--output: cannot write {path}: {error.strerror}; files already there are whole"
         raise Stop(1, f"{line}: --resume {path.parent} goes on from the last checkpoint") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def save(run: Run, output: Path) -> None:
@@ -482,7 +478,6 @@ def train(run: Run, tensors: Sequence[Tensor], output: Path, every: int) -> None
     images, labels, test_images, test_labels = tensors
     epochs, count = run.settings["epochs"], len(labels)
     model = run.model if WORLD_SIZE == 1 else DistributedDataParallel(run.model)
-    save(run, output)  # for a kill in the first epoch, or between a checkpoint and its metrics
     while run.epoch < epochs:
         order = torch.randperm(count, generator=run.shuffle).to(run.device)
         batches = order.split(min(run.settings["batch_size"], count))
@@ -637,18 +632,19 @@ def plan(options: argparse.Namespace) -> tuple[dict, Path, Path | None, dict | N
 
 def resume(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
     """Bring ``run`` to where a checkpoint was written, and say what is not as it was then."""
-    then, now = state["data"], run.about
-    if any(then[key] != now[key] for key in ("fingerprint", "train", "test")):
-        texts = [f"{about['source']}, {about['train']} + {about['test']}" for about in (then, now)]
-        line = f"expected the images of {checkpoint} ({texts[0]}), got others ({texts[1]})"
+    keys = ("source", "train", "test", "fingerprint")
+    then, now = ([about[key] for key in keys] for about in (state["data"], run.about))
+    if then[1:] != now[1:]:
+        texts = (f"{about[0]}, {about[1]} + {about[2]}" for about in (then, now))
+        line = "expected the images of {} ({}), got others ({})".format(checkpoint, *texts)
         raise Stop(2, f"--data, --train-images, --test-images: {line}")
     try:
         run.load_state_dict(state)
     except RuntimeError as error:  # CUDA has its own opinion of a generator's state
         raise Stop(2, f"--resume: {checkpoint} does not fit: {error}") from error
     print(f"resumed {checkpoint}: {run.epoch} epochs and {run.step} steps are done")
-    before = {**state["environment"], "model": state["settings"]["model"]}
-    for name, value in {**run.environment, "model": run.settings["model"]}.items():
+    before = state["environment"] | {"model": state["settings"]["model"]}
+    for name, value in (run.environment | {"model": run.settings["model"]}).items():
         if before[name] != value:
             print(f"note: {name} was {before[name]}, is {value}: the result may differ by rounding")
 
@@ -662,8 +658,7 @@ def joined(device: torch.device) -> Iterator[None]:
         import torch.distributed.nn.functional  # noqa: F401
 
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        # All but the first are silent.
+    try:  # all but the first are silent
         with contextlib.redirect_stdout(None if RANK else sys.stdout):
             yield
     finally:
@@ -680,7 +675,7 @@ def prepare(options: argparse.Namespace, output: Path) -> torch.device:
         torch.ones(1, device=device).add(1).item()
     except Exception as error:  # by device: RuntimeError, AssertionError, NotImplementedError, ...
         line = f"--device: expected a device that this torch can use, got {name!r}"
-        raise Stop(2, f"{line}: {str(error).splitlines()[0]}") from error
+        raise Stop(2, f"{line}: {error}") from error
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
@@ -712,18 +707,21 @@ def run_training(arguments: Sequence[str] | None) -> None:
             dist.barrier()  # nothing is written before all have looked at what is there
         if state is not None:
             resume(run, checkpoint, state)
-        elif RANK == 0:
-            for name in ("curves.png", "predictions.png"):  # of the run that --overwrite replaces
-                (output / name).unlink(missing_ok=True)
-        workers = f"{WORLD_SIZE} processes, {torch.get_num_threads()} threads"
+        workers = f"{WORLD_SIZE} processes, " if WORLD_SIZE > 1 else ""
+        workers += f"{torch.get_num_threads()} threads"
         images = f"{about['train']} training and {about['test']} test images"
         print(f"{type(run.model).__name__} on {device}, {workers}; {about['source']}: {images}")
+        save(run, output)  # for a kill in the first epoch, or between a checkpoint and its metrics
+        if state is None and RANK == 0:
+            for name in ("curves.png", "predictions.png"):  # of the run that --overwrite replaced
+                with contextlib.suppress(OSError):
+                    (output / name).unlink()
         if run.epoch >= settings["epochs"]:
             print(f"nothing to train: {run.epoch} of --epochs {settings['epochs']} are done")
         train(run, tensors, output, options.checkpoint_steps)
         if RANK == 0:
             draw(run, tensors, output, others)
-    print(f"checkpoint.pt, metrics.csv, curves.png and predictions.png are in {output}")
+        print(f"checkpoint.pt, metrics.csv, curves.png and predictions.png are in {output}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -731,7 +729,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run_training(arguments)
     except Stop as stop:
-        status, line = stop.status, f"{'stopped' if stop.status == 1 else 'error'}: {stop}"
+        status, line = stop.args
+        line = f"{'stopped' if status == 1 else 'error'}: {line}"
     except KeyboardInterrupt:
         status, line = 130, "interrupted; --resume goes on from the last checkpoint"
     else:

@@ -249,14 +249,10 @@ def test_metrics_are_means_over_the_epoch(run, tmp_path):
     assert row["test_loss"] == pytest.approx(loss, rel=1e-4)
     assert row["test_accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
     assert row["train_loss"] == pytest.approx(loss, rel=0.05)
-
-
-def test_seeds_matter(run, tmp_path):
-    for seed in (0, 1):
-        run(*SMALL, "--epochs", 1, "--seed", seed, "--output", tmp_path / str(seed))
-    first, second = (load(tmp_path / str(seed)) for seed in (0, 1))
-    assert first["data"]["fingerprint"] == second["data"]["fingerprint"]
-    assert first["history"][0]["train_loss"] != second["history"][0]["train_loss"]
+    run(*SMALL, "--epochs", 1, "--lr", 1e-30, "--seed", 1, "--output", tmp_path / "b")
+    other = load(tmp_path / "b")
+    assert other["data"]["fingerprint"] == state["data"]["fingerprint"]
+    assert other["history"][0]["test_loss"] != row["test_loss"]
 
 
 # ---- resuming ------------------------------------------------------------------------------------
@@ -398,45 +394,38 @@ MOMENT = ("optimizer", "state", 0, "exp_avg")
         (("optimizer",), ..., "got nothing"),
         (("settings", "batch_size"), 0, "at least 1|from 1 to"),
         (("settings", "lr"), None, "over 0, got None"),
-        (("settings", "lr"), float("nan"), "over 0, got nan"),
         (("settings", "model"), "foo", "'fused' or 'stock', got 'foo'"),
         (("settings", "data"), 5, "a text, got 5"),
         (("settings", "data"), "a\0b", "--data: cannot read"),
         (("settings", "train_images"), "q", "got 'q'"),
-        (("settings", "seed"), ..., "got nothing"),
         (("data", "train"), 10**6, "checkpoint['optimizer']['state'][0]['step']"),
         (("data", "fingerprint"), "other", "--train-images"),
         (("history",), [1, 2], "['history'][0]"),
         (("history",), None, "a list, got None"),
-        (("history", 1), ..., "['step']"),
-        (("history", 1, "epoch"), 1, "to be 2, got 1"),
+        (("history", 1), ..., "['epoch'] to be 1, got 2"),
         (("history", 1, "test_loss"), float("inf"), "got inf"),
         (("epoch",), -2, "to be 2, got -2"),
-        (("epoch",), 2**70, "to be 2, got 1180591620717411303424"),
         (("step",), 5, "['step']"),
         (("loss_sum",), float("nan"), "got nan"),
         (("model", "features.0.weight"), torch.zeros(16, 3, 5, 5), "[16, 3, 3, 3]"),
         (("model", "features.0.bias"), torch.full((16,), float("nan")), "values from nan"),
-        (("model", "features.0.bias"), ..., "got nothing"),
         (("model", "features.0.bias"), torch.zeros(16).double(), "torch.float64"),
         (MOMENT, torch.ones(1), "[16, 3, 3, 3]"),
         (MOMENT, torch.ones(2, 2), "got a tensor (torch.float32, [2, 2]"),
         (MOMENT, torch.zeros(16, 3, 3, 3, device="meta"), "meta"),
         (MOMENT, torch.zeros(16, 3, 3, 3).to_sparse(), "sparse"),
-        (MOMENT, ..., "got nothing"),
         (("optimizer", "state"), {}, "['state'][0]"),
         (("optimizer", "state", 0, "exp_avg_sq"), torch.full((16, 3, 3, 3), -1.0), "from -1 to -1"),
         (("optimizer", "state", 0, "step"), torch.tensor(3.0), "values from 8 to 8"),
-        (("optimizer", "state", 0, "step"), 8, "got 8"),
         (("optimizer", "param_groups", 0, "lr"), None, "to be 0.001, got None"),
         (("optimizer", "param_groups", 0, "betas"), (0.9, 2.0), "['betas']"),
         (("optimizer", "param_groups", 0, "eps"), "small", "got 'small'"),
         (("optimizer", "param_groups", 0, "params"), [0], "a list of 1"),
-        (("optimizer", "param_groups"), [], "a list of 0"),
         (("random", "cpu"), torch.zeros(5056, dtype=torch.uint8), "the state of a CPU generator"),
         (("random", "epoch_start"), torch.zeros(3), "the state of a CPU generator"),
         (("random", "cuda"), torch.zeros(3), "torch.uint8, [16]"),
         (("environment", "threads"), 0, "['threads']"),
+        (("environment", "torch"), "a\nb\ud800", "a printable text"),
     ],
     ids=str,
 )
@@ -513,7 +502,7 @@ def test_mutated_states_are_refused_or_serve(trained):
         try:
             state = example.check(mutated(load(trained), random.Random(seed)))
         except example.Stop as stop:
-            refusals.append((stop.status, str(stop)))
+            refusals.append(stop.args)
             continue
         run = example.Run(state["settings"], state["data"], torch.device("cpu"))
         run.load_state_dict(state)
@@ -591,7 +580,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
     write(bytes(100_000))
 except train_cifar10.Stop as stop:
-    print(stop.status, stop)
+    print(*stop.args)
 """
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=EXAMPLE.parent, capture_output=True, text=True
@@ -622,6 +611,15 @@ def test_full_disk_stops_the_run_and_loses_nothing(run, tmp_path, monkeypatch):
     assert_same_result(output, tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", ["checkpoint.pt", ".checkpoint.pt.tmp", "curves.png"])
+def test_folder_in_a_files_place(run, tmp_path, name):
+    (tmp_path / name / "kept").mkdir(parents=True)
+    arguments = [*SMALL, "--epochs", 1, "--output", tmp_path, "--overwrite"]
+    result = run(*arguments, pictures=True)
+    assert_error(result, "--output", name.removesuffix(".tmp"), "Is a directory", status=1)
+    assert (tmp_path / name / "kept").exists()
+
+
 def test_diverging_run_stops(run, tmp_path):
     result = run(*SMALL, "--epochs", 3, "--lr", 1e15, "--output", tmp_path / "a")
     assert_error(result, "the loss is not finite", "--lr", status=1)
@@ -635,22 +633,16 @@ def test_diverging_run_stops(run, tmp_path):
     ("arguments", "expected"),
     [
         ("--epochs 0", "a whole number from 1 to"),
-        ("--epochs -3", "'-3'"),
         ("--epochs 1.5", "'1.5'"),
         ("--batch-size 0", "a whole number from 1 to"),
         ("--lr 0", "expected a finite number over 0, got '0'"),
         ("--lr -1e-3", "'-1e-3'"),
         ("--lr nan", "'nan'"),
-        ("--lr inf", "'inf'"),
-        ("--lr fast", "'fast'"),
         ("--seed -1", "a whole number from 0 to"),
         ("--threads 0", "'0'"),
-        ("--train-images 0", "'0'"),
         ("--train-images 10000000000", "to 1000000"),
-        ("--checkpoint-steps -1", "'-1'"),
         ("--model resnet", "expected 'fused' or 'stock', got 'resnet'"),
         ("--device abacus", "'abacus'"),
-        ("--device cuda:99", "'cuda:99'"),
         ("--device meta", "'meta'"),
         ("--epoch 3", "unrecognized arguments: --epoch"),
         ("extra", "unrecognized arguments: extra"),
