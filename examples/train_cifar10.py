@@ -1,41 +1,32 @@
 """Train SimpleCNN on CIFAR-10, from stock layers or fused.
 
-Usage::
-
     pip install 'fusedcnn[examples]'
-    python examples/train_cifar10.py                                   # on images drawn here
-    python examples/train_cifar10.py --data cifar-10-batches-bin       # on CIFAR-10
+    python examples/train_cifar10.py                                  # on images drawn here
     python examples/train_cifar10.py --data cifar-10-batches-bin --model stock
+    python examples/train_cifar10.py --data cifar-10-batches-bin --compare runs/cifar10-stock-seed0
     python examples/train_cifar10.py --resume runs/cifar10-fused-seed0 --epochs 20
     torchrun --nproc-per-node 2 examples/train_cifar10.py --data cifar-10-batches-bin
 
-CIFAR-10's "binary version" is at https://www.cs.toronto.edu/~kriz/cifar.html.
+CIFAR-10's "binary version" is at https://www.cs.toronto.edu/~kriz/cifar.html. The recipe is plain:
+Adam, cross-entropy, pixels normalised per channel, no augmentation. Under one seed both models
+start from the same parameters, see the same batches and draw the same dropout masks. What is left
+between them is rounding, and time.
 
-Results on the first 10,000 training images (one data_batch file) and all test images, 5 epochs,
-seeds 0, 1, 2, one thread of an AMD EPYC (Zen 5, AVX-512), torch 2.13: test accuracy fused 52.80,
-53.35, 52.50 %, stock 52.69, 53.55, 53.08 %; an epoch took 0.5 s fused and 2.1 s stock.
+RESULTS
 
-The recipe is plain: Adam, cross-entropy, pixels normalised per channel, no augmentation. Under one
-seed both models start from the same parameters, see the same batches and draw the same dropout
-masks; what is left between them is rounding, and time.
+The folder ``--output`` receives
 
-Under torchrun the processes share each batch (``--batch-size`` images in all) and average their
-gradients, which are those of one process on the whole batch; only the dropout masks differ. The
-first process writes the files.
-
-The output folder (``--output``) receives
-
-- ``checkpoint.pt``: after every epoch, all that is needed to go on. It is replaced whole or not at
-  all, so a run killed at any moment continues with ``--resume``, and on the same machine with the
-  same number of threads its result is, on the CPU, the uninterrupted run's to the bit. ``--resume``
-  takes the settings from the checkpoint; those given on the command line must agree with it, save
-  ``--epochs``, ``--device``, ``--threads`` and ``--model``: the parameters of both models have the
-  same names and shapes, so that either continues what the other began (its files then go to a
-  folder of their own, unless ``--output`` says otherwise). The checkpoint's entry ``"model"`` is a
-  ``state_dict`` for SimpleCNN and FusedSimpleCNN alike.
+- ``checkpoint.pt``: all that is needed to go on, written after every epoch. A run killed at any
+  moment continues with ``--resume``; on the CPU of one machine, with the same number of threads,
+  its result is the uninterrupted run's to the bit. Its settings stay, save ``--epochs``, ``--data``
+  (the same images elsewhere) and ``--model``: either model continues what the other began, in a
+  folder of its own. The entry "model" is a state_dict for both.
 - ``metrics.csv``: one row an epoch. Training loss and accuracy are means over the epoch, with
-  dropout on; ``seconds`` is the training alone, without the test.
-- ``curves.png`` and ``predictions.png``: drawn at the end, for a person to look at.
+  dropout on; ``seconds`` is the training alone.
+- ``curves.png``, with the curves of the ``--compare`` run besides, and ``predictions.png``.
+
+Under torchrun the processes share each batch and average their gradients, which are those of one
+process on the whole batch; only the dropout masks differ.
 
 Exit status: 0 done; 1 stopped on the way, with the last checkpoint whole; 2 bad input, found before
 training; 130 interrupted.
@@ -43,453 +34,709 @@ training; 130 interrupted.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import csv
-import importlib.util
+import hashlib
 import io
+import itertools
 import math
+import os
+import pickle
+import re
+import struct
 import sys
+import tempfile
 import time
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import fusedcnn
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from atomic import write_atomically
-from checkpoints import CHECKPOINT, CheckpointError, first_line, save_checkpoint
-from cifar10 import Batches, DataError, Dataset, channel_statistics, draw_dataset, read_cifar10
-from command_line import (
-    Plan,
-    Settings,
-    UsageError,
-    make_plan,
-    parse_arguments,
-    prepare_output,
-)
-from counting import CountingCrossEntropy
-from processes import Processes, described_by_environment, joined
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "fused": fusedcnn.FusedSimpleCNN,
-    "stock": fusedcnn.SimpleCNN,
-}
-EVALUATION_BATCH = 250
-PICTURED_IMAGES = 40
-COLUMNS = (
-    "epoch",
-    "train_loss",
-    "train_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "seconds",
-    "images_per_second",
-)
+try:
+    from matplotlib.figure import Figure  # without pyplot, which wants a display
+    from tqdm import tqdm
+except ImportError as error:
+    hint = f"{error.name} is missing: pip install 'fusedcnn[examples]'"
+    print(f"train_cifar10.py: error: {hint}", file=sys.stderr)
+    sys.exit(2)
+
+# What torchrun says; one process alone where it says nothing. Rank 0 speaks and writes files.
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-class StoppedError(RuntimeError):
-    """Training cannot go on; the message is one line."""
+class Stop(Exception):  # noqa: N818 (an interruption, as StopIteration is)
+    """Ends the script: an exit status, 2 for bad input and 1 for what comes later, and a line."""
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+def read_batch(path: Path) -> tuple[Tensor, Tensor]:
+    """Read one file of CIFAR-10's binary format: uint8 images [N, 3, 32, 32], int64 labels [N].
+
+    A record is one byte for the label, then 1024 bytes each of red, green and blue, row by row.
+    """
+    data, size = bytearray(path.read_bytes()), 1 + 3 * 32 * 32
+    if not data or len(data) % size:
+        raise Stop(2, f"--data: {path}: expected {size} bytes a record, got {len(data)} bytes")
+    records = torch.frombuffer(data, dtype=torch.uint8).view(-1, size)
+    labels = records[:, 0].long()
+    if (label := labels.max()) > 9:
+        where = f"{path}, record {labels.argmax()}"
+        raise Stop(2, f"--data: expected labels 0 to 9, got {label} in {where}")
+    return records[:, 1:].reshape(-1, 3, 32, 32), labels
+
+
+def read_cifar10(folder: Path) -> tuple[list[Tensor], list[str]]:
+    """Read training images and labels, test images and labels; and the names of the classes."""
+    names, meta = [f"class {label}" for label in range(10)], folder / "batches.meta.txt"
+    try:
+        files = [name for name in os.listdir(folder) if re.fullmatch(r"data_batch_.*\.bin", name)]
+        if not files:
+            raise Stop(2, f"--data: expected data_batch_*.bin files in {folder}, got none")
+        files.sort(key=lambda name: (len(name), name))  # data_batch_10 after data_batch_2
+        parts = zip(*(read_batch(folder / name) for name in files), strict=True)
+        tensors = [*map(torch.cat, parts), *read_batch(folder / "test_batch.bin")]
+        if meta.exists():
+            names = [n for n in meta.read_text("utf-8", "replace").splitlines() if n.strip()]
+    except (OSError, ValueError) as error:  # ValueError: a checkpoint may name impossible folders
+        name, why = getattr(error, "filename", folder), getattr(error, "strerror", error)
+        raise Stop(2, f"--data: cannot read {name}: {why}") from error
+    if len(names) != 10:
+        raise Stop(2, f"--data: {meta}: expected 10 class names, got {len(names)}")
+    return tensors, names
+
+
+def draw_images(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw stripes whose direction, a multiple of 18 degrees, is the class; equally many of each.
+
+    Width, place, colours, contrast and noise are random, so that no pixel gives a class away.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randperm(count, generator=generator) % 10
+    parts, line = [], torch.arange(32.0) - 15.5
+    for part in labels.view(-1, 1, 1, 1).split(1000):  # floats of all would take gigabytes
+        r = torch.rand(len(part), 10, 1, 1, generator=generator).split([1, 1, 1, 1, 3, 3], 1)
+        angle = math.pi / 10 * (part + 0.8 * r[0] - 0.4)
+        across = line * angle.cos() + line.view(-1, 1) * angle.sin()
+        stripes = torch.sin(across * (0.4 + 0.8 * r[1]) + 2 * math.pi * r[2])
+        noise = torch.randn(len(part), 3, 32, 32, generator=generator) * (0.05 + 0.35 * r[3])
+        image = 0.2 + 0.6 * r[4] + (0.8 * r[5] - 0.4) * stripes + noise
+        parts.append((image.clamp(0, 1) * 255).round().to(torch.uint8))
+    return torch.cat(parts), labels
+
+
+def load_data(settings: dict) -> tuple[list[Tensor], dict[str, Any]]:
+    """Read or draw the tensors of ``read_cifar10``; and what a checkpoint says of them."""
+    folder, wanted = settings["data"], [settings["train_images"], settings["test_images"]]
+    if folder is None:
+        wanted = [wanted[0] or 10_000, wanted[1] or 2_000]
+        # Seeds of their own: runs that differ in their seed stay comparable.
+        tensors = [*draw_images(wanted[0], seed=1), *draw_images(wanted[1], seed=2)]
+        names, source = [f"{18 * label} deg" for label in range(10)], "images drawn by the example"
+        # Not a hash of the pixels: another CPU may round a few of them otherwise.
+        fingerprint = f"drawn, version 2, {wanted[0]} + {wanted[1]}"
+    else:
+        tensors, names = read_cifar10(Path(folder))
+        for option, count, images in zip(("train", "test"), wanted, tensors[::2], strict=True):
+            if count is not None and count > len(images):
+                line = f"expected at most {len(images)}, as {folder} has, got {count}"
+                raise Stop(2, f"--{option}-images: {line}")
+        tensors = [tensor[: wanted[i // 2]] for i, tensor in enumerate(tensors)]
+        source, digest = f"CIFAR-10 files of {Path(folder).name!r}", hashlib.sha256()
+        for tensor in tensors:
+            digest.update(str(list(tensor.shape)).encode() + tensor.numpy().tobytes())
+        fingerprint = digest.hexdigest()
+    # One channel at a time, to spare memory. No std below 1: images may be of one colour.
+    moments = [torch.std_mean(c.float(), correction=0) for c in tensors[0].unbind(1)]
+    std, mean = torch.tensor(moments).T.reshape(2, 3, 1, 1)
+    about = {"source": source, "fingerprint": fingerprint, "class_names": names}
+    about |= {"train": len(tensors[0]), "test": len(tensors[2])}
+    return tensors, about | {"mean": mean, "std": std.clamp_min(1)}
 
 
 # ---- model ---------------------------------------------------------------------------------------
+
+MODELS = {"fused": fusedcnn.FusedSimpleCNN, "stock": fusedcnn.SimpleCNN}
 
 
 class Run:
     """A training run: the model and all else that a checkpoint holds."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        data: dict[str, Any],
-        device: torch.device,
-        processes: Processes = Processes(),  # noqa: B008 (it is frozen)
-    ) -> None:
-        self.settings = settings
-        self.processes = processes
-        self.data = data
-        self.device = device
-        torch.manual_seed(settings.seed)
-        self.model = MODELS[settings.model]().to(device)
-        self.parallel = processes.wrap(self.model)
-        if not processes.first:  # the same parameters, but other dropout masks
-            torch.manual_seed(settings.seed + 1_000_003 * processes.rank)
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=settings.lr, fused=device.type in ("cpu", "cuda")
-        )
-        self.criterion = CountingCrossEntropy(device)
-        self.shuffle = torch.Generator().manual_seed(settings.seed)
+    def __init__(self, settings: dict, about: dict, device: torch.device) -> None:
+        self.settings, self.about, self.device = settings, about, device
+        self.mean, self.std = about["mean"].to(device), about["std"].to(device)
+        torch.manual_seed(settings["seed"])
+        self.model = MODELS[settings["model"]]().to(device)
+        parameters = self.model.parameters()
+        self.optimizer = torch.optim.Adam(parameters, lr=settings["lr"], fused=True)
+        if RANK:  # the same parameters, but other dropout masks
+            torch.manual_seed(settings["seed"] + 1_000_003 * RANK)
+        self.shuffle = torch.Generator().manual_seed(settings["seed"])
         self.epoch_start = self.shuffle.get_state()  # before the epoch under way was shuffled
         self.epoch = 0  # finished epochs
         self.step = 0  # finished steps of the epoch under way
-        self.seconds = 0.0  # spent on them
+        self.sums = torch.zeros(2, device=device)  # its losses and right answers, in this process
+        self.seconds = 0.0  # spent on it
         self.history: list[dict[str, float]] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that resuming needs; the inverse of :meth:`load_state_dict`."""
-        cuda = self.device.type == "cuda"
-        return {
-            "settings": asdict(self.settings),
-            "data": self.data,
-            "environment": environment(self.device, self.processes),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": {
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
-                "epoch_start": self.epoch_start,
-            },
-            "epoch": self.epoch,
-            "step": self.step,
-            "loss_sum": self.processes.total(self.criterion.loss_sum).item(),
-            "correct": self.processes.total(self.criterion.correct).item(),
-            "seconds": self.seconds,
-            "history": self.history,
+        self.environment = {  # may change the last bits of a result, besides the settings
+            "torch": str(torch.__version__),  # a subclass of str, which weights_only would refuse
+            "device": device.type,
+            "threads": torch.get_num_threads(),
+            "processes": WORLD_SIZE,
         }
 
+    def totals(self) -> list[float]:
+        """The sums over all processes, which all have to ask for them; waits for the device."""
+        sums = self.sums.clone()
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        return sums.tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that resuming needs; ``check`` says what each entry may be."""
+        loss_sum, correct = self.totals()
+        state = {"format": FORMAT, "settings": self.settings, "data": self.about}
+        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        random = {"cpu": torch.get_rng_state(), "cuda": cuda, "epoch_start": self.epoch_start}
+        state |= {"environment": self.environment, "random": random, "history": self.history}
+        state |= {"epoch": self.epoch, "step": self.step, "seconds": self.seconds}
+        return state | {"loss_sum": loss_sum, "correct": int(correct)}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where ``state`` was written; settings stay as they are."""
+        """Go on from where a checked ``state`` was written; the settings stay as they are."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         random = state["random"]
-        if self.processes.first:  # the others' dropout starts anew
+        if RANK == 0:  # the others' dropout starts anew
             torch.set_rng_state(random["cpu"])
             if self.device.type == "cuda" and random["cuda"] is not None:
                 torch.cuda.set_rng_state(random["cuda"], self.device)
-            self.criterion.set(state["loss_sum"], state["correct"])
+            self.sums.copy_(torch.tensor([state["loss_sum"], state["correct"]]))
         self.epoch_start = random["epoch_start"]
         self.shuffle.set_state(self.epoch_start)
         self.epoch, self.step = state["epoch"], state["step"]
-        self.seconds = state["seconds"]
-        self.history = list(state["history"])
+        self.seconds, self.history = state["seconds"], state["history"]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images as the model takes them; they are kept as bytes, a quarter of the memory."""
+        return (images - self.mean).div_(self.std)
 
 
-def environment(device: torch.device, processes: Processes) -> dict[str, str | int]:
-    """What may change the last bits of a result besides the settings."""
-    return {
-        "torch": str(torch.__version__),  # a subclass of str, which weights_only would refuse
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "processes": processes.size,
-    }
+# ---- training step -------------------------------------------------------------------------------
 
 
-# ---- training ------------------------------------------------------------------------------------
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, batch: int
+) -> Tensor:
+    """One step on a batch; returns the sum of the losses and the number of right answers, [2].
 
-
-def train_epoch(run: Run, data: Batches, after_step: Callable[[], None]) -> dict[str, float]:
-    """Train on every image once, or finish the epoch that a checkpoint was written in.
-
-    Returns:
-        The training columns of the metrics.
+    With several processes, ``images`` are this one's share of the ``batch`` that all have together,
+    perhaps none, and ``model`` is wrapped in DistributedDataParallel.
     """
-    from tqdm import tqdm  # main() has seen that it is there
-
-    size = run.settings.batch_size
-    order = torch.randperm(len(data), generator=run.shuffle).to(run.device)
-    batches = order.split(size)
-    done = min(run.step * size, len(data))
-    seen = done  # by this process's sums, which the first has taken over from a checkpoint
-    run.parallel.train()
-    # Set anew at every pause, so that pauses do not count.
-    started = time.perf_counter()
-    with tqdm(
-        total=len(data),
-        initial=done,
-        desc=f"epoch {run.epoch + 1}/{run.settings.epochs}",
-        unit=" images",
-        leave=False,
-        # No bar where stderr is a file.
-        disable=None if run.processes.first else True,
-    ) as bar:
-        for index in batches[run.step :]:
-            share = run.processes.share(index)
-            if run.processes.size > 1:
-                # The average over the processes is then the mean over the batch.
-                run.criterion.divisor = len(index) / run.processes.size
-            images, labels = data.gather(share)
-            fusedcnn.train_step(run.parallel, run.criterion, run.optimizer, images, labels)
-            run.step += 1
-            done += len(index)
-            seen += len(share)
-            # Twenty looks at the running sums an epoch: each waits for the device.
-            if not bar.disable and run.step % max(1, len(batches) // 20) == 0:
-                loss, accuracy = run.criterion.loss_sum / seen, run.criterion.correct / seen
-                sums = {"loss": f"{loss:.4f}", "accuracy": f"{accuracy:.2%}"}
-                bar.set_postfix(sums, refresh=False)
-                bar.update(done - bar.n)
-            now = time.perf_counter()
-            run.seconds += now - started
-            after_step()
-            started = time.perf_counter()
-    loss_sum = run.processes.total(run.criterion.loss_sum).item()
-    correct = run.processes.total(run.criterion.correct).item()
-    run.seconds += time.perf_counter() - started  # the device has finished only now
-    return {
-        "train_loss": loss_sum / len(data),
-        "train_accuracy": correct / len(data),
-        "seconds": run.seconds,
-        "images_per_second": len(data) / run.seconds,
-    }
+    optimizer.zero_grad()
+    logits = model(images)
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    # DistributedDataParallel averages gradients, which divides them by WORLD_SIZE.
+    (loss * WORLD_SIZE / batch).backward()
+    optimizer.step()
+    return torch.stack([loss.detach(), (logits.argmax(1) == labels).sum().to(loss)])
 
 
 @torch.no_grad()
-def predict(model: nn.Module, data: Batches) -> Tensor:
-    """The logits [N, num_classes] of all images, with dropout off."""
-    model.eval()
-    everything = torch.arange(len(data), device=data.labels.device)
-    return torch.cat([model(data.gather(index)[0]) for index in everything.split(EVALUATION_BATCH)])
+def predict(run: Run, images: Tensor) -> Tensor:
+    """The logits [N, 10], with dropout off."""
+    run.model.eval()
+    return torch.cat([run.model(run.normalise(part)) for part in images.split(250)])
 
 
-def evaluate(model: nn.Module, data: Batches) -> dict[str, float]:
-    """The test columns of the metrics."""
-    logits = predict(model, data)
-    return {
-        "test_loss": F.cross_entropy(logits, data.labels).item(),
-        "test_accuracy": (logits.argmax(1) == data.labels).sum().item() / len(data),
-    }
+# ---- checkpoints: written whole or not at all, checked before anything in them is believed -------
+
+FORMAT = "fusedcnn examples/train_cifar10.py, version 2"
+COLUMNS = ["epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]
+COLUMNS += ["seconds", "images_per_second"]
 
 
-def train(run: Run, train_data: Batches, test_data: Batches, output: Path, every: int) -> None:
-    """Train up to ``settings.epochs``, writing checkpoint and metrics after each epoch.
+class Kind(NamedTuple):
+    """What a value may be, in a checkpoint and on the command line."""
 
-    Args:
-        run: starts from where it stands.
-        train_data: to learn from.
-        test_data: to measure with.
-        output: folder for the files.
-        every: steps between checkpoints within an epoch; 0: none.
+    type: type
+    text: str
+    allows: Callable[[Any], bool]
+    or_none: bool = False
 
-    Raises:
-        StoppedError: a file cannot be written, or the loss is no longer a number; the last
-            checkpoint is whole.
+    def __call__(self, text: str) -> Any:
+        """Parse an argument, for argparse."""
+        with contextlib.suppress(ValueError):
+            if self.allows(value := self.type(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {self.text}, got {text!r}")
+
+
+def whole(low: int, high: int = 2**63 - 1) -> Kind:
+    """Whole numbers within limits."""
+    return Kind(int, f"a whole number from {low} to {high}", lambda n: low <= n <= high)
+
+
+def like(tensor: Tensor, low: float = -3e38, high: float = 3e38) -> Kind:
+    """Tensors of the same shape and dtype, with values within limits."""
+
+    def allows(got: Tensor) -> bool:
+        return show(got) == show(tensor) and bool(((got >= low) & (got <= high)).all())
+
+    return Kind(Tensor, f"{show(tensor)} with values from {low:g} to {high:g}", allows)
+
+
+LINE = Kind(str, "a printable text", str.isprintable)
+TEXT = Kind(str, "a text", lambda text: True)
+MODEL = Kind(str, "'fused' or 'stock'", MODELS.__contains__)
+RATE = Kind(float, "a finite number over 0", lambda x: 0 < x < math.inf)
+AMOUNT = Kind(float, "a number from 0 to 3e38", lambda x: 0 <= x <= 3e38)
+NOTHING = Kind(type(None), "nothing", lambda value: False)
+
+# What the result depends on: default, values, help.
+SETTINGS: dict[str, tuple[Any, Kind, str]] = {
+    "data": (None, TEXT, "folder of CIFAR-10's binary files; default: images drawn here"),
+    "model": ("fused", MODEL, "fused or stock; default: fused"),
+    "epochs": (8, whole(1), "in all, resumed ones too; default: 8"),
+    "batch_size": (128, whole(1), "images in a batch; default: 128"),
+    "lr": (1e-3, RATE, "Adam's learning rate; default: 1e-3"),
+    "seed": (0, whole(0), "of parameters, order and dropout; default: 0"),
+    "train_images": (None, whole(1, 10**6), "the first of --data (default: all), or drawn (10000)"),
+    "test_images": (None, whole(1, 10**6), "likewise; default: all, or 2000"),
+}
+
+
+def show(value: Any) -> str:
+    """What a value is, or has to be, in less than a line."""
+    if isinstance(value, Kind):
+        return value.text
+    if isinstance(value, Tensor):
+        shape = "nested" if value.is_nested else list(value.shape)
+        return f"a tensor ({value.dtype}, {shape}, {value.layout}, {value.device})"
+    if isinstance(value, (dict, list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    plain = isinstance(value, (str, int, float, type(None)))
+    return repr(value)[:80] if plain else f"a {type(value).__name__}"
+
+
+def checked(expected: Any, got: Any, at: str = "checkpoint") -> Any:
+    """Return a copy of ``got``, in memory of its own, if it is as ``expected``.
+
+    That is a Kind, a dict, list or tuple of what is expected in it, or the value itself. ``at``
+    says where in a file ``got`` was.
     """
+    if isinstance(expected, dict) and isinstance(got, dict):
+        both = ((key, expected.get(key, NOTHING), got.get(key, NOTHING)) for key in expected | got)
+        return {key: checked(one, other, f"{at}[{show(key)}]") for key, one, other in both}
+    if isinstance(expected, Kind):
+        if got is None and expected.or_none:
+            return None
+        if type(got) is expected.type and expected.allows(got):
+            # A tensor's memory may be another's, too, or less than its shape says.
+            copy = type(got) is Tensor
+            return torch.empty(got.shape, dtype=got.dtype).copy_(got) if copy else got
+    elif type(got) is type(expected) and isinstance(got, (list, tuple)):
+        if len(got) == len(expected):
+            both = enumerate(zip(expected, got, strict=True))
+            return type(got)(checked(one, other, f"{at}[{i}]") for i, (one, other) in both)
+    elif type(got) is type(expected) and got == expected:
+        return got
+    came = show(got)
+    if type(got) is Tensor and came in show(expected):
+        came = f"values from {got.min():g} to {got.max():g}"
+    raise Stop(2, f"expected {at} to be {show(expected)}, got {came}")
 
-    def check(loss: float) -> None:
-        if not math.isfinite(loss):
-            raise StoppedError(
-                f"the loss is {loss} in epoch {run.epoch + 1}: start again with a --lr below "
-                f"{run.settings.lr:g}; the checkpoint in {output} is from before"
-            )
 
-    def after_step() -> None:
-        if every and run.step % every == 0:
-            check(run.processes.total(run.criterion.loss_sum).item())
-            save(run, output)
+def is_generator_state(state: Tensor) -> bool:
+    """Whether a CPU generator can go on from this state."""
+    try:
+        torch.Generator().set_state(state)
+    except (RuntimeError, TypeError):
+        return False
+    # Of 624 words, so many are left, and this one is next: torch does not see that they agree.
+    left, _, following = struct.unpack_from("iiQ", state.numpy(), 8)
+    return left + following <= 625
 
-    # So that a run killed in its first epoch can be resumed as well, and so that the metrics
-    # agree with the checkpoint where a kill came between the two.
-    save(run, output)
-    while run.epoch < run.settings.epochs:
-        row = {"epoch": run.epoch + 1, **train_epoch(run, train_data, after_step)}
-        row |= evaluate(run.model, test_data)
-        check(row["train_loss"] + row["test_loss"])
-        run.history.append({column: row[column] for column in COLUMNS})
-        run.epoch_start = run.shuffle.get_state()
-        run.epoch, run.step, run.seconds = run.epoch + 1, 0, 0.0
-        run.criterion.set(0.0, 0)
-        save(run, output)
-        print(describe(row, run.settings.epochs), flush=True)
+
+def check(state: Any) -> dict[str, Any]:
+    """Return a copy of ``state`` if it is what ``Run.state_dict`` may have given."""
+    about = {"source": LINE, "fingerprint": LINE, "class_names": [TEXT] * 10}
+    about |= {"train": whole(1), "test": whole(1)}
+    about |= {key: like(torch.zeros(3, 1, 1), low, 255) for key, low in (("mean", 0), ("std", 1))}
+    settings = {n: kind._replace(or_none=value is None) for n, (value, kind, _) in SETTINGS.items()}
+    # What the rest follows from.
+    first = {"format": FORMAT, "settings": settings, "data": about, "step": whole(0)}
+    first["history"] = Kind(list, "a list", lambda rows: True)
+    got = {key: state.get(key, NOTHING) for key in first} if isinstance(state, dict) else state
+    got = checked(first, got)
+    settings, count, step = got["settings"], got["data"]["train"], got["step"]
+    epochs, steps_per_epoch = len(got["history"]), -(-count // settings["batch_size"])
+    steps = min(epochs * steps_per_epoch + step, 2**24)  # Adam counts in float32, no further
+
+    run = Run(settings, got["data"], torch.device("cpu"))
+    optimizer = run.optimizer.state_dict()
+    for i, parameter in enumerate(run.model.parameters() if steps else ()):
+        optimizer["state"][i] = {
+            "step": like(torch.zeros(()), steps, steps),
+            "exp_avg": like(parameter),
+            "exp_avg_sq": like(parameter, low=0),
+        }
+    cpu = Kind(Tensor, "the state of a CPU generator", is_generator_state)
+    cuda = like(torch.zeros(16, dtype=torch.uint8), 0, 255)._replace(or_none=True)
+    row = dict.fromkeys(COLUMNS, AMOUNT) | {"seconds": RATE}
+    expected = first | {
+        "epoch": epochs,
+        "environment": {"torch": LINE, "device": LINE, "threads": whole(1), "processes": whole(1)},
+        "model": {name: like(tensor) for name, tensor in run.model.state_dict().items()},
+        "optimizer": optimizer,
+        "random": {"cpu": cpu, "cuda": cuda, "epoch_start": cpu},
+        "history": [row | {"epoch": n + 1} for n in range(epochs)],
+        "step": whole(0, steps_per_epoch),
+        "seconds": AMOUNT if step else 0.0,
+        "loss_sum": AMOUNT if step else 0.0,
+        "correct": whole(0, min(step * settings["batch_size"], count)),
+    }
+    return checked(expected, state)
+
+
+def load_checkpoint(path: str | Path, option: str) -> tuple[Path, dict[str, Any]]:
+    """Read and check a checkpoint, or that of a folder, without running code that it may carry."""
+    # os.path's test, unlike Path's, holds where a folder on the way cannot be entered.
+    path = Path(path, "checkpoint.pt") if os.path.isdir(path) else Path(path)
+    try:
+        data = path.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch.load ignores the checksums
+            if (damaged := archive.testzip()) is not None:
+                raise Stop(2, f"wrong checksum of {damaged}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return path, check(state)
+    except OSError as error:
+        why = f"cannot read {path}: {error.strerror}"
+    except Stop as error:
+        why = f"{path}: {error.args[1]}"
+    except pickle.UnpicklingError:
+        why = f"{path}: expected tensors and plain values, got others"
+    except Exception as error:  # zipfile and torch raise a dozen classes on damaged files
+        why = f"{path} is no checkpoint, or damaged: {error}"
+    raise Stop(2, f"{option}: {why}")
+
+
+def write(path: Path, data: bytes) -> None:
+    """Replace a file; at any moment, a reader finds the old or the new one whole."""
+    # In the same folder, since a rename is atomic within a file system; of a fixed name, so that
+    # the next write takes away what a killed one left.
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # or the rename may reach the disk before the bytes
+        os.replace(temporary, path)
+    except OSError as error:
+        line = f"--output: cannot write {path}: {error.strerror}; files already there are whole"
+        raise Stop(1, f"{line}: --resume {path.parent} goes on from the last checkpoint") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def save(run: Run, output: Path) -> None:
     """Write the checkpoint, then the metrics that belong to it; all processes have to call."""
     state = run.state_dict()
-    if not run.processes.first:
-        return
-    with writing(output):
-        save_checkpoint(output / CHECKPOINT, state)
-        write_atomically(output / "metrics.csv", metrics_csv(run.history))
+    losses = [state["loss_sum"], *(value for row in run.history[-1:] for value in row.values())]
+    moments = itertools.chain.from_iterable(m.values() for m in run.optimizer.state.values())
+    finite = all(tensor.isfinite().all() for tensor in (*run.model.parameters(), *moments))
+    if not finite or not all(map(math.isfinite, losses)):
+        where = f"after epoch {run.epoch}, step {run.step}"
+        lower = f"start again with a --lr below {run.settings['lr']:g}"
+        raise Stop(1, f"the loss is not finite {where}: {lower}; {output} holds what was before")
+    if RANK == 0:
+        file = io.BytesIO()
+        torch.save(state, file)
+        write(output / "checkpoint.pt", file.getvalue())
+        rows = [COLUMNS, *([f"{row[column]:.7g}" for column in COLUMNS] for row in run.history)]
+        write(output / "metrics.csv", "".join(",".join(row) + "\n" for row in rows).encode())
+
+
+# ---- training loop -------------------------------------------------------------------------------
+
+
+def train(run: Run, tensors: Sequence[Tensor], output: Path, every: int) -> None:
+    """Train all epochs; save after each, and after ``every`` so many steps (0: not)."""
+    images, labels, test_images, test_labels = tensors
+    epochs, count = run.settings["epochs"], len(labels)
+    model = run.model if WORLD_SIZE == 1 else DistributedDataParallel(run.model)
+    while run.epoch < epochs:
+        order = torch.randperm(count, generator=run.shuffle).to(run.device)
+        batches = order.split(min(run.settings["batch_size"], count))
+        bar = {"desc": f"epoch {run.epoch + 1}/{epochs}", "leave": False}
+        bar |= {"disable": RANK > 0 or None}  # None: where stderr is a file
+        model.train()
+        started = time.perf_counter()
+        for index in tqdm(batches[run.step :], initial=run.step, total=len(batches), **bar):
+            share = index[RANK::WORLD_SIZE]
+            batch = run.normalise(images.index_select(0, share)), labels[share]
+            run.sums += train_step(model, run.optimizer, *batch, len(index))
+            run.step += 1
+            if every and run.step % every == 0:
+                run.seconds += time.perf_counter() - started
+                save(run, output)
+                started = time.perf_counter()
+        train_loss, train_right = (total / count for total in run.totals())
+        run.seconds += time.perf_counter() - started
+        logits = predict(run, test_images)
+        test_loss = F.cross_entropy(logits, test_labels).item()
+        test_right = (logits.argmax(1) == test_labels).sum().item() / len(test_labels)
+        row = [run.epoch + 1, train_loss, train_right, test_loss, test_right]
+        row += [run.seconds, count / run.seconds]
+        run.history.append(dict(zip(COLUMNS, row, strict=True)))
+        run.epoch_start = run.shuffle.get_state()
+        run.epoch, run.step, run.seconds = run.epoch + 1, 0, 0.0
+        run.sums.zero_()
+        save(run, output)
+        losses = f"train loss {train_loss:.4f}  accuracy {train_right:6.2%}   test loss "
+        losses += f"{test_loss:.4f}  accuracy {test_right:6.2%}"
+        speed = f"{row[5]:.2f} s, {row[6]:,.0f} images/s"
+        print(f"epoch {run.epoch}/{epochs}   {losses}   {speed}", flush=True)
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+def draw_curves(runs: Sequence[tuple[str, list[dict]]], title: str) -> Figure:
+    """Loss by epoch and test accuracy by time, from the name and the metrics of each run."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure.suptitle(title, parse_math=False)
+    loss, accuracy = figure.subplots(1, 2)
+    for i, (name, history) in enumerate(runs):
+        column = {key: [row[key] for row in history] for key in COLUMNS}
+        for kind, style in (("train", "--"), ("test", "o-")):
+            values = column[f"{kind}_loss"]
+            loss.plot(column["epoch"], values, style, color=f"C{i}", label=f"{name}, {kind}")
+        seconds = [*itertools.accumulate(column["seconds"])]
+        percent = [100 * share for share in column["test_accuracy"]]
+        label = f"{name}: {percent[-1]:.1f} % in {seconds[-1]:.1f} s"
+        accuracy.plot(seconds, percent, "o-", color=f"C{i}", label=label)
+    loss.set(xlabel="epoch (train: mean over it, with dropout)", ylabel="cross-entropy")
+    loss.xaxis.get_major_locator().set_params(integer=True)
+    accuracy.set(xlabel="seconds of training", ylabel="test accuracy, %")
+    for axes in (loss, accuracy):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    return figure
+
+
+def draw_predictions(
+    images: Tensor, labels: Tensor, logits: Tensor, names: Sequence[str], title: str
+) -> Figure:
+    """Images [N, 3, H, W] with the predicted class and how sure the model is; wrong ones in red."""
+    rows = -(-len(images) // 10)
+    figure = Figure(figsize=(12.5, 1.65 * rows + 0.6), layout="constrained")
+    figure.suptitle(title, parse_math=False)
+    sure, answers = logits.softmax(1).max(1)
+    for i, axes in enumerate(figure.subplots(rows, 10, squeeze=False).flat):
+        axes.set(xticks=[], yticks=[], visible=i < len(images))
+        if i < len(images):
+            right = answers[i] == labels[i]
+            text = {"fontsize": 8, "color": "black" if right else "tab:red", "parse_math": False}
+            axes.imshow(images[i].permute(1, 2, 0).numpy())
+            axes.set_title(f"{names[answers[i]]} {sure[i]:.0%}", **text)
+            axes.set_xlabel("" if right else f"is: {names[labels[i]]}", **text)
+            axes.spines[:].set(edgecolor=text["color"], linewidth=0 if right else 3)
+    return figure
+
+
+def draw(run: Run, tensors: Sequence[Tensor], output: Path, others: list[tuple]) -> None:
+    """Write the curves, and the first test images with what the model takes them for."""
+    images, labels = (tensor[:40] for tensor in tensors[2:])
+    last, what = run.history[-1], f"{type(run.model).__name__}, {run.about['source']}"
+    title = f"{what}: {last['images_per_second']:,.0f} images/s in training"
+    curves = draw_curves([(output.resolve().name, run.history), *others], title)
+    title = f"{what}: {last['test_accuracy']:.1%} of {run.about['test']:,} test images right"
+    sample = (tensor.cpu() for tensor in (images, labels, predict(run, images)))
+    predictions = draw_predictions(*sample, run.about["class_names"], title)
+    for name, figure in (("curves.png", curves), ("predictions.png", predictions)):
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=110)
+        write(output / name, file.getvalue())
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; what is not given is None."""
+    text = "Train SimpleCNN on CIFAR-10, from stock layers or fused."
+    parser = argparse.ArgumentParser("train_cifar10.py", description=text, allow_abbrev=False)
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own misses -1e-3
+
+    def refuse(message: str) -> NoReturn:
+        raise Stop(2, message.removeprefix("argument "))
+
+    parser.error = refuse
+    add = parser.add_argument
+    for name, (_, kind, text) in SETTINGS.items():
+        add(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=text)
+    add("--device", metavar="X", help="such as cpu or cuda:0; default: cuda, else cpu")
+    add("--threads", type=whole(1, 1024), metavar="N", help="default: torch's choice")
+    add("--output", type=Path, metavar="DIR", help="default: runs/<data>-<model>-seed<seed>")
+    add("--overwrite", action="store_true", help="replace the run that --output holds")
+    add("--resume", nargs="?", const="", metavar="PATH", help="file or folder; default: --output")
+    add("--compare", metavar="PATH", help="draw the curves of this run, too")
+    text = "write a checkpoint every N steps, too"
+    add("--checkpoint-steps", type=whole(0), default=0, metavar="N", help=text)
+    return parser.parse_args(arguments)
+
+
+def plan(options: argparse.Namespace) -> tuple[dict, Path, Path | None, dict | None]:
+    """Settings, output folder, and the checkpoint to resume with its state, if any."""
+
+    def folder(settings: dict) -> Path:
+        data = "drawn" if settings["data"] is None else "cifar10"
+        return Path("runs", f"{data}-{settings['model']}-seed{settings['seed']}")
+
+    given = {name: vars(options)[name] for name in SETTINGS if vars(options)[name] is not None}
+    if "data" in given:
+        given["data"] = os.path.abspath(given["data"])  # to be found from other folders, too
+    settings = {name: default for name, (default, _, _) in SETTINGS.items()} | given
+    output, checkpoint, state = options.output or folder(settings), None, None
+    if options.resume is not None:
+        checkpoint, state = load_checkpoint(options.resume or output, "--resume")
+        saved, settings = state["settings"], state["settings"] | given
+        for name in ("batch_size", "lr", "seed"):
+            if settings[name] != saved[name]:
+                line = f"expected {saved[name]} as in {checkpoint}, got {settings[name]}"
+                raise Stop(2, f"--{name.replace('_', '-')}: {line}")
+        if options.output is None:
+            same = settings["model"] == saved["model"]
+            output = checkpoint.parent if same else folder(settings)
+    existing = output / "checkpoint.pt"
+    resumed = checkpoint is not None and os.path.realpath(existing) == os.path.realpath(checkpoint)
+    if os.path.exists(existing) and not resumed and not options.overwrite:
+        line = "--resume continues it, --overwrite replaces it, another --output keeps it"
+        raise Stop(2, f"--output: {output} holds a run already: {line}")
+    return settings, output, checkpoint, state
+
+
+def resume(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
+    """Bring ``run`` to where a checkpoint was written, and say what is not as it was then."""
+    keys = ("source", "train", "test", "fingerprint")
+    then, now = ([about[key] for key in keys] for about in (state["data"], run.about))
+    if then[1:] != now[1:]:
+        texts = (f"{about[0]}, {about[1]} + {about[2]}" for about in (then, now))
+        line = "expected the images of {} ({}), got others ({})".format(checkpoint, *texts)
+        raise Stop(2, f"--data, --train-images, --test-images: {line}")
+    try:
+        run.load_state_dict(state)
+    except RuntimeError as error:  # CUDA has its own opinion of a generator's state
+        raise Stop(2, f"--resume: {checkpoint} does not fit: {error}") from error
+    print(f"resumed {checkpoint}: {run.epoch} epochs and {run.step} steps are done")
+    before = state["environment"] | {"model": state["settings"]["model"]}
+    for name, value in (run.environment | {"model": run.settings["model"]}).items():
+        if before[name] != value:
+            print(f"note: {name} was {before[name]}, is {value}: the result may differ by rounding")
 
 
 @contextlib.contextmanager
-def writing(output: Path) -> Iterator[None]:
-    """Turn a write that failed into one line that says what is safe."""
+def joined(device: torch.device) -> Iterator[None]:
+    """Join torchrun's other processes, by nccl on GPUs and gloo elsewhere."""
+    if WORLD_SIZE > 1:
+        # Its functions keep the process group of the time when it is imported. If that came later,
+        # in DistributedDataParallel, threads of the group would outlive it and abort the process.
+        import torch.distributed.nn.functional  # noqa: F401
+
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:  # all but the first are silent
+        with contextlib.redirect_stdout(None if RANK else sys.stdout):
+            yield
+    finally:
+        if WORLD_SIZE > 1:
+            dist.destroy_process_group()
+
+
+def prepare(options: argparse.Namespace, output: Path) -> torch.device:
+    """See that the device can compute and that files can be written."""
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    name = options.device or gpu
     try:
-        yield
+        device = torch.device(name)
+        torch.ones(1, device=device).add(1).item()
+    except Exception as error:  # by device: RuntimeError, AssertionError, NotImplementedError, ...
+        line = f"--device: expected a device that this torch can use, got {name!r}"
+        raise Stop(2, f"{line}: {error}") from error
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output) as file:
+            file.write(b"for a file may be created on a full disk, but not filled")
     except OSError as error:
-        raise StoppedError(
-            f"--output: cannot write {error.filename or output}: {error.strerror}; files already "
-            f"in {output} are whole: --resume {output} goes on from its last checkpoint"
-        ) from error
-
-
-def metrics_csv(history: Sequence[dict[str, float]]) -> bytes:
-    """The metrics as a CSV file."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([f"{row[column]:.7g}" for column in COLUMNS] for row in history)
-    return text.getvalue().encode()
-
-
-def describe(row: dict[str, float], epochs: int) -> str:
-    """One epoch of the metrics as a line for people."""
-    return (
-        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}   "
-        f"train loss {row['train_loss']:.4f}  accuracy {row['train_accuracy']:6.2%}   "
-        f"test loss {row['test_loss']:.4f}  accuracy {row['test_accuracy']:6.2%}   "
-        f"{row['seconds']:.2f} s, {row['images_per_second']:,.0f} images/s"
-    )
-
-
-def draw(run: Run, data: Dataset, test_data: Batches, output: Path) -> None:
-    """Write the curves, and the first test images with what the model takes them for."""
-    import pictures  # main() has seen that matplotlib is there
-
-    last = run.history[-1]
-    speed = len(run.history) * run.data["train"] / sum(row["seconds"] for row in run.history)
-    what = f"{type(run.model).__name__}, {data.source}"
-    probabilities = predict(run.model, test_data).softmax(1).cpu()[:PICTURED_IMAGES]
-    curves = pictures.draw_curves(run.history, f"{what}: {speed:,.0f} images/s in training")
-    predictions = pictures.draw_predictions(
-        data.test.images[:PICTURED_IMAGES],
-        data.test.labels[:PICTURED_IMAGES],
-        probabilities,
-        data.class_names,
-        f"{what}: {last['test_accuracy']:.1%} of {len(test_data):,} test images right\n"
-        f"(the first {len(probabilities)}, with the predicted class; red: wrong)",
-    )
-    with writing(output):
-        write_atomically(output / "curves.png", curves)
-        write_atomically(output / "predictions.png", predictions)
-
-
-# ---- from the command line on --------------------------------------------------------------------
-
-
-def load_data(settings: Settings) -> Dataset:
-    """Read or draw the images.
-
-    Raises:
-        UsageError: they cannot be read.
-    """
-    if settings.data is None:
-        return draw_dataset(settings.train_images, settings.test_images)
-    try:
-        data = read_cifar10(Path(settings.data))
-    except DataError as error:
-        raise UsageError(f"--data: {error}") from error
-    counts = []
-    for name in ("train", "test"):
-        there = len(getattr(data, name).labels)
-        wanted = getattr(settings, f"{name}_images")
-        if wanted is not None and wanted > there:
-            raise UsageError(
-                f"--{name}-images: expected at most {there}, as many as there are in "
-                f"{settings.data}, got {wanted}"
-            )
-        counts.append(there if wanted is None else wanted)
-    return data.first(*counts)
-
-
-def resume(run: Run, plan: Plan) -> None:
-    """Bring ``run`` to where the checkpoint was written, and say what is not as it was then.
-
-    Raises:
-        UsageError: the checkpoint belongs to other images.
-        CheckpointError: its parameters do not fit.
-    """
-    state, path = plan.state, plan.checkpoint
-    if state["data"].get("fingerprint") != run.data["fingerprint"]:
-        raise UsageError(
-            f"--data, --train-images, --test-images: expected the images of {path} "
-            f"({state['data'].get('source')}, {state['data'].get('train')} + "
-            f"{state['data'].get('test')}), got others "
-            f"({run.data['source']}, {run.data['train']} + {run.data['test']})"
-        )
-    try:
-        run.load_state_dict(state)
-    except Exception as error:  # whatever odd content makes torch raise
-        raise CheckpointError(f"{path} does not fit this model: {first_line(error)}") from error
-    print(f"resumed {path}: {run.epoch} epochs and {run.step} steps are done")
-    before = {"processes": 1, **state["environment"], "model": state["settings"]["model"]}
-    now = {**environment(run.device, run.processes), "model": run.settings.model}
-    for name, value in now.items():
-        if before.get(name) != value:
-            print(
-                f"note: {name} was {before.get(name)}, is {value}: the result may differ from an "
-                "uninterrupted run's by rounding"
-            )
+        line = f"expected a folder that files can be written to, got {output}: {error.strerror}"
+        raise Stop(2, f"--output: {line}") from error
+    return device
 
 
 def run_training(arguments: Sequence[str] | None) -> None:
     """Do what the command line says."""
-    for package in ("tqdm", "matplotlib"):
-        if importlib.util.find_spec(package) is None:
-            raise UsageError(f"{package} is missing: pip install 'fusedcnn[examples]'")
-    options = parse_arguments(arguments)
-    plan = make_plan(options)
-    prepare_output(plan.output)
-    if "threads" in options:
-        torch.set_num_threads(options.threads)
-    local_rank = described_by_environment().local_rank
-    default_device = torch.device("cuda", local_rank) if torch.cuda.is_available() else "cpu"
-    device = torch.device(getattr(options, "device", default_device))
-    with joined(device) as processes:
-        run_process(plan, device, processes, options.checkpoint_steps)
-
-
-def run_process(
-    plan: Plan, device: torch.device, processes: Processes, checkpoint_steps: int
-) -> None:
-    """Do this process's part of it: all of it, unless torchrun has started several."""
-    settings = plan.settings
-    data = load_data(settings)
-    mean, std = channel_statistics(data.train.images)
-    train_data = Batches(data.train, mean, std, device)
-    test_data = Batches(data.test, mean, std, device)
-    about = {
-        "source": data.source,
-        "fingerprint": data.fingerprint,
-        "train": len(train_data),
-        "test": len(test_data),
-        "class_names": data.class_names,
-        "mean": mean,
-        "std": std,
-    }
-    run = Run(settings, about, device, processes)
-    processes.wait()  # nothing is written before all have looked at what is there
-    if plan.checkpoint is not None:
-        resume(run, plan)
-    elif processes.first:
-        with writing(plan.output):
-            for old in ("curves.png", "predictions.png"):  # of the run that --overwrite replaces
-                (plan.output / old).unlink(missing_ok=True)
-
-    workers = "" if processes.size == 1 else f"{processes.size} processes, "
-    print(
-        f"{type(run.model).__name__} on {device}, {workers}{torch.get_num_threads()} threads; "
-        f"{data.source}: {len(train_data)} training and {len(test_data)} test images"
-    )
-    if run.epoch >= settings.epochs:
-        print(f"nothing to train: {run.epoch} of --epochs {settings.epochs} are done")
-    train(run, train_data, test_data, plan.output, checkpoint_steps)
-    if processes.first:
-        draw(run, data, test_data, plan.output)
-    print(f"checkpoint.pt, metrics.csv, curves.png and predictions.png are in {plan.output}")
+    options = parse(arguments)
+    settings, output, checkpoint, state = plan(options)
+    others = []
+    if options.compare is not None:
+        path, other = load_checkpoint(options.compare, "--compare")
+        others.append((path.resolve().parent.name, other["history"]))
+        if not other["history"]:
+            raise Stop(2, f"--compare: expected a run of an epoch or more, got none in {path}")
+    device = prepare(options, output)
+    with joined(device):
+        tensors, about = load_data(settings)
+        tensors = [tensor.to(device) for tensor in tensors]
+        run = Run(settings, about, device)
+        if WORLD_SIZE > 1:
+            dist.barrier()  # nothing is written before all have looked at what is there
+        if state is not None:
+            resume(run, checkpoint, state)
+        workers = f"{WORLD_SIZE} processes, " if WORLD_SIZE > 1 else ""
+        workers += f"{torch.get_num_threads()} threads"
+        images = f"{about['train']} training and {about['test']} test images"
+        print(f"{type(run.model).__name__} on {device}, {workers}; {about['source']}: {images}")
+        save(run, output)  # for a kill in the first epoch, or between a checkpoint and its metrics
+        if state is None and RANK == 0:
+            for name in ("curves.png", "predictions.png"):  # of the run that --overwrite replaced
+                with contextlib.suppress(OSError):
+                    (output / name).unlink()
+        if run.epoch >= settings["epochs"]:
+            print(f"nothing to train: {run.epoch} of --epochs {settings['epochs']} are done")
+        train(run, tensors, output, options.checkpoint_steps)
+        if RANK == 0:
+            draw(run, tensors, output, others)
+        print(f"checkpoint.pt, metrics.csv, curves.png and predictions.png are in {output}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     try:
         run_training(arguments)
-    except (UsageError, CheckpointError) as error:
-        prefix = "--resume: " if isinstance(error, CheckpointError) else ""
-        print(f"train_cifar10.py: error: {prefix}{error}", file=sys.stderr)
-        return 2
-    except StoppedError as error:
-        print(f"train_cifar10.py: stopped: {error}", file=sys.stderr)
-        return 1
+    except Stop as stop:
+        status, line = stop.args
+        line = f"{'stopped' if status == 1 else 'error'}: {line}"
     except KeyboardInterrupt:
-        print(
-            "train_cifar10.py: interrupted; --resume goes on from the last checkpoint",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+        status, line = 130, "interrupted; --resume goes on from the last checkpoint"
+    else:
+        return 0
+    print(f"train_cifar10.py: {' '.join(line.split())}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

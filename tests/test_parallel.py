@@ -43,6 +43,7 @@ def torchrun(*arguments: object, timeout: float = 240) -> subprocess.CompletedPr
 @pytest.mark.parametrize("kind", ["ddp", "ddp_compiled", "fsdp", "dtensor"])
 def test_gradients_are_those_of_one_process_on_the_whole_batch(kind):
     pytest.importorskip("tqdm")
+    pytest.importorskip("matplotlib")
     if kind == "dtensor" and torch.__version__ < (2, 11):
         pytest.skip("torch 2.10 has no max_pool2d for DTensors")
     done = torchrun(ROOT / "tests/distributed_worker.py", kind)
