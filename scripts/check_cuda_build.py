@@ -45,7 +45,7 @@ def build(folder: Path, architectures: list[str]) -> str:
     """Configure and build; the log. Exits with it when that fails."""
     configure = [
         "cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DFUSEDCNN_KERNELS_ONLY=ON",
-        "-DFUSEDCNN_CUDA=ON", "-DFUSEDCNN_CUDA_VERBOSE=ON",
+        "-DFUSEDCNN_CUDA=ON", "-DFUSEDCNN_CUDA_VERBOSE=ON", "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON",
         f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(f'{a}-real' for a in architectures)}",
     ]  # fmt: skip
     log = ""

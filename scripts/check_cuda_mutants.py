@@ -5,7 +5,7 @@ wrong numbers now and then, or never on the machine at hand. For each, only the 
 compiled anew and the self-test (tests/cuda_on_cpu) must fail. A mutant whose text no longer occurs,
 exactly once, in its file is an error too: adapt it, or it checks nothing.
 
-    python scripts/check_cuda_mutants.py BUILD_DIR [--only NAME] [--jobs N]
+    python scripts/check_cuda_mutants.py BUILD_DIR [--only NAME] [--sample N --seed S] [--jobs N]
 
 BUILD_DIR is a build of the kernels alone (-DFUSEDCNN_KERNELS_ONLY=ON), whose compile commands are
 used; it is not changed.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import re
 import shlex
 import shutil
@@ -766,12 +767,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("build", type=Path, help="a build of the kernels alone")
     parser.add_argument("--only", help="mutants whose name contains this")
+    parser.add_argument("--sample", type=int, help="so many of them, drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
     build_ = Build(options.build)
     mutants = [m for m in MUTANTS if not options.only or options.only in m.name]
     if not mutants:
         sys.exit(f"--only: no mutant's name contains {options.only!r}")
+    if options.sample is not None and options.sample < len(mutants):
+        print(f"{options.sample} of {len(mutants)} mutants, seed {options.seed}")
+        mutants = random.Random(options.seed).sample(mutants, options.sample)
     passed, said, seconds = check(build_, None)
     if not passed:
         sys.exit(f"the self-test fails without any mutant: {said}")

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# The folder that CMake compiles an object library's sources into; see cmake/cpu_kernels.cmake.
+# The folder that CMake compiles an object library's sources into; see csrc/cpu/CMakeLists.txt.
 _OBJECT_FOLDER = re.compile(r"fusedcnn_cpu_(?P<isa>\w+)\.dir$")
 
 # A pointer to the C++ runtime's exception handler, not code, that every object may carry.

@@ -156,8 +156,8 @@ print("loaded")
     assert process.stdout == "loaded\n", process.stderr
 
 
-def test_asking_for_cuda_without_a_compiler_fails(tmp_path):
-    """FUSEDCNN_CUDA=ON and no nvcc: an error that names the switch."""
+def configure(tmp_path: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    """CMake on a machine without nvcc."""
     cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
     if cmake is None:
         pytest.skip("no cmake")
@@ -166,14 +166,42 @@ def test_asking_for_cuda_without_a_compiler_fails(tmp_path):
     for tool in ("c++", "cc", "g++", "gcc", "ld", "as", "ar", "ranlib", "make", "sh", "nm"):
         if found := shutil.which(tool):
             (tools / tool).symlink_to(found)
-    process = subprocess.run(
-        [cmake, "-S", ROOT, "-B", tmp_path / "build", "-G", "Unix Makefiles",
-         "-DFUSEDCNN_KERNELS_ONLY=ON", "-DFUSEDCNN_CUDA=ON",
+    return subprocess.run(
+        [cmake, "-S", ROOT, "-B", tmp_path / "build", "-G", "Unix Makefiles", *options,
          "-DCMAKE_IGNORE_PATH=/usr/local/cuda/bin;/usr/local/bin;/usr/bin"],
-        capture_output=True, text=True, env={"PATH": str(tools)},
+        capture_output=True, text=True, env={"PATH": str(tools), **environment},
     )  # fmt: skip
+
+
+def test_asking_for_cuda_without_a_compiler_fails(tmp_path):
+    """FUSEDCNN_CUDA=ON and no nvcc: an error that names the switch."""
+    process = configure(tmp_path, "-DFUSEDCNN_KERNELS_ONLY=ON", "-DFUSEDCNN_CUDA=ON")
     assert process.returncode != 0, process.stdout
     assert "FUSEDCNN_CUDA=ON asks for the CUDA kernels" in " ".join(process.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("library", "why_not"),
+    [
+        ("libtorch_cpu.so", "this torch has no CUDA (FUSEDCNN_CUDA=ON builds them)"),
+        ("libtorch_cuda.so", "no working CUDA compiler (nvcc) was found"),
+    ],
+)
+def test_by_default_cuda_kernels_are_for_a_torch_with_cuda(tmp_path, library, why_not):
+    """Beside one without, nobody asks whether there is nvcc."""
+    torch_folder = tmp_path / "torch"
+    for file in (
+        "include/torch/csrc/stable/library.h",
+        "include/torch/headeronly/util/shim_utils.h",
+        f"lib/{library}",
+    ):
+        (torch_folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (torch_folder / file).touch()
+    process = configure(
+        tmp_path, f"-DPython_EXECUTABLE={sys.executable}", FUSEDCNN_TORCH_DIR=str(torch_folder)
+    )
+    said = [line for line in process.stdout.splitlines() if "CUDA kernels" in line]
+    assert said == [f"-- CUDA kernels: not built, {why_not}"], process.stdout + process.stderr
 
 
 # ---- agreement ----------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ reason: str | None = None
 
 def _why_not_load() -> str | None:
     if not _PATH.is_file():
-        return "built without CUDA kernels (no CUDA compiler was found, or FUSEDCNN_CUDA=OFF)"
+        return "built without CUDA kernels (for a torch without CUDA, without nvcc, or as asked)"
     if torch.version.cuda is None:
         return "this torch has no CUDA"
     return None

@@ -1,6 +1,7 @@
 // Counting checks of the self-test: each prints what it was about when it fails.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 namespace selftest {
@@ -10,6 +11,13 @@ bool check(bool ok, const std::string& what);
 
 // From now on a failure ends the program, with 1.
 void stop_at_first_failure();
+
+// From now on only calls of share `index` of `count` are made. The shares are equal and drawn by a
+// fixed hash of the calls' order; all of them together make the whole.
+void take_share(int64_t index, int64_t count);
+
+// Whether the next call is to be made.
+bool in_share();
 
 int passed();
 int failed();

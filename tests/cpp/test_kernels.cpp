@@ -33,6 +33,7 @@ void test_exact(const Backend& backend, bool quick) {
       for (int layout = 0; layout < static_cast<int>(Layout::kCount); ++layout, ++turn) {
         for (int way = 0; way < ways; ++way) {
           if (quick && (turn + way) % ways != 0) continue;
+          if (!in_share()) continue;
           const Call call{&backend.kernels[k], problem, static_cast<Layout>(layout), way};
           const std::string what = describe(backend, call, one.name);
           check_call(call, operands, want, grads, what);
@@ -79,6 +80,7 @@ void test_special_values(const Backend& backend) {
       const std::vector<double> dense_weight = dense_grad_weight(g, operands, want.code);
       for_covering_kernels(backend, g, [&](const Problem& problem, int k) {
         for (const Layout layout : {Layout::kContiguous, Layout::kPermuted}) {
+          if (!in_share()) continue;
           const Call call{&backend.kernels[k], problem, layout, 0};
           check_call(call, operands, want, grads,
                      describe(backend, call, std::string(case_name) + " with " + data.name),
@@ -99,7 +101,7 @@ void test_special_values(const Backend& backend) {
       const Call call{&backend.kernels[k], problem, Layout::kContiguous, 0};
       const std::string what =
           describe(backend, call, std::string(case_name) + " with NaN and infinite gradients");
-      if (call.kernel->pass == Pass::kForward) return;
+      if (call.kernel->pass == Pass::kForward || !in_share()) return;
       Gradients got;
       run_backward(call, operands, want.code, &got, what);
       if (call.kernel->pass == Pass::kGradInput) {
@@ -120,6 +122,7 @@ void test_optional_arguments(const Backend& backend) {
     const Forward want = forward(g, operands);
     const Gradients grads = backward(g, operands, want.code);
     for_covering_kernels(backend, g, [&](const Problem& problem, int k) {
+      if (!in_share()) return;
       const Call call{&backend.kernels[k], problem, Layout::kContiguous,
                       static_cast<int>(backend.ways.size()) - 1};
       const DataType type = problem.type;
@@ -185,6 +188,7 @@ void test_determinism(const Backend& backend) {
         draw_operands(g, [&] { return random.real(); }, [&] { return random.real(); });
     const std::vector<int32_t> code = forward(g, operands).code;
     for_covering_kernels(backend, g, [&](const Problem& problem, int k) {
+      if (!in_share()) return;
       const int ways = static_cast<int>(backend.ways.size());
       std::vector<Forward> forwards(ways);
       std::vector<Gradients> gradients(ways);

@@ -17,10 +17,11 @@
 namespace {
 
 constexpr char kUsage[] =
-    "usage: fusedcnn_cuda_selftest [--quick] [--stop] [--fuzz COUNT [--seed S]]\n"
+    "usage: fusedcnn_cuda_selftest [--quick] [--share K/N] [--stop] [--fuzz COUNT [--seed S]]\n"
     "  --quick  a quarter of the calls: every kernel, case, type and layout, but not each layout "
     "in\n"
     "           each order of threads\n"
+    "  --share K/N   share K (from 0) of the calls, of N that make the whole together\n"
     "  --stop   ends with the first failure\n"
     "  --fuzz COUNT  instead of all that: as many geometries drawn at random\n"
     "  --seed S      of the random numbers (default: 1)\n";
@@ -45,10 +46,16 @@ int main(int count, char** arguments) {
   bool quick = false;
   int64_t fuzz_count = 0;
   uint64_t seed = 1;
+  int share = 0, shares = 1;
   for (int i = 1; i < count; ++i) {
     const std::string argument = arguments[i];
     if (argument == "--quick") {
       quick = true;
+    } else if (argument == "--share" && i + 1 < count &&
+               std::sscanf(arguments[i + 1], "%d/%d", &share, &shares) == 2 && share >= 0 &&
+               share < shares) {
+      selftest::take_share(share, shares);
+      ++i;
     } else if (argument == "--stop") {
       selftest::stop_at_first_failure();
     } else if (argument == "--fuzz" && i + 1 < count) {

@@ -37,14 +37,10 @@ struct RangeCheck {
 template <typename S>
 FUSEDCNN_INLINE Vector<float> load_third(const S* from) {
   constexpr int kN = kLanes<float>;
-  Vector<int32_t> low, high;
-  FUSEDCNN_UNROLL
-  for (int l = 0; l < kN; ++l) {
-    low[l] = 3 * l < 2 * kN ? 3 * l : 0;
-    high[l] = 3 * l < 2 * kN ? l : kN + 3 * l - (2 * kN - 2);
-  }
-  const auto first = __builtin_shuffle(widen_vector(from), widen_vector(from + kN), low);
-  return __builtin_shuffle(first, widen_vector(from + 2 * kN - 2), high);
+  constexpr auto low = [](int l) { return 3 * l < 2 * kN ? 3 * l : 0; };
+  constexpr auto high = [](int l) { return 3 * l < 2 * kN ? l : kN + 3 * l - (2 * kN - 2); };
+  const auto first = shuffle(widen_vector(from), widen_vector(from + kN), low);
+  return shuffle(first, widen_vector(from + 2 * kN - 2), high);
 }
 
 // to[x] = from[x * stride], x < width, in the accumulation type.
@@ -86,16 +82,10 @@ FUSEDCNN_INLINE void split_row(const T* from, const AxisPhases& axis, T* to, int
   if (axis.step == 1) {
     for (int64_t k = 0; k < count; k += kN) store(to + k, load(from + k));
   } else if (axis.step == 2 && axis.input_phases == 2 && axis.input_phase[0] == 0) {
-    Vector<Int<T>> even, odd;
-    FUSEDCNN_UNROLL
-    for (int l = 0; l < kN; ++l) {
-      even[l] = 2 * l;
-      odd[l] = 2 * l + 1;
-    }
     for (int64_t k = 0; k < count; k += kN) {
       const Vector<T> a = load(from + 2 * k), b = load(from + 2 * k + kN);
-      store(to + k, __builtin_shuffle(a, b, even));
-      store(to + plane_size + k, __builtin_shuffle(a, b, odd));
+      store(to + k, shuffle(a, b, kEven));
+      store(to + plane_size + k, shuffle(a, b, kOdd));
     }
   } else {
     for (int64_t p = 0; p < axis.input_phases; ++p) {
@@ -146,7 +136,7 @@ FUSEDCNN_NOINLINE void pack_band(const ForwardPlan& plan, const Geometry& g, con
     // With the gap behind the plane, where whole vectors end that begin in its last row.
     for (int64_t q = 0; q < plan.w.input_phases; ++q) {
       memset(plane + q * plan.plane_size + end * plan.pitch, 0,
-             ((plan.plane_rows - end) * plan.pitch + kLanes<T>) * sizeof(T));
+             ((plan.plane_rows - end) * plan.pitch + kLanes<T>)*sizeof(T));
     }
   }
   range = check;

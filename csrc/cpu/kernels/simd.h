@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
@@ -79,6 +80,21 @@ template <typename T>
 FUSEDCNN_INLINE Vector<T> broadcast(T value) {
   return value - Vector<T>{};
 }
+
+// Lane l of the result is element pick(l) of `a` followed by `b`. (__builtin_shuffle, whose indices
+// are a vector, is GCC's alone.)
+template <typename V, typename Pick, int... Lanes>
+FUSEDCNN_INLINE V shuffle(V a, V b, Pick pick, std::integer_sequence<int, Lanes...>) {
+  return __builtin_shufflevector(a, b, pick(Lanes)...);
+}
+
+template <typename V, typename Pick>
+FUSEDCNN_INLINE V shuffle(V a, V b, Pick pick) {
+  return shuffle(a, b, pick, std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>{});
+}
+
+constexpr auto kEven = [](int l) { return 2 * l; };
+constexpr auto kOdd = [](int l) { return 2 * l + 1; };
 
 // Keeps a loaded vector in a register. GCC otherwise folds the load into every instruction that
 // uses the value, which costs a load port each time.

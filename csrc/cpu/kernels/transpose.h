@@ -90,22 +90,15 @@ FUSEDCNN_INLINE void store_row(To* to, BlockRow<E> row, int64_t count) {
 template <typename E>
 FUSEDCNN_INLINE void transpose_block(BlockRow<E> (&rows)[kBlock<E>]) {
   constexpr int kN = kBlock<E>;
-  typedef std::conditional_t<sizeof(E) == 1, int8_t,
-                             std::conditional_t<sizeof(E) == 4, int32_t, int64_t>>
-      Index;
-  typedef Index Indices __attribute__((vector_size(kN * sizeof(Index))));
-  Indices low, high;
-  for (int i = 0; i < kN; ++i) {
-    low[i] = static_cast<Index>(i / 2 + i % 2 * kN);
-    high[i] = static_cast<Index>(low[i] + kN / 2);
-  }
+  constexpr auto low = [](int l) { return l / 2 + l % 2 * kN; };
+  constexpr auto high = [](int l) { return l / 2 + l % 2 * kN + kN / 2; };
   FUSEDCNN_UNROLL
   for (int round = 1; round < kN; round *= 2) {
     BlockRow<E> next[kN];
     FUSEDCNN_UNROLL
     for (int i = 0; i < kN / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kN / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kN / 2], high);
+      next[2 * i] = shuffle(rows[i], rows[i + kN / 2], low);
+      next[2 * i + 1] = shuffle(rows[i], rows[i + kN / 2], high);
     }
     FUSEDCNN_UNROLL
     for (int i = 0; i < kN; ++i) rows[i] = next[i];

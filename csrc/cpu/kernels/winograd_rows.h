@@ -13,17 +13,11 @@ namespace {
 // vectors are stored: up to one past the row.
 FUSEDCNN_INLINE void transform_row(const float* from, int64_t width, float* to, int64_t plane) {
   constexpr int kN = kLanes<float>;
-  Vector<int32_t> even, odd;
-  FUSEDCNN_UNROLL
-  for (int l = 0; l < kN; ++l) {
-    even[l] = 2 * l;
-    odd[l] = 2 * l + 1;
-  }
   for (int64_t k = 0; k < width; k += kN) {
     const Vector<float> a = load(from + 2 * k), b = load(from + 2 * k + kN);
     const Vector<float> c = load(from + 2 * k + 2), d = load(from + 2 * k + 2 + kN);
-    const Vector<float> x[4] = {__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, odd),
-                                __builtin_shuffle(c, d, even), __builtin_shuffle(c, d, odd)};
+    const Vector<float> x[4] = {shuffle(a, b, kEven), shuffle(a, b, kOdd), shuffle(c, d, kEven),
+                                shuffle(c, d, kOdd)};
     store(to + k, x[0] - x[2]);
     store(to + plane + k, x[1] + x[2]);
     store(to + 2 * plane + k, x[2] - x[1]);

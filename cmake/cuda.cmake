@@ -14,7 +14,7 @@ set(FUSEDCNN_CUDA_UNITS
   ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_input_windows.cu)
 
 set(FUSEDCNN_CUDA AUTO CACHE STRING
-    "CUDA kernels: AUTO (when a CUDA compiler is found), ON (an error when none is) or OFF")
+    "CUDA kernels: AUTO (where torch has CUDA and a CUDA compiler is found), ON (an error when none is) or OFF")
 set_property(CACHE FUSEDCNN_CUDA PROPERTY STRINGS AUTO ON OFF)
 
 # The default of CMAKE_CUDA_ARCHITECTURES: the GPUs present, else 75-virtual and what the toolkit
@@ -52,6 +52,8 @@ endfunction()
 set(FUSEDCNN_WITH_CUDA OFF)
 if(FUSEDCNN_CUDA STREQUAL "AUTO" AND FUSEDCNN_KERNELS_ONLY)
   # Cross builds, sanitizers and emulators: for the CPU.
+elseif(FUSEDCNN_CUDA STREQUAL "AUTO" AND NOT EXISTS ${FUSEDCNN_TORCH_DIR}/lib/libtorch_cuda.so)
+  message(STATUS "CUDA kernels: not built, this torch has no CUDA (FUSEDCNN_CUDA=ON builds them)")
 elseif(FUSEDCNN_CUDA STREQUAL "AUTO" OR FUSEDCNN_CUDA)
   if(NOT DEFINED ENV{CUDACXX} AND NOT CMAKE_CUDA_COMPILER)
     find_program(FUSEDCNN_NVCC nvcc HINTS $ENV{CUDA_HOME}/bin PATHS /usr/local/cuda/bin)
@@ -95,21 +97,3 @@ function(fusedcnn_compile_cuda target)
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>)
   endif()
 endfunction()
-
-if(FUSEDCNN_WITH_CUDA)
-  # The kernels alone, or with the operators that CMakeLists.txt adds. The CUDA runtime is linked in,
-  # so that no version of it has to be there, and is nobody else's.
-  add_library(fusedcnn_cuda SHARED
-    ${FUSEDCNN_CUDA_UNITS} csrc/cuda/launch.cu csrc/cuda/kernels.cpp csrc/cuda/select.cpp
-    csrc/cuda/c_api.cpp)
-  set_target_properties(fusedcnn_cuda PROPERTIES
-    CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static
-    CUDA_VISIBILITY_PRESET hidden)
-  target_link_libraries(fusedcnn_cuda PRIVATE fusedcnn_options ${CMAKE_DL_LIBS})
-  target_link_options(fusedcnn_cuda PRIVATE
-    LINKER:-z,defs LINKER:--exclude-libs,libcudart_static.a)
-  fusedcnn_compile_cuda(fusedcnn_cuda)
-  string(REPLACE ";" " " architectures "${CMAKE_CUDA_ARCHITECTURES}")
-  set_source_files_properties(csrc/cuda/c_api.cpp PROPERTIES COMPILE_DEFINITIONS
-    "FUSEDCNN_CUDA_TOOLKIT=\"${CMAKE_CUDA_COMPILER_VERSION}\";FUSEDCNN_CUDA_ARCHITECTURES=\"${architectures}\"")
-endif()
