@@ -1,11 +1,11 @@
-r"""The README's table of results, from the committed JSON of one run of bench_block.py.
+r"""The table in docs/benchmarks.md, from the committed JSON of one run of bench_block.py.
 
     python benchmarks/bench_block.py --batch-sizes 1 4 64 256 \
         --json benchmarks/results/bench_block.json
-    python benchmarks/readme_table.py             # writes the table into README.md
-    python benchmarks/readme_table.py --check     # exit status 1 where the README says otherwise
+    python benchmarks/readme_table.py             # writes the table into docs/benchmarks.md
+    python benchmarks/readme_table.py --check     # exit status 1 where the page says otherwise
 
-The text between the README's two marker comments is replaced, and nothing else.
+The text between the page's two marker comments is replaced, and nothing else.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "bench_block.json"
-README = ROOT / "README.md"
-BEGIN = "<!-- benchmarks/readme_table.py writes from here: do not edit -->"
-END = "<!-- benchmarks/readme_table.py writes up to here -->"
+README = ROOT / "docs" / "benchmarks.md"
+BEGIN = "<!-- benchmarks/readme_table.py writes this table: do not edit -->"
+END = "<!-- end of the table -->"
 WIDTH = 120
 
 ROWS = {
