@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/bench_block.json"
-PAGES = [ROOT / "README.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs/benchmarks.md"]
 CHART = ROOT / "docs/_static/speed.svg"
 BEGIN = "<!-- benchmarks/readme_table.py writes this {}: do not edit -->"
 END = "<!-- end of the {} -->"

@@ -96,14 +96,6 @@ def test_command_line():
     assert "selected on this machine" in text
 
 
-def test_command_line_without_a_command():
-    result = subprocess.run(
-        [sys.executable, "-m", "fusedcnn"], capture_output=True, text=True, cwd=Path.home()
-    )
-    assert result.returncode == 2
-    assert "usage" in result.stderr
-
-
 def test_force_selects_and_restores():
     """Nested, and after an exception: what was forced before is forced again."""
     isas = [isa["name"] for isa in build_info()["isas"] if isa["supported"]]

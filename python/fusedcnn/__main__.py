@@ -1,11 +1,23 @@
-"""``python -m fusedcnn info``: build_info for people."""
+"""The command line: ``python -m fusedcnn info`` and ``python -m fusedcnn bench``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 
+import torch
+
+from fusedcnn import _C
 from fusedcnn._ops import build_info
+from fusedcnn.bench import BadInputError, run
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def _print_info(info: dict) -> None:
@@ -35,18 +47,71 @@ def _print_info(info: dict) -> None:
         print(f"device   {device:<9} {what}")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m fusedcnn")
-    commands = parser.add_subparsers(dest="command", required=True)
+def _shape(text: str) -> list[int]:
+    sizes = [int(size) for size in text.split(",")]  # a ValueError is argparse's to report
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"expected sizes of at least 1, got {text!r}")
+    return sizes
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedcnn",
+        description="Conv2d + bias + ReLU + MaxPool2d in one pass, for PyTorch.",
+    )
+    parser.add_argument("--version", action="version", version=f"fusedcnn {_C.version}")
+    commands = parser.add_subparsers(dest="command", metavar="{info,bench}")
     info = commands.add_parser("info", help="what was built and what runs on this machine")
     info.add_argument("--json", action="store_true", help="as JSON")
+    bench = commands.add_parser(
+        "bench",
+        help="your own model before and after fuse: what is fused, times, memory",
+        description="Compare a model's results before and after fuse, then time both on this CPU.",
+    )
+    bench.add_argument(
+        "model", help="package.module:Name or path/to/file.py:Name; a class or function is called"
+    )
+    bench.add_argument(
+        "--input", type=_shape, required=True, action="append", metavar="64,3,32,32",
+        help="shape of the input; once for each argument of forward",
+    )  # fmt: skip
+    bench.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    bench.add_argument("--train", action="store_true", help="training steps, too")
+    bench.add_argument("--threads", type=_positive, help="default: torch's")
+    bench.add_argument(
+        "--seconds", type=float, default=1.0, help="each contender's running time (default: 1)"
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = _parser()
     options = parser.parse_args(arguments)
-    if options.json:
+    if options.command is None:
+        parser.print_help()
+    elif options.command == "bench":
+        try:
+            return run(
+                options.model, options.input, DTYPES[options.dtype], options.train,
+                options.threads or torch.get_num_threads(), options.seconds,
+            )  # fmt: skip
+        except BadInputError as error:
+            print(f"python -m fusedcnn bench: {error}", file=sys.stderr)
+            return 2
+    elif options.json:
         print(json.dumps(build_info(), indent=2))
     else:
         _print_info(build_info())
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,8 +11,8 @@ from fusedcnn._ops import _C  # which imports torch first
 class _Winograd:
     """``fusedcnn.backends.winograd``: may Winograd kernels be chosen on the CPU?
 
-    They are as accurate as the stock layers within a small factor (see the README), but the larger
-    of them decides windows whose outputs are exactly equal by its rounding. Process-wide.
+    They are as accurate as the stock layers within a small factor (docs/accuracy.md), but the
+    largest of them decides windows whose outputs are exactly equal by its rounding. Process-wide.
     """
 
     __slots__ = ()  # setting another name is an error, not a switch without effect

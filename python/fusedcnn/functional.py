@@ -261,7 +261,8 @@ def conv_relu_max_pool2d(
 
     in value and in every gradient: the first maximum of a window takes its gradient, ReLU's
     gradient at 0 is 0, NaN passes through. For the backward it keeps ``input``, ``weight`` and one
-    byte per pooled output instead of three full-size activations.
+    byte per pooled output; the stock layers keep ReLU's output and eight bytes per pooled output
+    instead of that byte.
 
     Args:
         input: [N, C, H, W] or [C, H, W]; float32, float64, bfloat16 or float16; any strides.
