@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 
 import fusedcnn
@@ -310,6 +311,30 @@ class ObjectOfLayers(Base):
         return first_two(self.taps.deep["layers"][0], images)
 
 
+class ListWithALayer(Base):
+    """Objects that hold more than what they list, and objects without __dict__."""
+
+    class Tagged(list):
+        pass
+
+    def __init__(self):
+        super().__init__()
+        self.taps = self.Tagged()
+        self.taps.layers = self.features
+
+    def run(self, images):
+        return first_two(self.taps.layers, images)
+
+
+class PartialOfLayers(Base):
+    def __init__(self):
+        super().__init__()
+        self.tap = functools.partial(first_two, self.features)
+
+    def run(self, images):
+        return self.tap(images)
+
+
 class FunctionOfLayers(Base):
     def __init__(self):
         super().__init__()
@@ -417,7 +442,8 @@ IN_PARTS = [
     NamedByWalrus, Children, NamedChildren, OwnChildren, Modules, Table, Attributes, ByGetattr,
     ByVars, BySubmodule, ForwardAlone, Handed, HandedWhole, HandedByKeyword, HandedToAModule,
     Checkpointed, Helper, Property, Super, OldSuper, SuperChildren, NestedFunction, Grandchild,
-    BesideItself, ListOfLayers, ObjectOfLayers, FunctionOfLayers, DefaultOfAFunction, MethodList,
+    BesideItself, ListOfLayers, ObjectOfLayers,
+    ListWithALayer, PartialOfLayers, FunctionOfLayers, DefaultOfAFunction, MethodList,
     Decorated, OverriddenGetattr, InAModuleList, SharedByTwo, NotChildrenButFollowed,
     HeldConvolution,
 ]  # fmt: skip
@@ -447,6 +473,16 @@ def test_layers_that_may_run_apart_stay(name, inplace):
 # ---- wholes --------------------------------------------------------------------------------------
 
 
+class Config:
+    """An object that holds no layers, and can be called."""
+
+    def __init__(self):
+        self.depth, self.name = [1, 2], "net"
+
+    def __call__(self, images):
+        return images
+
+
 class Whole(Base):
     """Everything that forwards do around a whole call."""
 
@@ -455,7 +491,8 @@ class Whole(Base):
     def __init__(self):
         super().__init__()
         self.head = nn.Conv2d(4, 4, 1)
-        self.act, self.config = torch.relu, types.SimpleNamespace(depth=[1, 2], name="net")
+        self.act, self.config = torch.relu, Config()
+        self.kind = nn.ReLU
         self.register_buffer("mean", torch.zeros(1))
         self.seen = None
 
@@ -470,7 +507,8 @@ class Whole(Base):
         self.count = len(self.features)
         if self.training and self.seen:
             images = images - self.mean
-        images = self.act(self.features(images)) * self.twice
+        images = self.config(self.act(self.features(images))) * self.twice
+        assert self.kind is nn.ReLU
         return self.head(images) + self.head.out_channels + self.count + self.bias(images)
 
     @staticmethod

@@ -196,7 +196,7 @@ def _read(model: nn.Module, root: str, training: bool, tracer: Tracer, graph: fx
     def whole(path: str) -> str:
         return ".".join(p for p in (root, path) if p)
 
-    chains, kept = [], tracer.kept()
+    chains = []
     for node in graph.nodes:
         kind = _kind(node, modules)
         nodes, pool, reason = None, None, ""
@@ -205,7 +205,7 @@ def _read(model: nn.Module, root: str, training: bool, tracer: Tracer, graph: fx
         if nodes is not None:
             pool_node = next(n for n in nodes if _kind(n, modules) == "pool")
             pool = _pool_arguments(pool_node, modules)
-            reason = _why_not(nodes, modules, pool, tracer, kept)
+            reason = _why_not(nodes, modules, pool, tracer)
         elif kind in ("pool", "other pool"):
             nodes, reason = _near_miss_at(node, modules)
         if not nodes:
@@ -377,7 +377,6 @@ def _why_not(
     modules: dict[str, nn.Module],
     pool: dict[str, Any] | None,
     tracer: Tracer,
-    kept: set[fx.Node],
 ) -> str:
     """Why a chain must stay as it is, as far as one trace shows; empty where it need not."""
     for node in nodes:
@@ -398,7 +397,7 @@ def _why_not(
     for node in nodes[:-1]:
         if len(node.users) != 1:
             return f"the output of {_label(node)} is used in {len(node.users)} places"
-        if node in kept:
+        if tracer.keeps(node):
             return f"the output of {_label(node)} is kept by the forward, or what is read of it"
     if any(node.meta["modes"] != nodes[0].meta["modes"] for node in nodes):
         return "gradients, autocast or checkpointing are switched in between"

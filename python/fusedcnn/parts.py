@@ -25,8 +25,8 @@ _HARMLESS = frozenset(
 _LOOKING = frozenset({"super", "isinstance", "len", "type", "id"})  # only look at their arguments
 _OPAQUE = frozenset({"eval", "exec", "vars", "locals", "globals"})  # reach what no name shows
 _PLAIN = (
-    *(Tensor, str, bytes, int, float, complex, type(None), slice, range),
-    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+    *(Tensor, str, bytes, int, float, complex, type(None), type, slice, range),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
 )
 
 
@@ -149,15 +149,19 @@ def _is_plain(value: Any, seen: frozenset[int] = frozenset()) -> bool:
     if isinstance(value, _PLAIN) or id(value) in seen:
         return True
     seen |= {id(value)}
-    if isinstance(value, dict):
+    if type(value) is dict:
         return all(_is_plain(v, seen) for item in value.items() for v in item)
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if type(value) in (list, tuple, set, frozenset):
         return all(_is_plain(v, seen) for v in value)
     if isinstance(value, types.FunctionType):
         held = (value.__defaults__, value.__kwdefaults__, value.__closure__)
         return _is_torchs(value) or _is_plain(held, seen)
     if isinstance(value, types.BuiltinFunctionType):
         return isinstance(value.__self__, (types.ModuleType, type, type(None)))
-    if isinstance(value, (nn.Module, type)) or callable(value) or hasattr(type(value), "__get__"):
+    if isinstance(value, nn.Module) or hasattr(type(value), "__get__"):
         return False
-    return hasattr(value, "__dict__") and _is_plain(vars(value), seen)
+    # An object of classes written in Python holds what is in its __dict__.
+    classes = type(value).__mro__[:-1]
+    known = all("__weakref__" in vars(cls) for cls in classes if cls.__base__ is object)
+    known &= not any("__slots__" in vars(cls) for cls in classes)
+    return known and hasattr(value, "__dict__") and _is_plain(vars(value), seen)

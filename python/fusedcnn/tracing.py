@@ -124,19 +124,20 @@ class Tracer(fx.Tracer):
         self._next: tuple[str, int] = ("", 0)
         self._modes = _modes()
         self.switched = False
-        self._symbols: list[tuple[fx.Node, weakref.ref]] = []
+        self._symbols: dict[fx.Node, list[weakref.ref]] = {}
 
     def proxy(self, node):
         """The symbol of a node, remembered as long as anything holds it."""
         symbol = super().proxy(node)
-        self._symbols.append((node, weakref.ref(symbol)))
+        self._symbols.setdefault(node, []).append(weakref.ref(symbol))
         return symbol
 
-    def kept(self) -> set[fx.Node]:
-        """The nodes whose values forward has put somewhere: an attribute, a list outside."""
-        if any(symbol() is not None for _, symbol in self._symbols):
-            gc.collect()  # cycles, which keep nothing for anybody
-        return {node for node, symbol in self._symbols if symbol() is not None}
+    def keeps(self, node: fx.Node) -> bool:
+        """Whether forward has put a node's value somewhere: in an attribute, a list outside."""
+        kept = any(symbol() is not None for symbol in self._symbols[node])
+        if kept:
+            gc.collect()  # cycles keep nothing for anybody
+        return kept and any(symbol() is not None for symbol in self._symbols[node])
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         """Whether the call is one node, not entered."""
