@@ -138,8 +138,7 @@ void direct_row(const Geometry& g, const DirectShared<T>& shared, const T* x, co
 template <typename T>
 FUSEDCNN_INLINE void pool_pixel(const Geometry& g, const T* conv, int64_t stride, int64_t begin,
                                 int64_t oh, int64_t ow, T* values, uint8_t* codes) {
-  Vector<T> best = broadcast(-static_cast<T>(__builtin_inff()));
-  Vector<Int<T>> winner = {};
+  FirstMaximum<T> pool;
   const int64_t y0 = oh * g.h.pool_stride - g.h.pool_padding;
   const int64_t x0 = ow * g.w.pool_stride - g.w.pool_padding;
   for (int64_t ph = 0; ph < g.h.pool_kernel; ++ph) {
@@ -148,19 +147,10 @@ FUSEDCNN_INLINE void pool_pixel(const Geometry& g, const T* conv, int64_t stride
     for (int64_t pw = 0; pw < g.w.pool_kernel; ++pw) {
       const int64_t x = x0 + pw * g.w.pool_dilation;
       if (x < 0 || x >= g.w.conv) continue;
-      const Vector<T> value = load(conv + ((y - begin) * g.w.conv + x) * stride);
-      // The first maximum wins; NaN beats everything, a later NaN too, as in torch.
-      const auto wins = (value > best) | (value != value);
-      best = wins ? value : best;
-      winner = wins ? broadcast(static_cast<Int<T>>(ph * g.w.pool_kernel + pw)) : winner;
+      pool.see(load(conv + ((y - begin) * g.w.conv + x) * stride), ph * g.w.pool_kernel + pw);
     }
   }
-  const auto off = best <= Vector<T>{};  // false for NaN, which ReLU lets through
-  store(values, off ? Vector<T>{} : best);
-  winner = off ? broadcast(static_cast<Int<T>>(kOff<uint8_t>)) : winner;
-  typedef typename LaneBytesOf<T>::Type LaneBytes;
-  const LaneBytes bytes = __builtin_convertvector(winner, LaneBytes);
-  memcpy(codes, &bytes, sizeof bytes);
+  pool.finish(values, codes);
 }
 
 template <typename S>

@@ -11,15 +11,19 @@
 // A task owns a band of pooled rows of one image; tiles are numbered row by row:
 //   X  [runs][4 tile rows + 2][4 tile cols + 2][kRun]  the padded image, runs of kRun channels
 //   V  [runs][36][kTiles + 1][kRun]             B^T d B of one strip of tiles
-//   U  [blocks][36][C][Z * lanes]               weights of Z vectors of output channels
+//   U  [blocks][36 + 9][C][Z * lanes]           weights of Z vectors of output channels, then g
 //   M  [36][kTiles * Z + 1] vectors             products, summed over channels
 // Strides are constants and no powers of two: a tile's 36 addresses then cost no arithmetic, and
 // its elements do not share a few sets of the L1 cache.
 //   P  [windows][out channels]                  pooled values and codes of the band
+// A tile that is uneven (uneven_tiles.h), or holds what a transform could make overflow, is summed
+// tap by tap instead.
 #pragma once
 
 #include "cpu/kernel.h"
+#include "cpu/kernels/forward_direct.h"
 #include "cpu/kernels/patches.h"
+#include "cpu/kernels/uneven_tiles.h"
 #include "cpu/kernels/winograd.h"
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
@@ -32,7 +36,8 @@ constexpr float kB = 1.41421356237309505f;  // b; b * b = 2
 // T broadcasts and Z loads for T Z FMAs. 32 registers: 8 x 2 (10 loads for 16 FMAs, and 16 chains
 // where 8 hide the latency). 16 registers: 4 x 2. A strip's V and M stay in L1 together.
 constexpr int64_t kTiles = kRegisters >= 32 ? 8 : 4;
-constexpr int64_t kRun = 16;  // input channels
+constexpr int64_t kRun = 16;           // input channels
+constexpr int kTileElements = 36 + 9;  // of U
 constexpr int64_t kVStride = (kTiles + 1) * kRun;
 template <int Z>
 constexpr int64_t kMStride = (kTiles * Z + 1) * kLanes<float>;
@@ -177,7 +182,7 @@ template <int Z>
 void strip_tiles(const WinogradShared& shared, int64_t channels, int64_t first, int64_t count,
                  const float* v, float* m, const TileOutput* outputs, Ahead& ahead) {
   constexpr int kN = kLanes<float>;
-  const float* u = shared.weights + first * channels * 36;
+  const float* u = shared.weights + first * channels * kTileElements;
   for (int64_t e = 0; e < 36; ++e) {
     ahead.step();
     multiply_tiles<Z>(count, v + e * kVStride, channels, u + e * channels * Z * kN,
@@ -193,13 +198,21 @@ void strip_tiles(const WinogradShared& shared, int64_t channels, int64_t first, 
   }
 }
 
+// The columns of X that hold pixels of the image; zeros around them.
+struct PackedCols {
+  int64_t left, width;
+};
+
+inline PackedCols packed_cols(const Geometry& g, int64_t cols) {
+  const int64_t left = smaller(g.w.padding, cols);
+  return {left, larger<int64_t>(0, smaller(g.w.in, cols - left))};
+}
+
 // Copies the band's part of one run of channels into X. image: the run's first channel.
 template <typename S>
 void pack_pixels(const Geometry& g, const S* image, Strides s, int64_t channels, int64_t first_out,
-                 int64_t rows, int64_t cols, float* x, RangeCheck<float>& range) {
-  constexpr int kN = kLanes<float>;
-  const int64_t left = smaller(g.w.padding, cols);
-  const int64_t width = larger<int64_t>(0, smaller(g.w.in, cols - left));
+                 int64_t rows, int64_t cols, float* x) {
+  const auto [left, width] = packed_cols(g, cols);
   for (int64_t y = 0; y < rows; ++y, x += cols * kRun) {
     const int64_t h = 2 * first_out - g.h.padding + y;
     // Channels past the last are multiplied by no weight, but must not be NaN by chance.
@@ -209,7 +222,41 @@ void pack_pixels(const Geometry& g, const S* image, Strides s, int64_t channels,
     memset(x, 0, left * kRun * sizeof(float));
     read_pixels(image + h * s.h, s, inside, kRun, width, channels);
     memset(inside + width * kRun, 0, (cols - left - width) * kRun * sizeof(float));
-    for (int64_t k = 0; k < width * kRun; k += kN) range.see(load(inside + k));
+  }
+}
+
+// The windows of one tile and Z vectors of output channels, tap by tap. x: the tile's first pixel;
+// runs of channels `x_size` apart, rows `row`.
+template <int Z>
+void sum_tile(const WinogradShared& shared, int64_t channels, int64_t first, const float* x,
+              int64_t x_size, int64_t row, TileOutput to) {
+  constexpr int kN = kLanes<float>;
+  constexpr int64_t kTaps[3] = {0, kRun, 2 * kRun};
+  const int64_t tap = channels * Z * kN;
+  const float* g = shared.weights + first * channels * kTileElements + 36 * tap;
+  to.values += first;
+  to.codes += first;
+  for (int64_t half = 0; half < (to.has_below ? 2 : 1); ++half, x += 2 * row) {
+    Vector<float> conv[2][4][Z];
+    for (int64_t y = 0; y < 2; ++y) {
+      for (int64_t c = 0; c < channels; c += kRun) {
+        for (int64_t kh = 0; kh < 3; ++kh) {
+          const bool last = c + kRun >= channels && kh == 2;
+          direct_tile<float, 4, Z>(x + c / kRun * x_size + (y + kh) * row, kRun, kTaps, 3,
+                                   smaller(kRun, channels - c), g + 3 * kh * tap + c * Z * kN, tap,
+                                   last ? shared.bias + first : nullptr, c + kh > 0,
+                                   reinterpret_cast<float*>(conv[y]));
+        }
+      }
+    }
+    for (int64_t side = 0; side < (to.has_right ? 2 : 1); ++side) {
+      for (int z = 0; z < Z; ++z) {
+        FirstMaximum<float> pool;
+        for (int e = 0; e < 4; ++e) pool.see(conv[e / 2][2 * side + e % 2][z], e);
+        const int64_t at = half * to.below + side * to.right + z * kN;
+        pool.finish(to.values + at, to.codes + at);
+      }
+    }
   }
 }
 
@@ -221,21 +268,38 @@ void winograd4_band(const ForwardArgs& args, const WinogradShared& shared, int64
   const int64_t n = task / bands, first_out = task % bands * shared.band;
   const int64_t rows = smaller(shared.band, g.h.out - first_out);
   const int64_t tile_rows = (rows + 1) / 2, tile_cols = (g.w.out + 1) / 2;
+  const int64_t tiles = tile_rows * tile_cols;
   const int64_t channels = g.in_channels, runs = (channels + kRun - 1) / kRun;
   const int64_t x_rows = 4 * tile_rows + 2, x_cols = 4 * tile_cols + 2;
 
   const int64_t x_size = x_rows * x_cols * kRun;
-  float* x = static_cast<float*>(scratch(Slot::kPlanes, runs * x_size * int64_t{sizeof(float)}));
-  RangeCheck<float> range(kModerate);
+  EnergyMap map(tile_rows, tile_cols);
+  float* x = static_cast<float*>(
+      scratch(Slot::kPlanes, (runs * x_size + map.size()) * sizeof(float) + tiles));
+  map.place(x + runs * x_size);
+  uint8_t* uneven = reinterpret_cast<uint8_t*>(x + runs * x_size + map.size());
+  const Strides s = args.input_strides;
+  const S* image = static_cast<const S*>(args.input) + n * s.n;
   for (int64_t run = 0; run < runs; ++run) {
-    const Strides s = args.input_strides;
-    const S* image = static_cast<const S*>(args.input) + n * s.n + run * kRun * s.c;
-    pack_pixels(g, image, s, smaller(kRun, channels - run * kRun), first_out, x_rows, x_cols,
-                x + run * x_size, range);
+    pack_pixels(g, image + run * kRun * s.c, s, smaller(kRun, channels - run * kRun), first_out,
+                x_rows, x_cols, x + run * x_size);
   }
-  if (!range.passed()) {
-    shared.immoderate[task] = 1;
-    return;
+  if (s.w != 1) {
+    pixel_energies<kRun>(x, runs, x_rows * x_cols, map.energy);
+  } else {
+    const PackedCols inside = packed_cols(g, x_cols);
+    for (int64_t y = 0; y < x_rows; ++y) {
+      const int64_t h = 2 * first_out - g.h.padding + y;
+      if (h < 0 || h >= g.h.in) continue;
+      row_energies(image + h * s.h, s.c, channels, inside.width,
+                   map.energy + y * x_cols + inside.left);
+    }
+  }
+  for (int64_t row = 0; row < tile_rows; ++row) {
+    sum_columns(map, row, smaller<int64_t>(4, 2 * rows - 4 * row), 2 * g.w.out);
+  }
+  for (int64_t row = 0; row < tile_rows; ++row) {
+    judge_tiles(map, row, kModerate * kModerate, uneven + row * tile_cols);
   }
 
   const int64_t v_size = runs * 36 * kVStride;
@@ -248,27 +312,42 @@ void winograd4_band(const ForwardArgs& args, const WinogradShared& shared, int64
   float* values = m + kMSize;
   uint8_t* codes = reinterpret_cast<uint8_t*>(values + windows * shared.padded);
 
-  const int64_t strips = (tile_rows * tile_cols + kTiles - 1) / kTiles;
-  Ahead ahead = next_image<S>(args, n, strips * 36);
-  for (int64_t first = 0; first < tile_rows * tile_cols; first += kTiles) {
-    const int64_t count = smaller(kTiles, tile_rows * tile_cols - first);
+  const auto pixel = [&](int64_t tile) {
+    return x + (tile / tile_cols * x_cols + tile % tile_cols) * 4 * kRun;
+  };
+  const auto output = [&](int64_t tile) -> TileOutput {
+    const int64_t row = tile / tile_cols, col = tile % tile_cols;
+    const int64_t at = (2 * row * g.w.out + 2 * col) * shared.padded;
+    return {values + at,           codes + at,        shared.padded, g.w.out * shared.padded,
+            2 * col + 1 < g.w.out, 2 * row + 1 < rows};
+  };
+  Ahead ahead = next_image<S>(args, n, (tiles + kTiles - 1) / kTiles * 36);
+  for (int64_t tile = 0; tile < tiles;) {
     TileOutput outputs[kTiles];
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t row = (first + t) / tile_cols, col = (first + t) % tile_cols;
+    int64_t count = 0;
+    for (; tile < tiles && count < kTiles; ++tile) {
+      if (uneven[tile]) continue;
       for (int64_t run = 0; run < runs; ++run) {
-        transform_tile(x + run * x_size + (4 * row * x_cols + 4 * col) * kRun, x_cols * kRun,
-                       v + run * 36 * kVStride + t * kRun);
+        transform_tile(pixel(tile) + run * x_size, x_cols * kRun,
+                       v + run * 36 * kVStride + count * kRun);
       }
-      const int64_t at = (2 * row * g.w.out + 2 * col) * shared.padded;
-      outputs[t] = {values + at,           codes + at,
-                    shared.padded,         g.w.out * shared.padded,
-                    2 * col + 1 < g.w.out, 2 * row + 1 < rows};
+      outputs[count++] = output(tile);
     }
     int64_t oc = 0;
     for (; oc + 2 * kN <= shared.padded; oc += 2 * kN) {
       strip_tiles<2>(shared, channels, oc, count, v, m, outputs, ahead);
     }
     if (oc < shared.padded) strip_tiles<1>(shared, channels, oc, count, v, m, outputs, ahead);
+  }
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    if (!uneven[tile]) continue;
+    int64_t oc = 0;
+    for (; oc + 2 * kN <= shared.padded; oc += 2 * kN) {
+      sum_tile<2>(shared, channels, oc, pixel(tile), x_size, x_cols * kRun, output(tile));
+    }
+    if (oc < shared.padded) {
+      sum_tile<1>(shared, channels, oc, pixel(tile), x_size, x_cols * kRun, output(tile));
+    }
   }
   const int64_t at = n * args.output_strides.n + first_out * args.output_strides.h;
   write_strip(values, shared.padded, windows, g.out_channels, static_cast<S*>(args.output) + at,
@@ -293,10 +372,11 @@ FUSEDCNN_INLINE void spread_three(Vector<float> g0, Vector<float> g1, Vector<flo
 }
 
 struct Winograd4Transform {
-  static constexpr int kElements = 36;
+  static constexpr int kElements = kTileElements;
   static constexpr int kWide = 2;
 
-  static FUSEDCNN_INLINE void weights(const Vector<float> (&k)[3][3], Vector<float> (&u)[36]) {
+  static FUSEDCNN_INLINE void weights(const Vector<float> (&k)[3][3],
+                                      Vector<float> (&u)[kElements]) {
     Vector<float> half[3][6];
     FUSEDCNN_UNROLL
     for (int x = 0; x < 3; ++x) spread_three(k[0][x], k[1][x], k[2][x], half[x]);
@@ -307,6 +387,8 @@ struct Winograd4Transform {
       FUSEDCNN_UNROLL
       for (int j = 0; j < 6; ++j) u[i * 6 + j] = out[j];
     }
+    FUSEDCNN_UNROLL
+    for (int t = 0; t < 9; ++t) u[36 + t] = k[t / 3][t % 3];
   }
 
   // Of element e and input channel c, in vectors of one output-channel block.

@@ -16,6 +16,30 @@ struct LaneBytesOf {
   typedef uint8_t Type __attribute__((vector_size(kLanes<T>)));
 };
 
+// The pool of one window, and then ReLU, for every lane.
+template <typename T>
+struct FirstMaximum {
+  Vector<T> best = broadcast(-static_cast<T>(__builtin_inff()));
+  Vector<Int<T>> winner = {};
+
+  // The first maximum wins; NaN beats everything, a later NaN too, as in torch.
+  FUSEDCNN_INLINE void see(Vector<T> value, int64_t element) {
+    const auto wins = (value > best) | (value != value);
+    best = wins ? value : best;
+    winner = wins ? broadcast(static_cast<Int<T>>(element)) : winner;
+  }
+
+  // values, codes: [lanes].
+  FUSEDCNN_INLINE void finish(T* values, uint8_t* codes) const {
+    const auto off = best <= Vector<T>{};  // false for NaN, which ReLU lets through
+    store(values, off ? Vector<T>{} : best);
+    typedef typename LaneBytesOf<T>::Type LaneBytes;
+    const LaneBytes bytes = __builtin_convertvector(
+        off ? broadcast(static_cast<Int<T>>(kOff<uint8_t>)) : winner, LaneBytes);
+    memcpy(codes, &bytes, sizeof bytes);
+  }
+};
+
 // Pooled rows of a task, given how many fit the caches: for batches too small to occupy several
 // threads, fewer, so that one large image makes several tasks. Neighbouring bands read some rows
 // twice, which bands of `least` rows can afford. Depends on sizes alone, never on threads.

@@ -1,0 +1,201 @@
+"""Outputs that see ordinary values alone are as accurate as ever, whatever other pixels hold.
+
+A kernel that transforms patches mixes pixels into outputs that do not see them. Here large values
+stand in all sorts of places, and errors are taken where no output of a window sees one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from forcing import KERNELS, run_pass
+from geometries import DTYPES, Block, dtype_name
+from reference import Operands, with_layout
+from torch import Tensor
+
+# The others add up what an output sees, and nothing else.
+TRANSFORMING = [f for f in KERNELS if f.kernel.startswith("winograd")]
+BLOCKS = [
+    Block("few", (2, 3, 20, 20), 16, padding=1),
+    Block("some", (2, 16, 20, 20), 32, padding=1),
+    Block("many", (2, 64, 19, 17), 32, padding=1),
+    Block("wide_padding", (2, 19, 16, 18), 17, padding=2),
+    Block("no_padding", (2, 33, 20, 18), 24),
+]
+by_block = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+
+PLACES = {
+    # Every place within a tile of winograd4, whose tiles lie four pixels apart.
+    **{f"pixel{y}x{x}": [(y, x)] for y, x in ((4, 4), (5, 6), (6, 5), (7, 7), (7, 8), (8, 11))},
+    "corner": [(0, 0)],
+    "edges": [(0, 9), (9, 0), (-1, 6), (6, -1)],
+    "several": [(2, 3), (6, 11), (12, 12), (13, 3)],
+    "row": [(7, slice(None))],
+    "border": [(0, slice(None)), (slice(None), 0), (-1, slice(None)), (slice(None), -1)],
+    "half": [(slice(None), slice(10, None))],
+    "all_but_a_square": [
+        (slice(0, 7), slice(None)),
+        (slice(11, None), slice(None)),
+        (slice(None), slice(0, 7)),
+        (slice(None), slice(11, None)),
+    ],
+}
+CHANNELS = {"all": slice(None), "first": slice(0, 1), "last": slice(-1, None)}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(restore_threads) -> None:
+    """Threads have little to share in such small blocks, and wait for each other busily."""
+    torch.set_num_threads(1)
+
+
+class Case(NamedTuple):
+    """Operands with large values, and where the windows are that see none of them."""
+
+    operands: Operands
+    clean: Tensor  # bool [OH, OW]
+    near: Tensor  # bool [OH, OW]: clean, and close to a large value
+    reference: Tensor  # float64: the output
+    stock: Tensor
+
+
+def windows_that_see(block: Block, mask: Tensor, margin: int) -> Tensor:
+    """Which windows' receptive fields, `margin` pixels wider all around, meet the mask [H, W]."""
+    kernel = 4 + 2 * margin
+    padding = block.padding + margin
+    return F.max_pool2d(F.pad(mask[None, None].double(), [padding] * 4), kernel, 2)[0, 0] > 0
+
+
+def make_case(
+    block: Block, background: str, place: str, channels: str, value: float, dtype: torch.dtype
+) -> Case:
+    """Seeded by the block and the place alone."""
+    generator = torch.Generator().manual_seed(len(block.name) * 100 + len(place))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    out, per_group = block.out_channels, block.input[-3]
+    input = {
+        "normal": lambda: normal(*block.input),
+        "uniform": lambda: torch.rand(block.input, generator=generator),
+        "small": lambda: normal(*block.input).relu() * 1e-3,
+        "zeros": lambda: torch.zeros(block.input),
+    }[background]()
+    mask = torch.zeros(block.input[-2:], dtype=torch.bool)
+    for y, x in PLACES[place]:
+        mask[y, x] = True
+    # All images but the first, which stays as it is.
+    input[1:, CHANNELS[channels]] = input[1:, CHANNELS[channels]].masked_fill(mask, value)
+    weight = normal(*block.weight) / math.sqrt(9 * per_group)
+    bias = normal(out) * (1e-4 if background == "small" else 0.1)
+    operands = Operands(input, weight, bias, None)
+    operands = operands.map(lambda t: t.to(dtype))
+    clean = ~windows_that_see(block, mask, 0)
+    return Case(
+        operands,
+        clean,
+        clean & windows_that_see(block, mask, 2),
+        block.stock(*operands.map(Tensor.double)[:3]),
+        block.stock(*operands[:3]),
+    )
+
+
+def assert_accurate(block: Block, case: Case, what: tuple[object, ...]) -> None:
+    """Every transforming kernel keeps its bound where no large value is seen but some are near.
+
+    The bound is that of reference.py, but for the root of the mean square of the errors: of so few,
+    the largest is large or small by chance.
+    """
+    if not case.near.any():
+        return
+
+    def error(output: Tensor) -> float:
+        error = (output.double() - case.reference)[1:, :, case.near]
+        return error.square().mean().sqrt().item()
+
+    rounding = torch.finfo(case.stock.dtype).eps / 2
+    floor = rounding * case.reference[1:, :, case.near].abs().max().item()
+    for forced in TRANSFORMING:
+        results = run_pass(forced, block, case.operands)
+        if results is None:
+            continue
+        allowed = (4 if forced.kernel == "winograd4" else 2) * error(case.stock) + floor
+        assert error(results["output"]) <= allowed, (str(forced), *what)
+
+
+@by_block
+@pytest.mark.parametrize("place", PLACES)
+def test_large_values(place, block):
+    """No-data marks, raw sensor values, numbers near the largest, NaN: in one channel or in all."""
+    values = (255.0, -9999.0, 65535.0, 1e6, -1e30, math.inf, math.nan)
+    for turn in range(len(place), len(place) + 3):
+        value = values[turn % 7]
+        background = ("normal", "uniform", "small")[turn % 3]
+        channels = ("all", "first", "last")[turn // 2 % 3]
+        case = make_case(block, background, place, channels, value, torch.float32)
+        assert_accurate(block, case, (background, channels, value))
+
+
+@by_block
+@pytest.mark.parametrize("place", PLACES)
+def test_moderately_large_values(place, block):
+    """Either side of where a kernel may begin to mind, in multiples of the background's size.
+
+    A value of one channel weighs as much as the same sum of squares spread over all of them.
+    """
+    for turn, times in enumerate((3, 4, 5, 7, 10, 14, 30, 100), len(place)):
+        background, size = (("normal", 1), ("uniform", 3**-0.5), ("small", 0.7e-3))[turn % 3]
+        channels, spread = (("all", 1), ("first", math.sqrt(block.input[-3])))[turn // 3 % 2]
+        value = times * size * spread
+        case = make_case(block, background, place, channels, value, torch.float32)
+        assert_accurate(block, case, (background, channels, times))
+
+
+@by_block
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=dtype_name)
+def test_half_types(dtype, block):
+    """They are transformed in float32, whose rounding of a large value can exceed their own."""
+    for turn, place in enumerate(PLACES):
+        value = (255.0, -9999.0, 60000.0)[turn % 3]
+        channels = ("all", "first", "last")[turn // 3 % 3]
+        case = make_case(block, "normal", place, channels, value, dtype)
+        assert_accurate(block, case, (place, channels, value))
+
+
+@by_block
+@pytest.mark.parametrize("place", PLACES)
+def test_over_zeros_the_output_is_the_bias(place, block):
+    """Exactly, and where that is not above 0 no gradient flows."""
+    for channels, value in (("all", 3.0), ("first", 1e6), ("last", 1e30)):
+        case = make_case(block, "zeros", place, channels, value, torch.float32)
+        expected = case.operands.bias.view(-1, 1).expand(-1, int(case.clean.sum()))
+        for forced in TRANSFORMING:
+            results = run_pass(forced, block, case.operands)
+            if results is None:
+                continue
+            output = results["output"][:, :, case.clean]
+            assert torch.equal(output, expected.relu().expand_as(output)), (str(forced), value)
+            live = results["code"][:, :, case.clean] != 255
+            assert torch.equal(live, (expected > 0).expand_as(live)), (str(forced), value)
+
+
+@by_block
+def test_an_image_with_large_values_does_not_depend_on_its_batch(block):
+    """Nor do its neighbours, in either layout."""
+    case = make_case(block, "normal", "several", "all", 1e4, torch.float32)
+    for layout in ("contiguous", "channels_last"):
+        many = case.operands.input.repeat(4, 1, 1, 1)
+        together = case.operands._replace(input=with_layout(many, layout))
+        for forced in TRANSFORMING:
+            results = run_pass(forced, block, together)
+            if results is None:
+                continue
+            for n in range(2):
+                alone = case.operands._replace(input=with_layout(many[n : n + 1], layout))
+                for name, result in run_pass(forced, block, alone).items():
+                    assert torch.equal(result[0], results[name][n]), (str(forced), name)
