@@ -146,7 +146,7 @@ FUSEDCNN_NOINLINE void pack_band(const ForwardPlan& plan, const Geometry& g, con
     // With the gap behind the plane, where whole vectors end that begin in its last row.
     for (int64_t q = 0; q < plan.w.input_phases; ++q) {
       memset(plane + q * plan.plane_size + end * plan.pitch, 0,
-             ((plan.plane_rows - end) * plan.pitch + kLanes<T>) * sizeof(T));
+             ((plan.plane_rows - end) * plan.pitch + kLanes<T>)*sizeof(T));
     }
   }
   range = check;
