@@ -131,12 +131,13 @@ BackwardPlan::BackwardPlan(const Geometry& g, int64_t channel_multiple) {
       base[oh * g.w.out + ow] = static_cast<uint32_t>((row * cols + col) * channels);
     }
   }
-  code_offset = std::make_unique<uint32_t[]>(std::max<int64_t>(g.window(), 256));
-  for (int64_t code = 0; code < g.window(); ++code) {
-    const int64_t row = code / g.w.pool_kernel * g.h.pool_dilation * g.h.stride;
-    const int64_t col = code % g.w.pool_kernel * g.w.pool_dilation * g.w.stride;
-    code_offset[code] = static_cast<uint32_t>((row * cols + col) * channels);
-  }
+  // Of windows larger than the padded image the first code that exists may be a large one; its
+  // place is not.
+  pool_kernel_w = static_cast<uint32_t>(g.w.pool_kernel);
+  code_row = static_cast<uint32_t>(g.h.pool_dilation * g.h.stride * cols * channels);
+  code_col = static_cast<uint32_t>(g.w.pool_dilation * g.w.stride * channels);
+  code_offset = std::make_unique<uint32_t[]>(256);
+  for (uint32_t code = 0; code < 256; ++code) code_offset[code] = offset_of(code);
 }
 
 BackwardPlan::~BackwardPlan() = default;

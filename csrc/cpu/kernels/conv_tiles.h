@@ -169,8 +169,8 @@ struct BandScratch {
 
   // conv: the first `rows` pooled rows of all pool phases of block `index`, which counts through
   // [groups][blocks] and has `in_block` output channels.
-  void convolve(const ForwardShared<T>& shared, const Geometry& g, int64_t index, int64_t in_block,
-                int64_t rows) const {
+  FUSEDCNN_NOINLINE void convolve(const ForwardShared<T>& shared, const Geometry& g, int64_t index,
+                                  int64_t in_block, int64_t rows) const {
     constexpr int kN = kLanes<T>;
     const ForwardPlan& plan = shared.plan;
     const int64_t channels = g.in_channels_per_group();

@@ -92,8 +92,8 @@ struct DirectShared {
 // One row of convolution outputs of one block. x: the row's first pixel in X; u: the block's
 // weights; out: [conv cols][Z] vectors.
 template <typename T, int Z>
-void direct_row(const Geometry& g, const DirectShared<T>& shared, const T* x, const T* u,
-                const T* bias, T* out) {
+FUSEDCNN_NOINLINE void direct_row(const Geometry& g, const DirectShared<T>& shared, const T* x,
+                                  const T* u, const T* bias, T* out) {
   constexpr int64_t kWidth = Z * kLanes<T>;
   const int64_t length = shared.length, pixel = g.w.stride * g.in_channels;
   // A chain takes several segments, or a part of one.
@@ -127,16 +127,20 @@ FUSEDCNN_INLINE void for_direct_blocks(const DirectShared<T>& shared, const Body
   if (oc < shared.padded) block.template operator()<1>(oc);
 }
 
-// X for the convolution rows [begin, end) of image n, in this thread's scratch.
-template <typename S>
-const Accumulator<S>* direct_input(const ForwardArgs& args,
-                                   const DirectShared<Accumulator<S>>& shared, int64_t n,
-                                   int64_t begin, int64_t end) {
-  using T = Accumulator<S>;
+// Elements of X for `rows` convolution rows.
+template <typename T>
+int64_t direct_input_size(const Geometry& g, const DirectShared<T>& shared, int64_t rows) {
+  const int64_t x_rows = (rows - 1) * g.h.stride + (g.h.kernel - 1) * g.h.dilation + 1;
+  return x_rows * shared.cols * g.in_channels;
+}
+
+// X for the convolution rows [begin, end) of image n.
+template <typename S, typename T>
+FUSEDCNN_NOINLINE void direct_input(const ForwardArgs& args, const DirectShared<T>& shared,
+                                    int64_t n, int64_t begin, int64_t end, T* x) {
   const Geometry& g = args.geometry;
   const int64_t channels = g.in_channels, row_size = shared.cols * channels;
-  const int64_t x_rows = (end - begin - 1) * g.h.stride + (g.h.kernel - 1) * g.h.dilation + 1;
-  T* x = static_cast<T*>(scratch(Slot::kPlanes, x_rows * row_size * int64_t{sizeof(T)}));
+  const int64_t x_rows = direct_input_size(g, shared, end - begin) / row_size;
   const S* image = static_cast<const S*>(args.input) + n * args.input_strides.n;
   const int64_t left = smaller(g.w.padding, shared.cols);
   const int64_t width = larger<int64_t>(0, smaller(g.w.in, shared.cols - left));
@@ -152,7 +156,6 @@ const Accumulator<S>* direct_input(const ForwardArgs& args,
                 channels, width, channels);
     memset(to + (left + width) * channels, 0, (shared.cols - left - width) * channels * sizeof(T));
   }
-  return x;
 }
 
 // V of one block, for as many convolution rows as X is for.

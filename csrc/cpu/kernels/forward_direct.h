@@ -60,7 +60,9 @@ void direct_band(const ForwardArgs& args, const DirectShared<Accumulator<S>>& sh
   const int64_t pixels = rows * g.w.out;
   int64_t begin, end;
   conv_range(g.h, first_out, rows, begin, end);
-  const T* x = direct_input<S>(args, shared, n, begin, end);
+  T* x = static_cast<T*>(
+      scratch(Slot::kPlanes, direct_input_size(g, shared, end - begin) * int64_t{sizeof(T)}));
+  direct_input<S>(args, shared, n, begin, end, x);
 
   const int64_t conv_size = (end - begin) * g.w.conv * kDirectWide * kN;
   T* conv = static_cast<T*>(scratch(
@@ -116,7 +118,9 @@ const char* why_not_direct(const Problem& problem) {
   }
   for (const Axis* axis : {&g.h, &g.w}) {
     // Only a dilated window can step over the whole input.
-    if (axis->pool_padding > 0 && axis->pool_dilation > 1) return "not for padded, dilated windows";
+    if (axis->pool_padding > 0 && axis->pool_dilation > 1 && !running_maxima(problem)) {
+      return "not for small windows that are padded and dilated";
+    }
   }
   return nullptr;
 }
@@ -125,7 +129,7 @@ void forward_direct(const ForwardArgs& given, const ThreadPool& pool) {
   const ForwardArgs args = laid_down(given);
   const auto run = [&]<typename S>(S) {
     if (args.wide_code) return forward_direct_large<S, int32_t>(args, pool);
-    if (args.geometry.window() >= kLargeWindow) {
+    if (running_maxima({args.geometry, args.type, args.wide_code})) {
       return forward_direct_large<S, uint8_t>(args, pool);
     }
     forward_direct_bands<S>(args, pool);

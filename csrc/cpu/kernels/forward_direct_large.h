@@ -18,16 +18,19 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-// Elements of a window from which on maxima are kept instead of convolution outputs.
-constexpr int64_t kLargeWindow = 36;
 constexpr int64_t kDirectLeastRows = 4;
+
+// Whether the direct kernel keeps maxima instead of convolution outputs.
+FUSEDCNN_INLINE bool running_maxima(const Problem& problem) {
+  return problem.wide_code || problem.geometry.window() >= 36;
+}
 
 // Takes convolution rows of one block of output channels into the maxima. conv: V of the rows
 // [begin, end); maxima: from pooled row `first` on, at the block's first output channel, `padded`
 // elements between pooled outputs.
 template <int Z, typename T>
-void take_block(const Geometry& g, const T* conv, int64_t begin, int64_t end,
-                const Maxima<T>& maxima, int64_t padded, int64_t first) {
+FUSEDCNN_NOINLINE void take_block(const Geometry& g, const T* conv, int64_t begin, int64_t end,
+                                  const Maxima<T>& maxima, int64_t padded, int64_t first) {
   constexpr int kN = kLanes<T>;
   int64_t oh, last, top, bottom, left, right;
   for (pooled_range(g.h, begin, end, oh, last); oh < last; ++oh) {
@@ -83,22 +86,28 @@ struct DirectLarge {
     rows = smaller(slices.rows, larger(kDirectLeastRows, kDirectBandBytes / bytes));
   }
 
-  void take_rows(int64_t n, int64_t part, int64_t begin, int64_t end, const Maxima<T>& maxima,
-                 int64_t first) const {
+  FUSEDCNN_NOINLINE void take_rows(int64_t n, int64_t images, int64_t part, int64_t begin,
+                                   int64_t end, const MaximaOf<T>& maxima_of, int64_t first) const {
     const Geometry& g = args.geometry;
-    const T* x = direct_input<S>(args, shared, n, begin, end);
+    const int64_t x_size = direct_input_size(g, shared, end - begin);
+    T* x = static_cast<T*>(scratch(Slot::kPlanes, images * x_size * int64_t{sizeof(T)}));
+    for (int64_t i = 0; i < images; ++i) {
+      direct_input<S>(args, shared, n + i, begin, end, x + i * x_size);
+    }
     T* conv = static_cast<T*>(
         scratch(Slot::kConv, (end - begin) * g.w.conv * kDirectWide * kN * int64_t{sizeof(T)}));
     Ahead none;
     int64_t block = 0;
     for_direct_blocks(shared, [&]<int Z>(int64_t oc) {
       if (block++ % slices.parts != part) return;
-      direct_block<Z>(g, shared, x, end - begin, oc, conv, none);
-      take_block<Z>(g, conv, begin, end, maxima.at(oc), shared.padded, first);
+      for (int64_t i = 0; i < images; ++i) {
+        direct_block<Z>(g, shared, x + i * x_size, end - begin, oc, conv, none);
+        take_block<Z>(g, conv, begin, end, maxima_of[n + i].at(oc), shared.padded, first);
+      }
     });
   }
 
-  void finish_row(int64_t n, int64_t oh, const Maxima<T>& maxima) const {
+  FUSEDCNN_NOINLINE void finish_row(int64_t n, int64_t oh, const Maxima<T>& maxima) const {
     const Geometry& g = args.geometry;
     C* codes = static_cast<C*>(scratch(Slot::kPatch, row_size * int64_t{sizeof(C)}));
     typedef C Codes __attribute__((vector_size(kN * sizeof(C))));
@@ -110,6 +119,13 @@ struct DirectLarge {
           off ? broadcast(static_cast<Int<T>>(kOff<C>)) : load(maxima.winner + i);
       const Codes narrow = __builtin_convertvector(winner, Codes);
       memcpy(codes + i, &narrow, sizeof narrow);
+    }
+    const bool empty_row = empty_window(g.h, oh);
+    for (int64_t ow = 0; ow < g.w.out; ++ow) {
+      if (!empty_row && !empty_window(g.w, ow)) continue;
+      for (int64_t i = 0; i < shared.padded; i += kN) {
+        store(maxima.best + ow * shared.padded + i, broadcast(-static_cast<T>(__builtin_inff())));
+      }
     }
     const int64_t at = n * args.output_strides.n + oh * args.output_strides.h;
     write_strip(maxima.best, shared.padded, g.w.out, g.out_channels,
@@ -124,11 +140,17 @@ struct DirectLarge {
 template <typename S, typename C>
 void forward_direct_large(const ForwardArgs& args, const ThreadPool& pool) {
   using T = Accumulator<S>;
+  const Geometry& g = args.geometry;
   with_direct_shared<S>(args, pool, [&](const DirectShared<T>& shared) {
     constexpr int64_t kBlock = kDirectWide * kLanes<T>;
-    const Slices slices(args.geometry, (shared.padded + kBlock - 1) / kBlock);
-    const DirectLarge<S, C> engine(args, shared, slices);
-    run_large_windows<T>(args.geometry, slices, pool, engine);
+    // Weights of more than half an L2 come from further away for every image, unless several
+    // images take each block of them.
+    constexpr int64_t kLargeWeights = int64_t{1} << 20;
+    const int64_t weights = shared.padded * g.in_channels * g.taps() * int64_t{sizeof(T)};
+    const int64_t image = direct_input_size(g, shared, g.h.conv) * int64_t{sizeof(T)};
+    const int64_t images = weights > kLargeWeights ? kDirectBandBytes / image : 1;
+    const Slices slices(g, images, (shared.padded + kBlock - 1) / kBlock);
+    run_large_windows<T>(g, slices, pool, DirectLarge<S, C>(args, shared, slices));
   });
 }
 

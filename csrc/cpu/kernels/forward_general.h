@@ -152,7 +152,7 @@ const char* covers_everything(const Problem&) { return nullptr; }
 void forward_general(const ForwardArgs& given, const ThreadPool& pool) {
   const ForwardArgs args = laid_down(given);
   const auto run = [&]<typename S>(S) {
-    if (many_phases(args.geometry)) {
+    if (many_phases<Accumulator<S>>(args.geometry)) {
       return args.wide_code ? forward_general_large<S, int32_t>(args, pool)
                             : forward_general_large<S, uint8_t>(args, pool);
     }

@@ -17,8 +17,22 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-// Whether the general kernel's phase planes would be many and hold few places each.
-FUSEDCNN_INLINE bool many_phases(const Geometry& g) { return g.window() >= 64; }
+// Whether the general kernel's phase planes would be many and hold few places each: their vectors
+// against those of the convolution's rows, a quarter of the latter being worth what pooling by
+// itself costs.
+template <typename T>
+bool many_phases(const Geometry& g) {
+  constexpr int64_t kLargeWindow = 64;
+  constexpr int64_t kSmallWindow = 16;
+  if (g.window() >= kLargeWindow || g.window() < kSmallWindow) return g.window() >= kLargeWindow;
+  constexpr int64_t kN = kLanes<T>;
+  const auto phases = [](const Axis& axis) { return smaller(axis.pool_stride, axis.pool_kernel); };
+  const auto vectors = [](int64_t rows, int64_t cols, const Axis& w) {
+    return (rows * (cols + (w.kernel - 1) * w.dilation / w.stride) + kN - 1) / kN;
+  };
+  return phases(g.h) * phases(g.w) * vectors(g.h.out, g.w.out, g.w) >
+         vectors(g.h.conv, g.w.conv, g.w) * 5 / 4;
+}
 
 // The convolution alone, of `rows` rows: a pool of single outputs.
 inline Geometry without_pool(const Geometry& g, int64_t rows) {
@@ -33,6 +47,31 @@ inline Geometry without_pool(const Geometry& g, int64_t rows) {
   return conv;
 }
 
+// Takes one channel's convolution rows [begin, end) into the maxima of its columns. from: the rows,
+// `pitch` apart; maxima: from pooled row `first` on, the channel's, `row_size` from row to row.
+template <typename T>
+FUSEDCNN_NOINLINE void take_channel(const Axis& h, const T* from, int64_t pitch, int64_t begin,
+                                    int64_t end, const Maxima<T>& maxima, int64_t width,
+                                    int64_t row_size, int64_t first) {
+  constexpr int kN = kLanes<T>;
+  int64_t oh, last, top, bottom;
+  for (pooled_range(h, begin, end, oh, last); oh < last; ++oh) {
+    window_range(h, oh, begin, end, top, bottom);
+    const T* row = from + (oh * h.pool_stride - h.pool_padding - begin) * pitch;
+    const Maxima<T> at = maxima.at((oh - first) * row_size);
+    for (int64_t x = 0; x < width; x += kN) {
+      Vector<T> best = load(at.best + x);
+      Vector<Int<T>> winner = load(at.winner + x);
+      for (int64_t p = top; p < bottom; ++p) {
+        take<T>(load(row + p * h.pool_dilation * pitch + x), broadcast(static_cast<Int<T>>(p)),
+                best, winner);
+      }
+      store(at.best + x, best);
+      store(at.winner + x, winner);
+    }
+  }
+}
+
 // One column's maximum against the best so far, out of their order: of equals the first element of
 // the window wins, of NaNs the last. Vectors or single values.
 template <typename T, typename I>
@@ -45,9 +84,9 @@ FUSEDCNN_INLINE auto beats(T value, I element, T best, I winner) {
 // The maximum of `count` columns, `step` apart, and its element of the window: row x pool_kernel_w
 // + column, of which the first is `column`.
 template <typename T>
-FUSEDCNN_INLINE void across_columns(const T* best, const Int<T>* row, int64_t step, int64_t count,
-                                    int64_t pool_kernel_w, int64_t column, T& value,
-                                    Int<T>& element) {
+FUSEDCNN_NOINLINE void across_columns(const T* best, const Int<T>* row, int64_t step, int64_t count,
+                                      int64_t pool_kernel_w, int64_t column, T& value,
+                                      Int<T>& element) {
   constexpr int kN = kLanes<T>;
   const auto width = static_cast<Int<T>>(pool_kernel_w);
   auto first = static_cast<Int<T>>(column);
@@ -85,6 +124,24 @@ FUSEDCNN_INLINE void across_columns(const T* best, const Int<T>* row, int64_t st
   }
 }
 
+// The same for a vector of windows, a column apart: of `count` columns each, all of its window.
+template <typename T>
+FUSEDCNN_NOINLINE void across_windows(const T* best, const Int<T>* row, int64_t step, int64_t count,
+                                      T* values, Int<T>* elements) {
+  Vector<T> most = load(best);
+  Vector<Int<T>> winner = load(row) * static_cast<Int<T>>(count);
+  for (int64_t k = 1; k < count; ++k) {
+    const Vector<T> next = load(best + k * step);
+    const Vector<Int<T>> element =
+        load(row + k * step) * static_cast<Int<T>>(count) + static_cast<Int<T>>(k);
+    const auto wins = beats(next, element, most, winner);
+    most = wins ? next : most;
+    winner = wins ? element : winner;
+  }
+  store(values, most);
+  store(elements, winner);
+}
+
 template <typename S, typename C>
 struct GeneralLarge {
   using T = Accumulator<S>;
@@ -105,68 +162,60 @@ struct GeneralLarge {
     rows = shared.plan.band;
   }
 
-  void take_rows(int64_t n, int64_t part, int64_t begin, int64_t end, const Maxima<T>& maxima,
-                 int64_t first) const {
+  FUSEDCNN_NOINLINE void take_rows(int64_t n, int64_t, int64_t part, int64_t begin, int64_t end,
+                                   const MaximaOf<T>& maxima_of, int64_t first) const {
     const int64_t out_channels = conv.out_channels_per_group();
+    const Maxima<T> maxima = maxima_of[n];
     BandScratch<T> band(shared.plan, conv.in_channels_per_group());
-    const int64_t blocks = conv.groups * shared.blocks,
-                  in_part = (blocks + slices.parts - 1) / slices.parts;
+    const int64_t blocks = conv.groups * shared.blocks;
+    const int64_t in_part = (blocks + slices.parts - 1) / slices.parts;
     int64_t packed = -1;
     for (int64_t i = part * in_part; i < smaller(blocks, (part + 1) * in_part); ++i) {
       const int64_t group = i / shared.blocks, block = i % shared.blocks;
-      if (group != packed) band.template pack<S>(shared.plan, args, conv, n, packed = group, begin);
+      if (group != packed) band.template pack<S>(shared.plan, args, conv, n, group, begin);
+      packed = group;
       const int64_t in_block =
           smaller<int64_t>(kTileChannels, out_channels - block * kTileChannels);
       band.convolve(shared, conv, i, in_block, end - begin);
       for (int64_t r = 0; r < in_block; ++r) {
         const int64_t oc = group * out_channels + block * kTileChannels + r;
-        take_channel(band.conv + r * band.conv_channel, begin, end, maxima.at(oc * width), first);
+        take_channel(args.geometry.h, band.conv + r * band.conv_channel, shared.plan.pitch, begin,
+                     end, maxima.at(oc * width), width, row_size, first);
       }
     }
   }
 
-  // from: one channel's convolution rows [begin, end), a pitch apart.
-  void take_channel(const T* from, int64_t begin, int64_t end, const Maxima<T>& maxima,
-                    int64_t first) const {
-    const Axis& h = args.geometry.h;
-    const int64_t pitch = shared.plan.pitch;
-    int64_t oh, last, top, bottom;
-    for (pooled_range(h, begin, end, oh, last); oh < last; ++oh) {
-      window_range(h, oh, begin, end, top, bottom);
-      const T* row = from + (oh * h.pool_stride - h.pool_padding - begin) * pitch;
-      const Maxima<T> at = maxima.at((oh - first) * row_size);
-      for (int64_t x = 0; x < width; x += kN) {
-        Vector<T> best = load(at.best + x);
-        Vector<Int<T>> winner = load(at.winner + x);
-        for (int64_t p = top; p < bottom; ++p) {
-          take<T>(load(row + p * h.pool_dilation * pitch + x), broadcast(static_cast<Int<T>>(p)),
-                  best, winner);
-        }
-        store(at.best + x, best);
-        store(at.winner + x, winner);
-      }
-    }
-  }
-
-  void finish_row(int64_t n, int64_t oh, const Maxima<T>& maxima) const {
+  FUSEDCNN_NOINLINE void finish_row(int64_t n, int64_t oh, const Maxima<T>& maxima) const {
     const Geometry& g = args.geometry;
     const Strides s = args.output_strides;
     const bool empty_row = empty_window(g.h, oh);
     for (int64_t oc = 0; oc < g.out_channels; ++oc) {
       const Maxima<T> columns = maxima.at(oc * width);
-      for (int64_t ow = 0; ow < g.w.out; ++ow) {
+      const int64_t at = n * s.n + oc * s.c + oh * s.h;
+      const auto write = [&](int64_t ow, T value, Int<T> element, bool empty) {
+        const bool off = value <= 0;  // false for NaN, which ReLU lets through
+        static_cast<S*>(args.output)[at + ow * s.w] = narrow<S>(off && !empty ? T(0) : value);
+        if (!args.code) return;
+        static_cast<C*>(args.code)[at + ow * s.w] = off ? kOff<C> : static_cast<C>(element);
+      };
+      for (int64_t ow = 0; ow < g.w.out;) {
         int64_t left, right;
         window_range(g.w, ow, 0, g.w.conv, left, right);
         const int64_t x = ow * g.w.pool_stride - g.w.pool_padding + left * g.w.pool_dilation;
-        T value;
-        Int<T> element;
+        T values[kN];
+        Int<T> elements[kN];
+        // A vector of windows that lie side by side, all of them whole.
+        const int64_t beyond = x + kN - 1 + (g.w.pool_kernel - 1) * g.w.pool_dilation;
+        if (g.w.pool_stride == 1 && left == 0 && ow + kN <= g.w.out && beyond < g.w.conv) {
+          across_windows(columns.best + x, columns.winner + x, g.w.pool_dilation, g.w.pool_kernel,
+                         values, elements);
+          for (int l = 0; l < kN; ++l) write(ow + l, values[l], elements[l], empty_row);
+          ow += kN;
+          continue;
+        }
         across_columns(columns.best + x, columns.winner + x, g.w.pool_dilation, right - left,
-                       g.w.pool_kernel, left, value, element);
-        const bool off = value <= 0;  // false for NaN, which ReLU lets through
-        const int64_t at = n * s.n + oc * s.c + oh * s.h + ow * s.w;
-        const bool empty = empty_row || right <= left;
-        static_cast<S*>(args.output)[at] = narrow<S>(off && !empty ? T(0) : value);
-        if (args.code) static_cast<C*>(args.code)[at] = off ? kOff<C> : static_cast<C>(element);
+                       g.w.pool_kernel, left, values[0], elements[0]);
+        write(ow++, values[0], elements[0], empty_row || right <= left);
       }
     }
   }
@@ -178,7 +227,7 @@ void forward_general_large(const ForwardArgs& args, const ThreadPool& pool) {
   const Geometry& g = args.geometry;
   const int64_t blocks =
       g.groups * ((g.out_channels_per_group() + kTileChannels - 1) / kTileChannels);
-  const Slices slices(g, blocks);
+  const Slices slices(g, 1, blocks);
   const Geometry conv = without_pool(g, slices.rows);
   const ForwardPlan plan(conv, sizeof(T), kLanes<T>);
   const ForwardShared<T> shared = share_weights<S>(args, pool, plan);
