@@ -212,6 +212,49 @@ def _pool_arguments() -> list[Block]:
     ]
 
 
+def _large_windows() -> list[Block]:
+    """Pools as large as the map, or larger: over images, over text, overlapping, dilated."""
+    return [
+        Block("global_pool14", (3, 16, 14, 14), 32, padding=1, pool=14),
+        Block("global_pool32x30", (2, 3, 32, 30), 16, padding=1, pool=(32, 30)),
+        Block("global_pool_few", (1, 4, 29, 34), 3, padding=1, pool=(29, 34)),
+        Block("global_pool_depthwise", (9, 17, 11, 12), 17, padding=1, groups=17, pool=(11, 12)),
+        Block("global_pool_shared_out", (1, 16, 32, 31), 32, padding=1, pool=(32, 31)),
+        Block("window_beyond_map", (1, 2, 6, 6), 3, padding=1, pool=600, pool_padding=300),
+        Block("text_kernel", (2, 1, 40, 12), 20, kernel=(3, 12), pool=(38, 1)),
+        Block("text_column", (2, 8, 60, 1), 5, kernel=(3, 1), pool=(58, 1)),
+        Block(
+            "text_column_padded",
+            (2, 8, 60, 1),
+            16,
+            (3, 1),
+            padding=(1, 0),
+            pool=(60, 1),
+            pool_padding=(30, 0),
+        ),
+        Block("text_row", (2, 8, 1, 300), 16, kernel=(1, 3), pool=(1, 298)),
+        Block(
+            "large_overlapping",
+            (1, 3, 24, 40),
+            12,
+            padding=1,
+            pool=(9, 8),
+            pool_stride=(2, 1),
+            pool_padding=4,
+        ),
+        Block(
+            "large_dilated",
+            (1, 2, 31, 30),
+            6,
+            padding=1,
+            pool=(9, 7),
+            pool_stride=(1, 3),
+            pool_padding=3,
+            pool_dilation=(2, 3),
+        ),
+    ]
+
+
 def _networks() -> list[Block]:
     """Blocks of well-known networks, with fewer pixels or channels where theirs are many."""
     return [
@@ -280,6 +323,7 @@ BLOCKS: list[Block] = [
     *_kernel_sizes(),
     *_convolution_arguments(),
     *_pool_arguments(),
+    *_large_windows(),
     *_networks(),
     *_specialised(),
 ]

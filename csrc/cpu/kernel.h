@@ -36,6 +36,16 @@ void parallel_tasks(const ThreadPool& pool, int64_t tasks, const Body& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
+// Working memory. All that one call on one thread asks for, in elements of the accumulation type,
+// is at most
+//   2 x (image + convolution + outputs) + weights, and for grad_weight 16 x weights while that is
+//   less than 8 MB, otherwise weights again
+// image: of one image as far as the kernel sees it, C x (rows + 8) x (cols + 32), padding included;
+// convolution and outputs: OC x (rows + 4) x cols, of one image, before and after the pool;
+// weights: OC x C x the larger of the taps and 36; channels and cols in multiples of 16. It does
+// not grow with the batch beyond 16, nor with the window; each further thread asks for its share of
+// the first term again. Kernels say what they use it for.
+//
 // One kernel of one ISA. `why_not` returns null where the kernel covers the problem and otherwise
 // the reason why it does not. Exactly one of `forward` and `backward` is set; a grad_weight kernel
 // also computes grad_bias.

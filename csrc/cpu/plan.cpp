@@ -123,20 +123,26 @@ BackwardPlan::BackwardPlan(const Geometry& g, int64_t channel_multiple) {
     outer_stride = row_stride;
     segment_stride = g.w.dilation * channels;
   }
+  // Places are counted modulo 2^32, and so are the products that lead to them: those of a window
+  // that reaches far beyond the image can be any.
+  const auto place = [&](int64_t row, int64_t col) {
+    const auto u = [](int64_t value) { return static_cast<uint32_t>(value); };
+    return (u(row) * u(cols) + u(col)) * u(channels);
+  };
   base = std::make_unique<uint32_t[]>(g.outputs());
   for (int64_t oh = 0; oh < g.h.out; ++oh) {
     for (int64_t ow = 0; ow < g.w.out; ++ow) {
-      const int64_t row = (oh * g.h.pool_stride - g.h.pool_padding) * g.h.stride;
-      const int64_t col = (ow * g.w.pool_stride - g.w.pool_padding) * g.w.stride;
-      base[oh * g.w.out + ow] = static_cast<uint32_t>((row * cols + col) * channels);
+      base[oh * g.w.out + ow] = place((oh * g.h.pool_stride - g.h.pool_padding) * g.h.stride,
+                                      (ow * g.w.pool_stride - g.w.pool_padding) * g.w.stride);
     }
   }
-  code_offset = std::make_unique<uint32_t[]>(std::max<int64_t>(g.window(), 256));
-  for (int64_t code = 0; code < g.window(); ++code) {
-    const int64_t row = code / g.w.pool_kernel * g.h.pool_dilation * g.h.stride;
-    const int64_t col = code % g.w.pool_kernel * g.w.pool_dilation * g.w.stride;
-    code_offset[code] = static_cast<uint32_t>((row * cols + col) * channels);
-  }
+  // Of windows larger than the padded image the first code that exists may be a large one; its
+  // place is not.
+  pool_kernel_w = static_cast<uint32_t>(g.w.pool_kernel);
+  code_row = place(g.h.pool_dilation * g.h.stride, 0);
+  code_col = place(0, g.w.pool_dilation * g.w.stride);
+  code_offset = std::make_unique<uint32_t[]>(256);
+  for (uint32_t code = 0; code < 256; ++code) code_offset[code] = offset_of(code);
 }
 
 BackwardPlan::~BackwardPlan() = default;

@@ -69,12 +69,17 @@ struct BackwardPlan {
   int64_t outer_stride;  // elements between outer runs
   int64_t segment_stride;
   Array<uint32_t> base;         // [out_h * out_w] place of window element 0's patch, modulo 2^32
-  Array<uint32_t> code_offset;  // [window, at least 256] what the winner's code adds to it
+  Array<uint32_t> code_offset;  // [256] what the winner's code adds to it, where codes are bytes
+  uint32_t pool_kernel_w, code_row, code_col;  // and what it is made of
 
   // Pixels hold `channel_multiple` times a whole number of elements (1: packed).
   BackwardPlan(const Geometry& g, int64_t channel_multiple);
   ~BackwardPlan();
 
+  // What any code adds to `base`.
+  uint32_t offset_of(uint32_t code) const {
+    return code / pool_kernel_w * code_row + code % pool_kernel_w * code_col;
+  }
   // Elements between the starts of two weights' patches, runs rounded up to whole vectors.
   int64_t run(int64_t lanes) const { return (length + lanes - 1) / lanes * lanes; }
   int64_t patch(int64_t lanes) const { return outer * segments * run(lanes); }

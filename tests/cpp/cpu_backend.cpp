@@ -1,7 +1,10 @@
 #include "cpu_backend.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cfenv>
+#include <map>
+#include <mutex>
 #include <thread>
 
 #include "cpu/scratch.h"
@@ -21,9 +24,16 @@ std::atomic<bool> met_signalling_nan{false};
 // What the latest call did, as Backend::misuse tells it.
 std::string misuse;
 
+// The most of each block of it at a time.
+std::mutex held_mutex;
+std::map<void*, int64_t> held;
+
 void fill_with_stale(void* data, int64_t bytes) {
   fill_memory(data, bytes, stale);
   handed_out += bytes;
+  const std::lock_guard<std::mutex> lock(held_mutex);
+  int64_t& most = held[data];
+  most = std::max(most, bytes);
 }
 
 // Runs body() in this thread and notes the floating-point exception.
@@ -56,12 +66,30 @@ void run_on_three_threads(int64_t tasks, TaskBody body, void* context) {
 constexpr fusedcnn::cpu::ThreadPool kPools[] = {
     {run_in_order}, {run_in_reverse}, {run_on_three_threads}};
 
+// The bytes of working memory that kernel.h allows one call on one thread.
+int64_t allowed_memory(const fusedcnn::Geometry& g, fusedcnn::DataType type) {
+  const auto whole = [](int64_t size) { return (size + 15) / 16 * 16; };
+  const auto seen = [](const fusedcnn::Axis& axis) {
+    return (axis.conv - 1) * axis.stride + (axis.kernel - 1) * axis.dilation + 1;
+  };
+  const int64_t in = whole(g.in_channels), out = whole(g.out_channels);
+  const int64_t image = in * (seen(g.h) + 8) * (seen(g.w) + 32);
+  const int64_t conv = out * (g.h.conv + 4) * whole(g.w.conv);
+  const int64_t outputs = out * (g.h.out + 4) * whole(g.w.out);
+  const int64_t weights = out * in * std::max<int64_t>(g.taps(), 36);
+  const int64_t bytes = type == fusedcnn::DataType::kFloat64 ? 8 : 4;
+  const int64_t partial_sums = std::min(std::min<int64_t>(g.batch, 16) * weights * bytes,
+                                        std::max(weights * bytes, int64_t{8} << 20));
+  return bytes * (2 * (image + conv + outputs) + weights) + partial_sums;
+}
+
 // Runs `body` with memory that holds `content`, in a thread of its own, whose scratch blocks are
 // therefore new and no larger than asked for. Returns the bytes that were handed out.
 template <typename Body>
 int64_t watched(uint64_t content, const Body& body) {
   stale = content;
   handed_out = 0;
+  held.clear();
   met_signalling_nan = false;
   std::thread([&] { noting_exceptions(body); }).join();
   return handed_out;
@@ -74,6 +102,13 @@ void call(void (*function)(const Args&, const fusedcnn::cpu::ThreadPool&), const
   watched(signalling_nan(args.type), body);
   misuse = met_signalling_nan ? "computed on memory that nobody wrote" : "";
   if (way > 0) return;
+  int64_t bytes = 0;
+  for (const auto& [block, most] : held) bytes += most;
+  const int64_t allowed = allowed_memory(args.geometry, args.type);
+  if (bytes > allowed) {
+    misuse = "asked for " + std::to_string(bytes) + " bytes of working memory, where " +
+             std::to_string(allowed) + " are allowed";
+  }
   // A kernel that takes another road asks for other memory. Both calls find what the first one may
   // have derived from the weights.
   const int64_t with_zeros = watched(0, body);

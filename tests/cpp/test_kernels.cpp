@@ -59,8 +59,9 @@ void test_special_values(const Backend& backend) {
   };
   constexpr Data kInputs[] = {
       {"NaN", kNan}, {"infinity", kInfinity}, {"-infinity", -kInfinity}, {"-0", -0.0}, {"ties", 1}};
-  for (const char* case_name : {"block1", "block2", "odd_map", "ceil", "pool2_padding1",
-                                "pool3_stride1", "depthwise", "dilation2x3"}) {
+  for (const char* case_name :
+       {"block1", "block2", "odd_map", "ceil", "pool2_padding1", "pool3_stride1", "depthwise",
+        "dilation2x3", "large_overlapping", "large_dilated", "global_wide_code", "text_column"}) {
     const Geometry g = case_named(case_name).geometry;
     for (const Data& data : kInputs) {
       Random random(7);
@@ -181,7 +182,8 @@ void test_rounding(const Backend& backend) {
 }
 
 void test_determinism(const Backend& backend) {
-  for (const char* case_name : {"block1", "block2", "many_images", "pool3", "groups3_uneven"}) {
+  for (const char* case_name :
+       {"block1", "block2", "many_images", "pool3", "groups3_uneven", "overlapping_slices"}) {
     const Geometry g = case_named(case_name).geometry;
     Random random(9);
     const Operands operands =

@@ -13,6 +13,7 @@
 #include "cpu/kernels/partials.h"
 #include "cpu/kernels/patches.h"
 #include "cpu/kernels/simd.h"
+#include "cpu/kernels/window_range.h"
 #include "cpu/plan.h"
 #include "cpu/scratch.h"
 
@@ -274,11 +275,13 @@ const char* why_not_backward_general(const Problem& problem) {
     case DataType::kFloat16: return run(Float16{});                                   \
   }
 
-void grad_weight_general(const BackwardArgs& args, const ThreadPool& pool) {
+void grad_weight_general(const BackwardArgs& given, const ThreadPool& pool) {
+  const BackwardArgs args = laid_down(given);
   FUSEDCNN_DISPATCH(grad_weight_typed)
 }
 
-void grad_input_general(const BackwardArgs& args, const ThreadPool& pool) {
+void grad_input_general(const BackwardArgs& given, const ThreadPool& pool) {
+  const BackwardArgs args = laid_down(given);
   FUSEDCNN_DISPATCH(grad_input_typed)
 }
 

@@ -120,7 +120,8 @@ struct LiveList {
     for (; q < outputs_; ++q) {
       const C code = codes[q];
       const bool live = code != kOff<C>;
-      place[count] = base[q] + offset[live ? code : 0];
+      const auto element = static_cast<uint32_t>(live ? code : 0);
+      place[count] = base[q] + (sizeof(C) == 1 ? offset[element] : plan.offset_of(element));
       gradient[count] = grads[q];
       count += live;
     }
