@@ -3,7 +3,8 @@
 Each mutant is one textual change of a kernel's source, of the kind that a GPU would answer with
 wrong numbers now and then, or never on the machine at hand. For each, only the changed unit is
 compiled anew and the self-test (tests/cuda_on_cpu) must fail. A mutant whose text no longer occurs,
-exactly once, in its file is an error too: adapt it, or it checks nothing.
+exactly once, in its file is an error too: adapt it, or it checks nothing. White space and the line
+breaks of comments do not count, so that formatting the sources changes no mutant.
 
     python scripts/check_cuda_mutants.py BUILD_DIR [--only NAME] [--sample N --seed S] [--jobs N]
 
@@ -43,6 +44,7 @@ WEIGHT_WINDOWS = "kernels/backward_weight_windows.h"
 FORWARD_MMA = "kernels/forward_mma.h"
 FORWARD_WINDOWS = "kernels/forward_windows.h"
 SPLIT = "kernels/split_tf32.h"
+_TOKEN = re.compile(r"\w+|\S")
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 SECONDS = 600  # that one self-test may take; a mutant that hangs is caught, too
 
@@ -697,6 +699,18 @@ def units(header: str) -> list[str]:
     return found or sys.exit(f"no unit includes csrc/cuda/{header}")
 
 
+def places(text: str, source: str) -> list[re.Match[str]]:
+    """Where the text's tokens stand in the source, however they are spaced and broken."""
+    gap = r"(?:\s|//)"
+    pattern = before = ""
+    for token in _TOKEN.findall(text):
+        if before:
+            pattern += gap + ("+" if before[-1].isalnum() and token[0].isalnum() else "*")
+        pattern += re.escape(token)
+        before = token
+    return list(re.finditer(pattern, source))
+
+
 def plant(mutant: Mutant, folder: Path) -> None:
     """Copy csrc with the one change into `folder`.
 
@@ -704,11 +718,14 @@ def plant(mutant: Mutant, folder: Path) -> None:
         SystemExit: the text does not occur once.
     """
     source = (CUDA / mutant.file).read_text()
-    count = source.count(mutant.old)
-    if count != 1:
-        sys.exit(f"{mutant.name}: expected its text once in csrc/cuda/{mutant.file}, found {count}")
+    found = places(mutant.old, source)
+    if len(found) != 1:
+        sys.exit(
+            f"{mutant.name}: expected its text once in csrc/cuda/{mutant.file}, found {len(found)}"
+        )
+    changed = source[: found[0].start()] + mutant.new + source[found[0].end() :]
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    (folder / "csrc" / "cuda" / mutant.file).write_text(source.replace(mutant.old, mutant.new))
+    (folder / "csrc" / "cuda" / mutant.file).write_text(changed)
 
 
 def build(build_: Build, mutant: Mutant | None, folder: Path) -> Path:
