@@ -1,6 +1,9 @@
 #include "cpu/plan.h"
 
 #include <algorithm>
+#include <new>
+
+#include "cpu/out_of_memory.h"
 
 namespace fusedcnn::cpu {
 namespace {
@@ -10,6 +13,15 @@ constexpr int64_t kBandBytes = int64_t{256} << 10;
 // Rows of a band at least, as far as the image has them: neighbouring bands pack the rows that both
 // need, so thin bands pack everything twice.
 constexpr int64_t kMinBand = 4;
+
+template <typename T>
+Array<T> array_of(int64_t count) {
+  try {
+    return std::make_unique<T[]>(static_cast<size_t>(count));
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemory(count * int64_t{sizeof(T)});
+  }
+}
 
 // Index of `value` in the first `count` of `list`, appending it when it is new.
 int64_t find_or_append(int64_t* list, int64_t& count, int64_t value) {
@@ -24,23 +36,23 @@ AxisPhases make_phases(const Axis& axis, bool ceil_mode) {
   AxisPhases p{};
   p.step = axis.step();
   p.origin = axis.origin();
-  p.pool_phase = std::make_unique<int64_t[]>(axis.pool_kernel);
-  p.pool_place = std::make_unique<int64_t[]>(axis.pool_kernel);
-  p.conv_phase = std::make_unique<int64_t[]>(axis.pool_kernel);
+  p.pool_phase = array_of<int64_t>(axis.pool_kernel);
+  p.pool_place = array_of<int64_t>(axis.pool_kernel);
+  p.conv_phase = array_of<int64_t>(axis.pool_kernel);
   for (int64_t k = 0; k < axis.pool_kernel; ++k) {
     const int64_t offset = k * axis.pool_dilation;
     p.pool_phase[k] = find_or_append(p.conv_phase.get(), p.conv_phases, offset % axis.pool_stride);
     p.pool_place[k] = offset / axis.pool_stride;
   }
-  p.conv_extra = std::make_unique<int64_t[]>(p.conv_phases);
+  p.conv_extra = array_of<int64_t>(p.conv_phases);
   for (int64_t k = 0; k < axis.pool_kernel; ++k) {
     int64_t& extra = p.conv_extra[p.pool_phase[k]];
     extra = std::max(extra, p.pool_place[k]);
     p.max_extra = std::max(p.max_extra, extra);
   }
-  p.input_phase = std::make_unique<int64_t[]>(p.conv_phases * axis.kernel);
-  p.tap_phase = std::make_unique<int64_t[]>(p.conv_phases * axis.kernel);
-  p.tap_place = std::make_unique<int64_t[]>(p.conv_phases * axis.kernel);
+  p.input_phase = array_of<int64_t>(p.conv_phases * axis.kernel);
+  p.tap_phase = array_of<int64_t>(p.conv_phases * axis.kernel);
+  p.tap_place = array_of<int64_t>(p.conv_phases * axis.kernel);
   for (int64_t j = 0; j < p.conv_phases; ++j) {
     for (int64_t k = 0; k < axis.kernel; ++k) {
       const int64_t offset = p.conv_phase[j] * axis.stride + k * axis.dilation;
@@ -76,7 +88,7 @@ ForwardPlan::ForwardPlan(const Geometry& g, int64_t element, int64_t lanes)
   conv_size = (conv_size + lanes - 1) / lanes * lanes;
 
   const int64_t taps = g.taps();
-  tap_offset = std::make_unique<int64_t[]>(conv_phases() * taps);
+  tap_offset = array_of<int64_t>(conv_phases() * taps);
   for (int64_t jh = 0; jh < h.conv_phases; ++jh) {
     for (int64_t jw = 0; jw < w.conv_phases; ++jw) {
       int64_t* offsets = tap_offset.get() + (jh * w.conv_phases + jw) * taps;
@@ -90,7 +102,7 @@ ForwardPlan::ForwardPlan(const Geometry& g, int64_t element, int64_t lanes)
       }
     }
   }
-  pool_offset = std::make_unique<int64_t[]>(g.window());
+  pool_offset = array_of<int64_t>(g.window());
   for (int64_t ph = 0; ph < g.h.pool_kernel; ++ph) {
     for (int64_t pw = 0; pw < g.w.pool_kernel; ++pw) {
       pool_offset[ph * g.w.pool_kernel + pw] =
@@ -129,7 +141,7 @@ BackwardPlan::BackwardPlan(const Geometry& g, int64_t channel_multiple) {
     const auto u = [](int64_t value) { return static_cast<uint32_t>(value); };
     return (u(row) * u(cols) + u(col)) * u(channels);
   };
-  base = std::make_unique<uint32_t[]>(g.outputs());
+  base = array_of<uint32_t>(g.outputs());
   for (int64_t oh = 0; oh < g.h.out; ++oh) {
     for (int64_t ow = 0; ow < g.w.out; ++ow) {
       base[oh * g.w.out + ow] = place((oh * g.h.pool_stride - g.h.pool_padding) * g.h.stride,
@@ -141,7 +153,7 @@ BackwardPlan::BackwardPlan(const Geometry& g, int64_t channel_multiple) {
   pool_kernel_w = static_cast<uint32_t>(g.w.pool_kernel);
   code_row = place(g.h.pool_dilation * g.h.stride, 0);
   code_col = place(0, g.w.pool_dilation * g.w.stride);
-  code_offset = std::make_unique<uint32_t[]>(256);
+  code_offset = array_of<uint32_t>(256);
   for (uint32_t code = 0; code < 256; ++code) code_offset[code] = offset_of(code);
 }
 

@@ -55,10 +55,10 @@ void run_inline(int64_t tasks, void (*body)(int64_t, int64_t, void*), void* cont
 constexpr double kSerialMultiplyAdds = 1e6;
 
 cpu::ThreadPool thread_pool(const Geometry& g) {
-  const double conv_outputs = std::min(double(g.outputs()) * double(g.window()),
-                                       double(g.h.conv) * double(g.w.conv));
-  const double multiply_adds = double(g.batch) * g.out_channels * conv_outputs *
-                               g.in_channels_per_group() * g.taps();
+  const double conv_outputs =
+      std::min(double(g.outputs()) * double(g.window()), double(g.h.conv) * double(g.w.conv));
+  const double multiply_adds =
+      double(g.batch) * g.out_channels * conv_outputs * g.in_channels_per_group() * g.taps();
   return {multiply_adds < kSerialMultiplyAdds ? run_inline : run_on_torch_threads};
 }
 
