@@ -616,7 +616,9 @@ def test_folder_in_a_files_place(run, tmp_path, name):
     (tmp_path / name / "kept").mkdir(parents=True)
     arguments = [*SMALL, "--epochs", 1, "--output", tmp_path, "--overwrite"]
     result = run(*arguments, pictures=True)
-    assert_error(result, "--output", name.strip(".").removesuffix(".tmp"), "Is a directory", status=1)
+    assert_error(
+        result, "--output", name.strip(".").removesuffix(".tmp"), "Is a directory", status=1
+    )
     assert (tmp_path / name / "kept").exists()
 
 
