@@ -12,7 +12,9 @@ html_theme = "pydata_sphinx_theme"
 html_title = "fusedcnn"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False}
+html_theme_options = {"navbar_center": [], "show_toc_level": 2, "navigation_with_keys": False}
+html_sidebars = {"**": ["pages"]}
+templates_path = ["_templates"]
 html_show_sourcelink = False
 
 autodoc_member_order = "bysource"
