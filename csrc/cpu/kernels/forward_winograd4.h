@@ -147,6 +147,14 @@ struct TileOutput {
   bool has_right, has_below;
 };
 
+// Of the tile in this row and column of a band of `rows` pooled rows.
+inline TileOutput tile_output(const Geometry& g, int64_t padded, int64_t rows, int64_t row,
+                              int64_t col, float* values, uint8_t* codes) {
+  const int64_t at = (2 * row * g.w.out + 2 * col) * padded;
+  return {values + at,           codes + at,        padded, g.w.out * padded,
+          2 * col + 1 < g.w.out, 2 * row + 1 < rows};
+}
+
 // The inverse transform, bias, max, ReLU and code of one tile and one vector of output channels.
 // m: the tile's element 0.
 template <int Z>
@@ -198,22 +206,14 @@ void strip_tiles(const WinogradShared& shared, int64_t channels, int64_t first, 
   }
 }
 
-// The columns of X that hold pixels of the image; zeros around them.
-struct PackedCols {
-  int64_t left, width;
-};
-
-inline PackedCols packed_cols(const Geometry& g, int64_t cols) {
-  const int64_t left = smaller(g.w.padding, cols);
-  return {left, larger<int64_t>(0, smaller(g.w.in, cols - left))};
-}
-
-// Copies the band's part of one run of channels into X. image: the run's first channel.
+// Copies the band's part of one run of channels into X, and adds it to the pixels' energies where
+// the image's rows are contiguous. image: the run's first channel.
 template <typename S>
 void pack_pixels(const Geometry& g, const S* image, Strides s, int64_t channels, int64_t first_out,
-                 int64_t rows, int64_t cols, float* x) {
-  const auto [left, width] = packed_cols(g, cols);
-  for (int64_t y = 0; y < rows; ++y, x += cols * kRun) {
+                 int64_t rows, int64_t cols, float* x, float* energy) {
+  const int64_t left = smaller(g.w.padding, cols);
+  const int64_t width = larger<int64_t>(0, smaller(g.w.in, cols - left));
+  for (int64_t y = 0; y < rows; ++y, x += cols * kRun, energy += cols) {
     const int64_t h = 2 * first_out - g.h.padding + y;
     // Channels past the last are multiplied by no weight, but must not be NaN by chance.
     if (h < 0 || h >= g.h.in || channels < kRun) memset(x, 0, cols * kRun * sizeof(float));
@@ -222,14 +222,15 @@ void pack_pixels(const Geometry& g, const S* image, Strides s, int64_t channels,
     memset(x, 0, left * kRun * sizeof(float));
     read_pixels(image + h * s.h, s, inside, kRun, width, channels);
     memset(inside + width * kRun, 0, (cols - left - width) * kRun * sizeof(float));
+    if (s.w == 1) add_energies(image + h * s.h, s.c, channels, width, energy + left);
   }
 }
 
-// The windows of one tile and Z vectors of output channels, tap by tap. x: the tile's first pixel;
-// runs of channels `x_size` apart, rows `row`.
+// One tile's windows tap by tap, for Z vectors of output channels. x: the tile's first pixel, runs
+// of channels `x_size` apart, rows `row`.
 template <int Z>
-void sum_tile(const WinogradShared& shared, int64_t channels, int64_t first, const float* x,
-              int64_t x_size, int64_t row, TileOutput to) {
+void sum_block(const WinogradShared& shared, int64_t channels, int64_t first, const float* x,
+               int64_t x_size, int64_t row, TileOutput to) {
   constexpr int kN = kLanes<float>;
   constexpr int64_t kTaps[3] = {0, kRun, 2 * kRun};
   const int64_t tap = channels * Z * kN;
@@ -260,6 +261,17 @@ void sum_tile(const WinogradShared& shared, int64_t channels, int64_t first, con
   }
 }
 
+FUSEDCNN_NOINLINE inline void sum_tile(const WinogradShared& shared, int64_t channels,
+                                       const float* x, int64_t x_size, int64_t row,
+                                       const TileOutput& to) {
+  constexpr int kN = kLanes<float>;
+  int64_t oc = 0;
+  for (; oc + 2 * kN <= shared.padded; oc += 2 * kN) {
+    sum_block<2>(shared, channels, oc, x, x_size, row, to);
+  }
+  if (oc < shared.padded) sum_block<1>(shared, channels, oc, x, x_size, row, to);
+}
+
 template <typename S>
 void winograd4_band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
   constexpr int kN = kLanes<float>;
@@ -282,25 +294,11 @@ void winograd4_band(const ForwardArgs& args, const WinogradShared& shared, int64
   const S* image = static_cast<const S*>(args.input) + n * s.n;
   for (int64_t run = 0; run < runs; ++run) {
     pack_pixels(g, image + run * kRun * s.c, s, smaller(kRun, channels - run * kRun), first_out,
-                x_rows, x_cols, x + run * x_size);
+                x_rows, x_cols, x + run * x_size, map.energy);
   }
-  if (s.w != 1) {
-    pixel_energies<kRun>(x, runs, x_rows * x_cols, map.energy);
-  } else {
-    const PackedCols inside = packed_cols(g, x_cols);
-    for (int64_t y = 0; y < x_rows; ++y) {
-      const int64_t h = 2 * first_out - g.h.padding + y;
-      if (h < 0 || h >= g.h.in) continue;
-      row_energies(image + h * s.h, s.c, channels, inside.width,
-                   map.energy + y * x_cols + inside.left);
-    }
-  }
-  for (int64_t row = 0; row < tile_rows; ++row) {
-    sum_columns(map, row, smaller<int64_t>(4, 2 * rows - 4 * row), 2 * g.w.out);
-  }
-  for (int64_t row = 0; row < tile_rows; ++row) {
-    judge_tiles(map, row, kModerate * kModerate, uneven + row * tile_cols);
-  }
+  if (s.w != 1) pixel_energies<kRun>(x, runs, x_rows * x_cols, map.energy);
+  sum_columns(map, 2 * rows, 2 * g.w.out);
+  judge_tiles(map, kModerate * kModerate, uneven);
 
   const int64_t v_size = runs * 36 * kVStride;
   constexpr int64_t kMSize = 36 * kMStride<2>;
@@ -312,26 +310,19 @@ void winograd4_band(const ForwardArgs& args, const WinogradShared& shared, int64
   float* values = m + kMSize;
   uint8_t* codes = reinterpret_cast<uint8_t*>(values + windows * shared.padded);
 
-  const auto pixel = [&](int64_t tile) {
-    return x + (tile / tile_cols * x_cols + tile % tile_cols) * 4 * kRun;
-  };
-  const auto output = [&](int64_t tile) -> TileOutput {
-    const int64_t row = tile / tile_cols, col = tile % tile_cols;
-    const int64_t at = (2 * row * g.w.out + 2 * col) * shared.padded;
-    return {values + at,           codes + at,        shared.padded, g.w.out * shared.padded,
-            2 * col + 1 < g.w.out, 2 * row + 1 < rows};
-  };
-  Ahead ahead = next_image<S>(args, n, (tiles + kTiles - 1) / kTiles * 36);
-  for (int64_t tile = 0; tile < tiles;) {
+  const int64_t strips = (tiles + kTiles - 1) / kTiles;
+  Ahead ahead = next_image<S>(args, n, strips * 36);
+  for (int64_t first = 0; first < tiles; first += kTiles) {
+    const int64_t count = smaller(kTiles, tiles - first);
+    if (!memchr(uneven + first, 0, count)) continue;
     TileOutput outputs[kTiles];
-    int64_t count = 0;
-    for (; tile < tiles && count < kTiles; ++tile) {
-      if (uneven[tile]) continue;
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t row = (first + t) / tile_cols, col = (first + t) % tile_cols;
       for (int64_t run = 0; run < runs; ++run) {
-        transform_tile(pixel(tile) + run * x_size, x_cols * kRun,
-                       v + run * 36 * kVStride + count * kRun);
+        transform_tile(x + run * x_size + (4 * row * x_cols + 4 * col) * kRun, x_cols * kRun,
+                       v + run * 36 * kVStride + t * kRun);
       }
-      outputs[count++] = output(tile);
+      outputs[t] = tile_output(g, shared.padded, rows, row, col, values, codes);
     }
     int64_t oc = 0;
     for (; oc + 2 * kN <= shared.padded; oc += 2 * kN) {
@@ -341,13 +332,9 @@ void winograd4_band(const ForwardArgs& args, const WinogradShared& shared, int64
   }
   for (int64_t tile = 0; tile < tiles; ++tile) {
     if (!uneven[tile]) continue;
-    int64_t oc = 0;
-    for (; oc + 2 * kN <= shared.padded; oc += 2 * kN) {
-      sum_tile<2>(shared, channels, oc, pixel(tile), x_size, x_cols * kRun, output(tile));
-    }
-    if (oc < shared.padded) {
-      sum_tile<1>(shared, channels, oc, pixel(tile), x_size, x_cols * kRun, output(tile));
-    }
+    const int64_t row = tile / tile_cols, col = tile % tile_cols;
+    sum_tile(shared, channels, x + (4 * row * x_cols + 4 * col) * kRun, x_size, x_cols * kRun,
+             tile_output(g, shared.padded, rows, row, col, values, codes));
   }
   const int64_t at = n * args.output_strides.n + first_out * args.output_strides.h;
   write_strip(values, shared.padded, windows, g.out_channels, static_cast<S*>(args.output) + at,
