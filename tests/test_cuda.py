@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fusedcnn import _cuda, _ops, conv_relu_max_pool2d
-from fusedcnn.functional import _why_stock
+from fusedcnn.functional import _why_stock, pack_geometry
 from geometries import BLOCKS, DTYPES, Block, by_name, dtype_name
 from reference import (
     BIAS,
@@ -81,11 +81,13 @@ def test_routing(monkeypatch):
     with FakeTensorMode():
         input = torch.empty(1, 1, 4, 4, device="cuda")
         wide = torch.empty(1, 1, 2**14, 2**14, device="cuda")
+    geometry = pack_geometry((1, 1))
     monkeypatch.setattr(_cuda, "reason", "for a test")
-    assert _why_stock(input, input, False) == "no fused kernel for device type 'cuda': for a test"
+    reason = _why_stock(input, input, geometry, False)
+    assert reason == "no fused kernel for device type 'cuda': for a test"
     monkeypatch.setattr(_cuda, "reason", None)
-    assert _why_stock(input, input, False) is None
-    assert "pixels" in _why_stock(wide, input, False)
+    assert _why_stock(input, input, geometry, False) is None
+    assert "pixels" in _why_stock(wide, input, geometry, False)
 
 
 def test_tf32_follows_torch(monkeypatch):
