@@ -9,8 +9,8 @@
 // same outputs, which do not see the large values; randn or uniform values around them):
 //
 //   P / 4F         1           2           4           8           12          50
-//   16 channels    1.0 to 2.0  1.3 to 2.1  1.7 to 2.4  2.2 to 2.9  2.7 to 3.4  5.6 to 6.9
-//   64 channels    1.3 to 2.4  1.6 to 2.6  2.2 to 3.1  2.7 to 3.8  3.1 to 4.5  7.1 to 8.4
+//   16 channels    1.0 to 2.0  1.0 to 2.1  1.1 to 2.5  1.5 to 3.2  1.5 to 3.2  3.3 to 6
+//   64 channels    1.2 to 2.4  1.2 to 2.6  1.5 to 3.2  1.6 to 3.9  1.9 to 4.5  3.6 to 7
 //
 // So half a tile is even, and stays with winograd4, where for each of its outputs
 //   P <= 4 kMostPatch F.
