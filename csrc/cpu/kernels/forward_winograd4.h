@@ -21,7 +21,7 @@
 #pragma once
 
 #include "cpu/kernel.h"
-#include "cpu/kernels/forward_direct.h"
+#include "cpu/kernels/direct_rows.h"
 #include "cpu/kernels/patches.h"
 #include "cpu/kernels/uneven_tiles.h"
 #include "cpu/kernels/winograd.h"
@@ -206,8 +206,8 @@ void strip_tiles(const WinogradShared& shared, int64_t channels, int64_t first, 
   }
 }
 
-// Copies the band's part of one run of channels into X, and adds it to the pixels' energies where
-// the image's rows are contiguous. image: the run's first channel.
+// Copies the band's part of one run of channels into X, and adds its squares to the pixels'
+// energies. image: the run's first channel.
 template <typename S>
 void pack_pixels(const Geometry& g, const S* image, Strides s, int64_t channels, int64_t first_out,
                  int64_t rows, int64_t cols, float* x, float* energy) {
@@ -222,22 +222,28 @@ void pack_pixels(const Geometry& g, const S* image, Strides s, int64_t channels,
     memset(x, 0, left * kRun * sizeof(float));
     read_pixels(image + h * s.h, s, inside, kRun, width, channels);
     memset(inside + width * kRun, 0, (cols - left - width) * kRun * sizeof(float));
-    if (s.w == 1) add_energies(image + h * s.h, s.c, channels, width, energy + left);
+    if (s.w == 1) {
+      add_energies(image + h * s.h, s.c, channels, width, energy + left);
+    } else {
+      add_pixel_energies<kRun>(inside, width, energy + left);
+    }
   }
 }
 
-// One tile's windows tap by tap, for Z vectors of output channels. x: the tile's first pixel, runs
-// of channels `x_size` apart, rows `row`.
+// The windows of a tile's `halves` tap by tap, for Z vectors of output channels. x: the tile's
+// first pixel, runs of channels `x_size` apart, rows `row`.
 template <int Z>
-void sum_block(const WinogradShared& shared, int64_t channels, int64_t first, const float* x,
-               int64_t x_size, int64_t row, TileOutput to) {
+void sum_block(const WinogradShared& shared, int64_t channels, uint8_t halves, int64_t first,
+               const float* x, int64_t x_size, int64_t row, TileOutput to) {
   constexpr int kN = kLanes<float>;
   constexpr int64_t kTaps[3] = {0, kRun, 2 * kRun};
   const int64_t tap = channels * Z * kN;
   const float* g = shared.weights + first * channels * kTileElements + 36 * tap;
   to.values += first;
   to.codes += first;
-  for (int64_t half = 0; half < (to.has_below ? 2 : 1); ++half, x += 2 * row) {
+  if (!to.has_below) halves &= kUpperHalf;
+  for (int64_t half = 0; half < 2; ++half, x += 2 * row) {
+    if (!(halves & (half ? kLowerHalf : kUpperHalf))) continue;
     Vector<float> conv[2][4][Z];
     for (int64_t y = 0; y < 2; ++y) {
       for (int64_t c = 0; c < channels; c += kRun) {
@@ -262,14 +268,14 @@ void sum_block(const WinogradShared& shared, int64_t channels, int64_t first, co
 }
 
 FUSEDCNN_NOINLINE inline void sum_tile(const WinogradShared& shared, int64_t channels,
-                                       const float* x, int64_t x_size, int64_t row,
+                                       uint8_t halves, const float* x, int64_t x_size, int64_t row,
                                        const TileOutput& to) {
   constexpr int kN = kLanes<float>;
   int64_t oc = 0;
   for (; oc + 2 * kN <= shared.padded; oc += 2 * kN) {
-    sum_block<2>(shared, channels, oc, x, x_size, row, to);
+    sum_block<2>(shared, channels, halves, oc, x, x_size, row, to);
   }
-  if (oc < shared.padded) sum_block<1>(shared, channels, oc, x, x_size, row, to);
+  if (oc < shared.padded) sum_block<1>(shared, channels, halves, oc, x, x_size, row, to);
 }
 
 template <typename S>
@@ -296,8 +302,7 @@ void winograd4_band(const ForwardArgs& args, const WinogradShared& shared, int64
     pack_pixels(g, image + run * kRun * s.c, s, smaller(kRun, channels - run * kRun), first_out,
                 x_rows, x_cols, x + run * x_size, map.energy);
   }
-  if (s.w != 1) pixel_energies<kRun>(x, runs, x_rows * x_cols, map.energy);
-  sum_columns(map, 2 * rows, 2 * g.w.out);
+  sum_columns(map, 2 * g.w.out);
   judge_tiles(map, kModerate * kModerate, uneven);
 
   const int64_t v_size = runs * 36 * kVStride;
@@ -314,7 +319,9 @@ void winograd4_band(const ForwardArgs& args, const WinogradShared& shared, int64
   Ahead ahead = next_image<S>(args, n, strips * 36);
   for (int64_t first = 0; first < tiles; first += kTiles) {
     const int64_t count = smaller(kTiles, tiles - first);
-    if (!memchr(uneven + first, 0, count)) continue;
+    uint8_t all = kUpperHalf | kLowerHalf;
+    for (int64_t t = 0; t < count; ++t) all &= uneven[first + t];
+    if (all == (kUpperHalf | kLowerHalf)) continue;
     TileOutput outputs[kTiles];
     for (int64_t t = 0; t < count; ++t) {
       const int64_t row = (first + t) / tile_cols, col = (first + t) % tile_cols;
@@ -333,8 +340,8 @@ void winograd4_band(const ForwardArgs& args, const WinogradShared& shared, int64
   for (int64_t tile = 0; tile < tiles; ++tile) {
     if (!uneven[tile]) continue;
     const int64_t row = tile / tile_cols, col = tile % tile_cols;
-    sum_tile(shared, channels, x + (4 * row * x_cols + 4 * col) * kRun, x_size, x_cols * kRun,
-             tile_output(g, shared.padded, rows, row, col, values, codes));
+    sum_tile(shared, channels, uneven[tile], x + (4 * row * x_cols + 4 * col) * kRun, x_size,
+             x_cols * kRun, tile_output(g, shared.padded, rows, row, col, values, codes));
   }
   const int64_t at = n * args.output_strides.n + first_out * args.output_strides.h;
   write_strip(values, shared.padded, windows, g.out_channels, static_cast<S*>(args.output) + at,

@@ -9,12 +9,12 @@
 // same outputs, which do not see the large values; randn or uniform values around them):
 //
 //   P / 4F         1           2           4           8           12          50
-//   16 channels    1.0 to 2.0  1.3 to 2.1  1.7 to 2.4  2.2 to 2.9  2.7 to 3.4  5.6 to 6.9
-//   64 channels    1.3 to 2.4  1.6 to 2.6  2.2 to 3.1  2.7 to 3.8  3.1 to 4.5  7.1 to 8.4
+//   16 channels    1.0 to 2.0  1.0 to 2.1  1.1 to 2.5  1.5 to 3.2  1.5 to 3.2  3.3 to 6
+//   64 channels    1.2 to 2.4  1.2 to 2.6  1.5 to 3.2  1.6 to 3.9  1.9 to 4.5  3.6 to 7
 //
-// So a tile is even, and stays with winograd4, where for each of its outputs
+// So half a tile is even, and stays with winograd4, where for each of its outputs
 //   P <= 4 kMostPatch F.
-// A field of zeros next to anything else makes a tile uneven: its outputs are the bias, exactly.
+// A field of zeros next to anything else makes it uneven: its output is the bias, exactly.
 //
 // The largest of many errors is further out than their root mean square where all comes from one
 // value of one channel: some filter weighs that channel twice as much as most do. Such a value
@@ -23,7 +23,7 @@
 // weight of 38 pixels, which makes P / 4F 2.
 //
 // Both depend on the tile's own pixels alone, whatever batch, band or thread it is in, and not on
-// the data's scale. Measured, 0.2 to 2 % of the tiles of real images' activations are uneven.
+// the data's scale. Measured, 0.1 to 1 % of the halves are uneven in real images' activations.
 #pragma once
 
 #include "cpu/kernels/simd.h"
@@ -33,6 +33,8 @@ namespace {
 
 constexpr float kMostPatch = 9;
 constexpr float kMostColumn = 0.6f;
+// What is said of a tile: which of its halves are uneven.
+constexpr uint8_t kUpperHalf = 1, kLowerHalf = 2;
 
 // Half a vector from either place: a load each, where a shuffle would be one of many.
 FUSEDCNN_INLINE Vector<float> load_halves(const float* low, const float* high) {
@@ -56,30 +58,46 @@ FUSEDCNN_INLINE Vector<float> load_halves(const float* low, const float* high) {
 // The sums over the lower and the upper half of every vector, in order.
 FUSEDCNN_INLINE Vector<float> sums_of_halves(Vector<float> (&v)[kLanes<float> / 2]) {
   constexpr int kN = kLanes<float>;
+  Vector<int32_t> even, odd;
+  FUSEDCNN_UNROLL
+  for (int l = 0; l < kN; ++l) {
+    even[l] = 2 * l;
+    odd[l] = 2 * l + 1;
+  }
   FUSEDCNN_UNROLL
   for (int count = kN / 4; count > 0; count /= 2) {
     FUSEDCNN_UNROLL
     for (int i = 0; i < count; ++i) {
-      v[i] = shuffle(v[2 * i], v[2 * i + 1], kEven) + shuffle(v[2 * i], v[2 * i + 1], kOdd);
+      v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) +
+             __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
     }
   }
   return v[0];
 }
 
-// energy[x] += sum of squares over some channels of pixel x of a row. from: [channels][width], the
-// channels `stride` apart.
+// energy[x] += sum_at(x), a vector from x on. width: at least a vector's.
+template <typename Sums>
+FUSEDCNN_INLINE void add_row(int64_t width, float* energy, const Sums& sum_at) {
+  constexpr int kN = kLanes<float>;
+  // The last vector overlaps the one before, and must not see what that adds.
+  const Vector<float> last = load(energy + width - kN) + sum_at(width - kN);
+  for (int64_t x = 0; x + kN < width; x += kN) store(energy + x, load(energy + x) + sum_at(x));
+  store(energy + width - kN, last);
+}
+
+// Adds to the energies of a row of pixels the squares of some channels. from: [channels][width],
+// the channels `stride` apart.
 template <typename S>
 FUSEDCNN_NOINLINE void add_energies(const S* from, int64_t stride, int64_t channels, int64_t width,
                                     float* energy) {
-  constexpr int kN = kLanes<float>;
-  if (width < kN) {
+  if (width < kLanes<float>) {
     for (int64_t c = 0; c < channels; ++c, from += stride) {
       for (int64_t x = 0; x < width; ++x) energy[x] += widen(from[x]) * widen(from[x]);
     }
     return;
   }
-  const auto sum_at = [&](int64_t x) {
-    Vector<float> even = load(energy + x), odd = {};
+  add_row(width, energy, [&](int64_t x) {
+    Vector<float> even = {}, odd = {};
     const S* at = from + x;
     for (int64_t c = 1; c < channels; c += 2, at += 2 * stride) {
       const Vector<float> a = widen_vector(at), b = widen_vector(at + stride);
@@ -88,37 +106,33 @@ FUSEDCNN_NOINLINE void add_energies(const S* from, int64_t stride, int64_t chann
     }
     if (channels % 2) even += widen_vector(at) * widen_vector(at);
     return even + odd;
-  };
-  // The last vector overlaps the one before, and must not see its sums.
-  const Vector<float> last = sum_at(width - kN);
-  for (int64_t x = 0; x + kN < width; x += kN) store(energy + x, sum_at(x));
-  store(energy + width - kN, last);
+  });
 }
 
-// energy[p] = sum of squares over all channels of pixel p. x: [runs][pixels][Run], at least as many
-// pixels as lanes.
+// The same from [width][Run].
 template <int64_t Run>
-FUSEDCNN_NOINLINE void pixel_energies(const float* x, int64_t runs, int64_t pixels, float* energy) {
+FUSEDCNN_NOINLINE void add_pixel_energies(const float* from, int64_t width, float* energy) {
   constexpr int kN = kLanes<float>;
-  for (int64_t p = 0; p < pixels; p += kN) {
-    const int64_t at = smaller(p, pixels - kN);
-    Vector<float> total = {};
-    for (int64_t run = 0; run < runs; ++run) {
-      const float* from = x + (run * pixels + at) * Run;
-      Vector<float> squares[kN / 2];
-      FUSEDCNN_UNROLL
-      for (int i = 0; i < kN / 2; ++i, from += 2 * Run) {
-        squares[i] = Vector<float>{};
-        FUSEDCNN_UNROLL
-        for (int64_t c = 0; c < Run; c += kN / 2) {
-          const Vector<float> value = load_halves(from + c, from + Run + c);
-          squares[i] += value * value;
-        }
-      }
-      total += sums_of_halves(squares);
+  if (width < kN) {
+    for (int64_t x = 0; x < width; ++x) {
+      for (int64_t c = 0; c < Run; ++c) energy[x] += from[x * Run + c] * from[x * Run + c];
     }
-    store(energy + at, total);
+    return;
   }
+  add_row(width, energy, [&](int64_t x) {
+    const float* at = from + x * Run;
+    Vector<float> squares[kN / 2];
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < kN / 2; ++i, at += 2 * Run) {
+      squares[i] = Vector<float>{};
+      FUSEDCNN_UNROLL
+      for (int64_t c = 0; c < Run; c += kN / 2) {
+        const Vector<float> value = load_halves(at + c, at + Run + c);
+        squares[i] += value * value;
+      }
+    }
+    return sums_of_halves(squares);
+  });
 }
 
 // What the tiles of a band are judged by.
@@ -127,14 +141,16 @@ struct EnergyMap {
   int64_t cols;   // of pixels
   int64_t pitch;  // of a row of sums: its last vector is read again, five columns further
   float* energy;  // [4 tile_rows + 2][cols], whole vectors behind the last row
-  float* sums;    // [tile_rows][2][pitch]: over a column of six, and of the least field from there
+  // [tile_rows][3][pitch]: over a column of six, and of the least field that begins there, of those
+  // in the upper and in the lower half.
+  float* sums;
 
   EnergyMap(int64_t tile_rows, int64_t tile_cols)
       : tile_rows(tile_rows), tile_cols(tile_cols), cols(4 * tile_cols + 2) {
     pitch = round_up(cols, kLanes<float>) + kLanes<float>;
   }
   int64_t energies() const { return (4 * tile_rows + 2) * cols + 2 * kLanes<float>; }
-  int64_t size() const { return energies() + 2 * tile_rows * pitch; }
+  int64_t size() const { return energies() + 3 * tile_rows * pitch; }
   // data: `size` floats. All energies are zero at first.
   void place(float* data) {
     energy = data;
@@ -149,10 +165,9 @@ FUSEDCNN_INLINE Vector<float> least_of(Vector<float> a, Vector<float> b) {
   return (Vector<float>)(x < y ? x : y);
 }
 
-// Fills the sums. out_rows, out_cols: convolution outputs that windows look at; the last tiles may
+// Fills the sums. out_cols: convolution outputs of a row that windows look at; the last tile may
 // have more.
-FUSEDCNN_NOINLINE inline void sum_columns(const EnergyMap& map, int64_t out_rows,
-                                          int64_t out_cols) {
+FUSEDCNN_NOINLINE inline void sum_columns(const EnergyMap& map, int64_t out_cols) {
   constexpr int kN = kLanes<float>;
   for (int64_t x = 0; x < map.cols; x += kN) {
     const float* at = map.energy + x;
@@ -166,40 +181,40 @@ FUSEDCNN_NOINLINE inline void sum_columns(const EnergyMap& map, int64_t out_rows
       at += 2 * map.cols;
     };
     read(0);
-    for (int64_t row = 0; row < map.tile_rows; ++row, to += 2 * map.pitch) {
+    for (int64_t row = 0; row < map.tile_rows; ++row, to += 3 * map.pitch) {
       read(2);
       read(4);
-      Vector<float> least = three[0] + three[1] + three[2];
+      Vector<float> field[4];
       FUSEDCNN_UNROLL
-      for (int y = 1; y < 4; ++y) {
-        if (4 * row + y >= out_rows) break;
-        least = least_of(least, three[y] + three[y + 1] + three[y + 2]);
-      }
+      for (int y = 0; y < 4; ++y) field[y] = three[y] + three[y + 1] + three[y + 2];
       store(to, pair[0] + pair[1] + pair[2]);
-      store(to + map.pitch, least);
+      store(to + map.pitch, least_of(field[0], field[1]));
+      store(to + 2 * map.pitch, least_of(field[2], field[3]));
       pair[0] = pair[2];  // the next row of tiles begins with this one's last two rows
       three[0] = three[4];
       three[1] = three[5];
     }
   }
   for (int64_t row = 0; row < map.tile_rows; ++row) {
-    float* column = map.sums + 2 * row * map.pitch;
-    float* least = column + map.pitch;
-    store(column + map.pitch - kN, Vector<float>{});
-    store(least + map.pitch - kN, Vector<float>{});
-    for (int64_t x = out_cols; x < 4 * map.tile_cols; ++x) least[x] = __builtin_inff();
+    float* columns = map.sums + 3 * row * map.pitch;
+    for (int half = 0; half < 3; ++half) {
+      store(columns + (half + 1) * map.pitch - kN, Vector<float>{});
+      for (int64_t x = out_cols; half && x < 4 * map.tile_cols; ++x) {
+        columns[half * map.pitch + x] = __builtin_inff();
+      }
+    }
   }
 }
 
-// uneven: [tile_rows][tile_cols]; largest: of P.
+// uneven: [tile_rows][tile_cols]; largest: of P. What it says of halves that do not exist is
+// arbitrary.
 FUSEDCNN_NOINLINE inline void judge_tiles(const EnergyMap& map, float largest, uint8_t* uneven) {
   constexpr int kN = kLanes<float>;
   for (int64_t row = 0; row < map.tile_rows; ++row, uneven += map.tile_cols) {
-    const float* columns = map.sums + 2 * row * map.pitch;
+    const float* columns = map.sums + 3 * row * map.pitch;
     // Every fourth column begins a tile.
     for (int64_t x = 0; x < 4 * map.tile_cols; x += kN) {
-      Vector<float> patch = load(columns + x), column = patch;
-      Vector<float> least = load(columns + map.pitch + x);
+      Vector<float> patch = load(columns + x), column = patch, least[2];
       FUSEDCNN_UNROLL
       for (int i = 1; i < 6; ++i) {
         const Vector<float> next = load(columns + x + i);
@@ -207,11 +222,20 @@ FUSEDCNN_NOINLINE inline void judge_tiles(const EnergyMap& map, float largest, u
         column = maximum(column, next);
       }
       FUSEDCNN_UNROLL
-      for (int i = 1; i < 4; ++i) least = least_of(least, load(columns + map.pitch + x + i));
+      for (int half = 0; half < 2; ++half) {
+        const float* fields = columns + (half + 1) * map.pitch + x;
+        least[half] = load(fields);
+        FUSEDCNN_UNROLL
+        for (int i = 1; i < 4; ++i) least[half] = least_of(least[half], load(fields + i));
+      }
       // NaN is in no order.
-      const Vector<int32_t> even =
-          (patch <= largest) & (patch <= 4 * kMostPatch * least) & (column <= kMostColumn * patch);
-      for (int l = 0; l < kN && x + l < 4 * map.tile_cols; l += 4) uneven[(x + l) / 4] = !even[l];
+      const Vector<int32_t> even = (patch <= largest) & (column <= kMostColumn * patch);
+      const Vector<int32_t> upper = even & (patch <= 4 * kMostPatch * least[0]);
+      const Vector<int32_t> lower = even & (patch <= 4 * kMostPatch * least[1]);
+      const Vector<int32_t> verdict = (~upper & kUpperHalf) | (~lower & kLowerHalf);
+      for (int l = 0; l < kN && x + l < 4 * map.tile_cols; l += 4) {
+        uneven[(x + l) / 4] = static_cast<uint8_t>(verdict[l]);
+      }
     }
   }
 }

@@ -1,8 +1,16 @@
 // What the Winograd kernels share: the call, the weights' transform, one window's epilogue.
 //
-// Sums of patch elements could overflow, and an infinity would reach outputs that it does not
-// touch; an image with values beyond kModerate, infinity or NaN is left to the general kernel, and
-// so is the whole call where the weights or the bias hold such a value.
+// F(2, 3) keeps to the pixels that an output sees, so that no other pixel's rounding reaches it:
+//   y0 = m0 + m1 + m2   of   d0 - d2, d1 + d2, d2 - d1
+//   y1 = m1 - m2 - m3   of   d1 + d2, d2 - d1, d1 - d3
+// and so does F(2x2, 3x3), which is F(2, 3) either way. F(4x4, 3x3) does not: uneven_tiles.h. All
+// mix a filter's taps: an output errs in proportion to its filter's norm, also where a large tap
+// meets only zeros.
+//
+// Sums of patch elements could overflow, and an infinity less another is NaN: an image with values
+// beyond kModerate, infinity or NaN is left to the general kernel by winograd1d and winograd2, a
+// tile by winograd4 to plain sums. So is the whole call where the weights or the bias hold such a
+// value.
 #pragma once
 
 #include "cpu/derived_weights.h"
