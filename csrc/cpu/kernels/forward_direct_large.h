@@ -148,8 +148,9 @@ void forward_direct_large(const ForwardArgs& args, const ThreadPool& pool) {
     constexpr int64_t kLargeWeights = int64_t{1} << 20;
     const int64_t weights = shared.padded * g.in_channels * g.taps() * int64_t{sizeof(T)};
     const int64_t image = direct_input_size(g, shared, g.h.conv) * int64_t{sizeof(T)};
-    const int64_t images = weights > kLargeWeights ? kDirectBandBytes / image : 1;
-    const Slices slices(g, images, (shared.padded + kBlock - 1) / kBlock);
+    const int64_t images = weights > kLargeWeights ? 2 * kDirectBandBytes / image : 1;
+    // Parts of two blocks: each copies its input anew, which costs a fifth of one block's work.
+    const Slices slices(g, images, (shared.padded + 2 * kBlock - 1) / (2 * kBlock));
     run_large_windows<T>(g, slices, pool, DirectLarge<S, C>(args, shared, slices));
   });
 }

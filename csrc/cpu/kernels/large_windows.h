@@ -45,12 +45,13 @@ struct Maxima {
 // Those of one slice of several images.
 template <typename T>
 struct MaximaOf {
-  char* memory;  // of image 0, were it among them
-  int64_t step;  // bytes from image to image
-  int64_t size;  // elements of one image's
+  char* memory;
+  int64_t first;  // image
+  int64_t step;   // bytes from image to image
+  int64_t size;   // elements of one image's
 
   Maxima<T> operator[](int64_t image) const {
-    T* best = reinterpret_cast<T*>(memory + image * step);
+    T* best = reinterpret_cast<T*>(memory + (image - first) * step);
     return {best, reinterpret_cast<Int<T>*>(best + size)};
   }
 };
@@ -145,7 +146,7 @@ void run_large_windows(const Geometry& g, const Slices& slices, const ThreadPool
     parallel_tasks(pool, groups, [&](int64_t group) {
       const int64_t n = group * slices.images, end = smaller(n + slices.images, g.batch);
       char* own = static_cast<char*>(scratch(Slot::kPartials, slices.images * bytes));
-      const MaximaOf<T> maxima{own - n * bytes, bytes, slice_size};
+      const MaximaOf<T> maxima{own, n, bytes, slice_size};
       for (int64_t i = n; i < end; ++i) clear(maxima[i]);
       take_slice(n, 0, 0, maxima);
       for (int64_t i = n; i < end; ++i) {
@@ -156,7 +157,7 @@ void run_large_windows(const Geometry& g, const Slices& slices, const ThreadPool
   }
   char* all = static_cast<char*>(scratch(Slot::kPartials, g.batch * slices.count * bytes));
   const auto maxima_of = [&](int64_t s) {
-    return MaximaOf<T>{all + s * bytes, slices.count * bytes, slice_size};
+    return MaximaOf<T>{all + s * bytes, 0, slices.count * bytes, slice_size};
   };
   parallel_tasks(pool, g.batch * slices.count,
                  [&](int64_t task) { clear(maxima_of(task % slices.count)[task / slices.count]); });
