@@ -58,18 +58,11 @@ FUSEDCNN_INLINE Vector<float> load_halves(const float* low, const float* high) {
 // The sums over the lower and the upper half of every vector, in order.
 FUSEDCNN_INLINE Vector<float> sums_of_halves(Vector<float> (&v)[kLanes<float> / 2]) {
   constexpr int kN = kLanes<float>;
-  Vector<int32_t> even, odd;
-  FUSEDCNN_UNROLL
-  for (int l = 0; l < kN; ++l) {
-    even[l] = 2 * l;
-    odd[l] = 2 * l + 1;
-  }
   FUSEDCNN_UNROLL
   for (int count = kN / 4; count > 0; count /= 2) {
     FUSEDCNN_UNROLL
     for (int i = 0; i < count; ++i) {
-      v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) +
-             __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
+      v[i] = shuffle(v[2 * i], v[2 * i + 1], kEven) + shuffle(v[2 * i], v[2 * i + 1], kOdd);
     }
   }
   return v[0];
