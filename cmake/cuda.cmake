@@ -2,16 +2,16 @@
 # runs them on a CPU (tests/cuda_on_cpu), which needs no CUDA toolkit.
 set(FUSEDCNN_CUDA_UNITS
   ${PROJECT_SOURCE_DIR}/csrc/cuda/forward_general.cu
-  ${PROJECT_SOURCE_DIR}/csrc/cuda/forward_mma.cu
-  ${PROJECT_SOURCE_DIR}/csrc/cuda/forward_mma3.cu
-  ${PROJECT_SOURCE_DIR}/csrc/cuda/forward_windows.cu
+  ${PROJECT_SOURCE_DIR}/csrc/cuda/forward_tensor_cores_3x3.cu
+  ${PROJECT_SOURCE_DIR}/csrc/cuda/forward_tensor_cores_3xtf32.cu
+  ${PROJECT_SOURCE_DIR}/csrc/cuda/forward_cuda_cores_3x3.cu
   ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_general.cu
-  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_lanes.cu
-  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_mma.cu
-  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_windows.cu
+  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_winners_3x3_few_channels.cu
+  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_tensor_cores_3x3.cu
+  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_winners_3x3.cu
   ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_input_general.cu
-  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_input_mma.cu
-  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_input_windows.cu)
+  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_input_tensor_cores_3x3.cu
+  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_input_winners_3x3.cu)
 
 set(FUSEDCNN_CUDA AUTO CACHE STRING
     "CUDA kernels: AUTO (where torch has CUDA and a CUDA compiler is found), ON (an error when none is) or OFF")

@@ -34,15 +34,15 @@ FORWARD = "kernels/forward_general.h"
 WEIGHT = "kernels/backward_weight_general.h"
 INPUT = "kernels/backward_input_general.h"
 MMA = "kernels/mma.h"
-INPUT_MMA = "kernels/backward_input_mma.h"
-INPUT_MMA_TILE = "kernels/backward_input_mma_tile.h"
-POOL = "kernels/windows.h"
-INPUT_WINDOWS = "kernels/backward_input_windows.h"
-WEIGHT_LANES = "kernels/backward_weight_lanes.h"
-WEIGHT_MMA = "kernels/backward_weight_mma.h"
-WEIGHT_WINDOWS = "kernels/backward_weight_windows.h"
-FORWARD_MMA = "kernels/forward_mma.h"
-FORWARD_WINDOWS = "kernels/forward_windows.h"
+INPUT_MMA = "kernels/backward_input_tensor_cores_3x3.h"
+INPUT_MMA_TILE = "kernels/backward_input_tensor_cores_3x3_tile.h"
+POOL = "kernels/block_3x3.h"
+INPUT_WINDOWS = "kernels/backward_input_winners_3x3.h"
+WEIGHT_LANES = "kernels/backward_weight_winners_3x3_few_channels.h"
+WEIGHT_MMA = "kernels/backward_weight_tensor_cores_3x3.h"
+WEIGHT_WINDOWS = "kernels/backward_weight_winners_3x3.h"
+FORWARD_MMA = "kernels/forward_tensor_cores_3x3.h"
+FORWARD_WINDOWS = "kernels/forward_cuda_cores_3x3.h"
 SPLIT = "kernels/split_tf32.h"
 _TOKEN = re.compile(r"\w+|\S")
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
@@ -416,8 +416,8 @@ MUTANTS = [
     Mutant(
         "grad_weight lanes: the other half-warp's windows are lost",
         WEIGHT_LANES,
-        "other < kLanesThreads; other += sizes.lane_channels) {",
-        "other < kLanesThreads; other += kWarp) {",
+        "other < kFewChannelsThreads; other += sizes.lane_channels) {",
+        "other < kFewChannelsThreads; other += kWarp) {",
     ),
     Mutant(
         "grad_weight windows: no barrier after a tile has arrived",
@@ -458,8 +458,8 @@ MUTANTS = [
     Mutant(
         "grad_weight windows: sums of the other warps are lost",
         WEIGHT_WINDOWS,
-        "totals[(o * Slots + i) * kWindowsThreads + other * kWarp + lane];",
-        "totals[(o * Slots + i) * kWindowsThreads + warp * kWarp + lane];",
+        "totals[(o * Slots + i) * kWinnersThreads + other * kWarp + lane];",
+        "totals[(o * Slots + i) * kWinnersThreads + warp * kWarp + lane];",
     ),
     Mutant(
         "grad_weight windows: no barrier before the next task's sums",

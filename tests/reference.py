@@ -74,7 +74,7 @@ class Bound(NamedTuple):
     def allowed(self, kernel: str) -> float:
         """The largest error that this kernel may have."""
         # The transforms of F(4x4, 3x3) round as well: twice a direct kernel's error is granted.
-        factor = 4 if kernel == "winograd4" else 2
+        factor = 4 if kernel == "winograd_f4x4" else 2
         return factor * self.stock_error + self.floor
 
 

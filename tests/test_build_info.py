@@ -79,7 +79,7 @@ def test_last_selected_is_what_ran(isa):
             expected = row["name"]
             ran.add(expected)
         assert _ops._C.last_selected()[row["pass"]] == expected
-    assert {"general", "winograd2"} <= ran
+    assert {"general", "winograd_f2x2"} <= ran
 
 
 def test_command_line():

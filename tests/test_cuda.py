@@ -394,7 +394,7 @@ def test_threads_launch_one_kernel_with_different_amounts_of_shared_memory():
         return first
 
     sizes = (16, 32)  # 51 and 69 KiB
-    with _cuda.force("windows"), ThreadPoolExecutor(len(sizes)) as pool:
+    with _cuda.force("winners_3x3"), ThreadPoolExecutor(len(sizes)) as pool:
         expected = [backward(size) for size in sizes]
         for ours, alone in zip(pool.map(backward, sizes), expected, strict=True):
             assert torch.equal(ours, alone)

@@ -23,7 +23,7 @@ def operands(forced):
 
 
 def block_for(forced) -> Block:
-    return SHALLOW if forced.kernel == "winograd1d" else DEEP
+    return SHALLOW if forced.kernel == "winograd_f2" else DEEP
 
 
 def forward(forced, input, weight, bias):
@@ -125,7 +125,7 @@ def test_an_infinite_weight_comes_and_goes(forced):
 
 def test_threads_that_share_weights_and_replace_them():
     """Calls at the same time, some of the same weight, some of weights that come and go."""
-    forced = next(f for f in FORWARDS if f.kernel == "winograd4")
+    forced = next(f for f in FORWARDS if f.kernel == "winograd_f4x4")
     input, weight, bias = operands(forced)
     expected = fresh(forced, input, weight, bias)
     run = lambda own: _ops.forward_op(input, own, bias, DEEP.pack(), True)[0]  # noqa: E731

@@ -62,7 +62,7 @@ def test_floats_are_as_close_as_the_stock_layers(block):
     """
     case = float_case(block.name, torch.float32)
     output, grads = run(lambda *tensors: fused(block, *tensors), case.operands)
-    assert largest_error(output, case.output.reference) <= case.output.allowed("winograd4")
+    assert largest_error(output, case.output.reference) <= case.output.allowed("winograd_f4x4")
     _, code = _ops.forward_op(*case.operands[:3], block.pack(), True)
     references = gradients_of_winners(block, case.operands, code)
     bounds = (case.grad_input, case.grad_weight, case.grad_bias)

@@ -29,7 +29,7 @@ BLOCKS = [
 by_block = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
 
 PLACES = {
-    # Every place within a tile of winograd4, whose tiles lie four pixels apart.
+    # Every place within a tile of winograd_f4x4, whose tiles lie four pixels apart.
     **{f"pixel{y}x{x}": [(y, x)] for y, x in ((4, 4), (5, 6), (6, 5), (7, 7), (7, 8), (8, 11))},
     "corner": [(0, 0)],
     "edges": [(0, 9), (9, 0), (-1, 6), (6, -1)],
@@ -124,7 +124,7 @@ def assert_accurate(block: Block, case: Case, what: tuple[object, ...]) -> None:
         results = run_pass(forced, block, case.operands)
         if results is None:
             continue
-        allowed = (4 if forced.kernel == "winograd4" else 2) * error(case.stock) + floor
+        allowed = (4 if forced.kernel == "winograd_f4x4" else 2) * error(case.stock) + floor
         assert error(results["output"]) <= allowed, (str(forced), *what)
 
 

@@ -222,7 +222,8 @@ def test_nan_stays_in_its_channel():
     for ran, results in run_everywhere(block, operands, exact_only=False):
         if "output" in results:
             assert torch.equal(results["output"].isnan(), expected["output"].isnan()), ran
-        if "grad_weight" in results and "winograd4" not in ran:  # which does not read the weight
+        # The pass does not read the weight; after winograd_f4x4 ties may have other codes.
+        if "grad_weight" in results and "winograd_f4x4" not in ran:
             assert torch.equal(results["grad_weight"], expected["grad_weight"]), ran
 
 

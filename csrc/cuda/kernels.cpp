@@ -7,21 +7,27 @@ namespace fusedcnn::cuda {
 KernelList kernels() {
   // name, pass, exact, why_not, workspace_bytes, forward, backward
   static constexpr Kernel list[] = {
-      {"mma", Pass::kForward, true, why_not_mma, nullptr, forward_mma, nullptr},
-      {"mma3", Pass::kForward, true, why_not_mma3, nullptr, forward_mma3, nullptr},
-      {"windows", Pass::kForward, true, why_not_windows, nullptr, forward_windows, nullptr},
+      {"tensor_cores_3x3", Pass::kForward, true, why_not_tensor_cores_3x3, nullptr,
+       forward_tensor_cores_3x3, nullptr},
+      {"tensor_cores_3xtf32", Pass::kForward, true, why_not_tensor_cores_3xtf32, nullptr,
+       forward_tensor_cores_3xtf32, nullptr},
+      {"cuda_cores_3x3", Pass::kForward, true, why_not_cuda_cores_3x3, nullptr,
+       forward_cuda_cores_3x3, nullptr},
       {"general", Pass::kForward, true, why_not_general, nullptr, forward_general, nullptr},
-      {"mma", Pass::kGradWeight, true, why_not_mma, grad_weight_mma_workspace, nullptr,
-       grad_weight_mma, /*dense=*/true},
-      {"lanes", Pass::kGradWeight, true, why_not_weight_lanes, grad_weight_lanes_workspace, nullptr,
-       grad_weight_lanes},
-      {"windows", Pass::kGradWeight, true, why_not_weight_windows, grad_weight_windows_workspace,
-       nullptr, grad_weight_windows},
+      {"tensor_cores_3x3", Pass::kGradWeight, true, why_not_tensor_cores_3x3,
+       grad_weight_tensor_cores_3x3_workspace, nullptr, grad_weight_tensor_cores_3x3,
+       /*dense=*/true},
+      {"winners_3x3_few_channels", Pass::kGradWeight, true, why_not_winners_3x3_few_channels,
+       grad_weight_winners_3x3_few_channels_workspace, nullptr,
+       grad_weight_winners_3x3_few_channels},
+      {"winners_3x3", Pass::kGradWeight, true, why_not_grad_weight_winners_3x3,
+       grad_weight_winners_3x3_workspace, nullptr, grad_weight_winners_3x3},
       {"general", Pass::kGradWeight, true, why_not_general, grad_weight_general_workspace, nullptr,
        grad_weight_general},
-      {"mma", Pass::kGradInput, true, why_not_mma, nullptr, nullptr, grad_input_mma},
-      {"windows", Pass::kGradInput, true, why_not_input_windows, nullptr, nullptr,
-       grad_input_windows},
+      {"tensor_cores_3x3", Pass::kGradInput, true, why_not_tensor_cores_3x3, nullptr, nullptr,
+       grad_input_tensor_cores_3x3},
+      {"winners_3x3", Pass::kGradInput, true, why_not_grad_input_winners_3x3, nullptr, nullptr,
+       grad_input_winners_3x3},
       {"general", Pass::kGradInput, true, why_not_general, nullptr, nullptr, grad_input_general},
   };
   return {list, sizeof list / sizeof *list};
@@ -48,7 +54,7 @@ const char* why_not_general(const Problem& problem, const Target&) {
 namespace {
 
 // Whether the block is a 3x3 convolution of stride 1 under a 2x2 pool of stride 2.
-const char* why_not_3x3_pool2(const Geometry& g) {
+const char* why_not_3x3_block(const Geometry& g) {
   for (const Axis* axis : {&g.h, &g.w}) {
     if (axis->kernel != 3 || axis->stride != 1 || axis->dilation != 1) {
       return "the convolution is not 3x3 with stride 1 and dilation 1";
@@ -75,55 +81,55 @@ const char* why_not_sm_80(const Device& device) {
 
 }  // namespace
 
-const char* why_not_windows(const Problem& problem, const Target& target) {
+const char* why_not_cuda_cores_3x3(const Problem& problem, const Target& target) {
   if (problem.type != DataType::kFloat32) return "not float32";
   if (problem.wide_code) return "int32 codes";
-  if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
+  if (const char* reason = why_not_3x3_block(problem.geometry)) return reason;
   return why_not_general(problem, target);
 }
 
-const char* why_not_weight_lanes(const Problem& problem, const Target& target) {
+const char* why_not_winners_3x3_few_channels(const Problem& problem, const Target& target) {
   if (problem.type == DataType::kFloat64) return "float64";
   if (problem.wide_code) return "int32 codes";
   if (problem.geometry.in_channels > 4) return "more than 4 input channels";
-  if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
+  if (const char* reason = why_not_3x3_block(problem.geometry)) return reason;
   return why_not_general(problem, target);
 }
 
-const char* why_not_weight_windows(const Problem& problem, const Target& target) {
+const char* why_not_grad_weight_winners_3x3(const Problem& problem, const Target& target) {
   if (problem.type == DataType::kFloat64) return "float64";
   if (problem.wide_code) return "int32 codes";
-  if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
+  if (const char* reason = why_not_3x3_block(problem.geometry)) return reason;
   if (const char* reason = why_not_general(problem, target)) return reason;
-  if (grad_weight_windows_shared(problem) > target.device.shared_bytes) {
+  if (grad_weight_winners_3x3_shared(problem) > target.device.shared_bytes) {
     return "the GPU's blocks have too little shared memory";
   }
   return nullptr;
 }
 
-const char* why_not_input_windows(const Problem& problem, const Target& target) {
+const char* why_not_grad_input_winners_3x3(const Problem& problem, const Target& target) {
   if (problem.type == DataType::kFloat64) return "float64";
   if (problem.wide_code) return "int32 codes";
   // Too few lanes work.
   if (problem.geometry.in_channels < 3) return "fewer than 3 input channels";
-  if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
+  if (const char* reason = why_not_3x3_block(problem.geometry)) return reason;
   if (const char* reason = why_not_general(problem, target)) return reason;
-  if (grad_input_windows_shared(problem) > target.device.shared_bytes) {
+  if (grad_input_winners_3x3_shared(problem) > target.device.shared_bytes) {
     return "the GPU's blocks have too little shared memory";
   }
   return nullptr;
 }
 
-const char* why_not_mma(const Problem& problem, const Target& target) {
+const char* why_not_tensor_cores_3x3(const Problem& problem, const Target& target) {
   if (problem.type == DataType::kFloat64) return "float64";
   if (problem.type == DataType::kFloat32 && !target.allow_tf32) return "tf32 is not allowed";
   if (const char* reason = why_not_sm_80(target.device)) return reason;
   if (problem.wide_code) return "int32 codes";
-  if (const char* reason = why_not_3x3_pool2(problem.geometry)) return reason;
+  if (const char* reason = why_not_3x3_block(problem.geometry)) return reason;
   return why_not_general(problem, target);
 }
 
-const char* why_not_mma3(const Problem& problem, const Target& target) {
+const char* why_not_tensor_cores_3xtf32(const Problem& problem, const Target& target) {
   if (problem.type != DataType::kFloat32) return "not float32";
   // Where tensor cores multiply tf32 at eight times the rate of CUDA cores. sm_86, sm_89 and sm_120
   // do so at the same rate; of others it is not known.
@@ -131,12 +137,13 @@ const char* why_not_mma3(const Problem& problem, const Target& target) {
     return "neither sm_80 nor sm_90";
   }
   if (const char* reason = why_not_sm_80(target.device)) return reason;
-  if (const char* reason = why_not_windows(problem, target)) return reason;
-  if (forward_mma3_shared(problem) > target.device.shared_bytes) {
+  if (const char* reason = why_not_cuda_cores_3x3(problem, target)) return reason;
+  if (forward_tensor_cores_3xtf32_shared(problem) > target.device.shared_bytes) {
     return "the GPU's blocks have too little shared memory";
   }
   // Counts, on either side: a margin for what they leave out.
-  if (10 * forward_windows_cycles(problem) < 13 * forward_mma3_cycles(problem)) {
+  if (10 * forward_cuda_cores_3x3_cycles(problem) <
+      13 * forward_tensor_cores_3xtf32_cycles(problem)) {
     return "CUDA cores take less than 1.3 times as long";
   }
   return nullptr;

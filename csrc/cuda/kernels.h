@@ -9,32 +9,32 @@ namespace fusedcnn::cuda {
 KernelList kernels();
 
 const char* why_not_general(const Problem& problem, const Target& target);
-const char* why_not_windows(const Problem& problem, const Target& target);
-const char* why_not_weight_windows(const Problem& problem, const Target& target);
-const char* why_not_weight_lanes(const Problem& problem, const Target& target);
-const char* why_not_input_windows(const Problem& problem, const Target& target);
-const char* why_not_mma(const Problem& problem, const Target& target);
-const char* why_not_mma3(const Problem& problem, const Target& target);
+const char* why_not_cuda_cores_3x3(const Problem& problem, const Target& target);
+const char* why_not_grad_weight_winners_3x3(const Problem& problem, const Target& target);
+const char* why_not_winners_3x3_few_channels(const Problem& problem, const Target& target);
+const char* why_not_grad_input_winners_3x3(const Problem& problem, const Target& target);
+const char* why_not_tensor_cores_3x3(const Problem& problem, const Target& target);
+const char* why_not_tensor_cores_3xtf32(const Problem& problem, const Target& target);
 void forward_general(const ForwardArgs& args, const Execution& execution);
-void forward_mma(const ForwardArgs& args, const Execution& execution);
-void forward_mma3(const ForwardArgs& args, const Execution& execution);
-int64_t forward_mma3_shared(const Problem& problem);  // of a block
+void forward_tensor_cores_3x3(const ForwardArgs& args, const Execution& execution);
+void forward_tensor_cores_3xtf32(const ForwardArgs& args, const Execution& execution);
+int64_t forward_tensor_cores_3xtf32_shared(const Problem& problem);  // of a block
 // Cycles of a multiprocessor that an image takes, counted rather than measured, of sm_90.
-int64_t forward_mma3_cycles(const Problem& problem);
-int64_t forward_windows_cycles(const Problem& problem);
-void forward_windows(const ForwardArgs& args, const Execution& execution);
+int64_t forward_tensor_cores_3xtf32_cycles(const Problem& problem);
+int64_t forward_cuda_cores_3x3_cycles(const Problem& problem);
+void forward_cuda_cores_3x3(const ForwardArgs& args, const Execution& execution);
 int64_t grad_weight_general_workspace(const Problem& problem);
 void grad_weight_general(const BackwardArgs& args, const Execution& execution);
-int64_t grad_weight_lanes_workspace(const Problem& problem);
-void grad_weight_lanes(const BackwardArgs& args, const Execution& execution);
-int64_t grad_weight_mma_workspace(const Problem& problem);
-void grad_weight_mma(const BackwardArgs& args, const Execution& execution);
-int64_t grad_weight_windows_shared(const Problem& problem);  // of a block
-int64_t grad_weight_windows_workspace(const Problem& problem);
-void grad_weight_windows(const BackwardArgs& args, const Execution& execution);
-void grad_input_mma(const BackwardArgs& args, const Execution& execution);
-int64_t grad_input_windows_shared(const Problem& problem);  // of a block
-void grad_input_windows(const BackwardArgs& args, const Execution& execution);
+int64_t grad_weight_winners_3x3_few_channels_workspace(const Problem& problem);
+void grad_weight_winners_3x3_few_channels(const BackwardArgs& args, const Execution& execution);
+int64_t grad_weight_tensor_cores_3x3_workspace(const Problem& problem);
+void grad_weight_tensor_cores_3x3(const BackwardArgs& args, const Execution& execution);
+int64_t grad_weight_winners_3x3_shared(const Problem& problem);  // of a block
+int64_t grad_weight_winners_3x3_workspace(const Problem& problem);
+void grad_weight_winners_3x3(const BackwardArgs& args, const Execution& execution);
+void grad_input_tensor_cores_3x3(const BackwardArgs& args, const Execution& execution);
+int64_t grad_input_winners_3x3_shared(const Problem& problem);  // of a block
+void grad_input_winners_3x3(const BackwardArgs& args, const Execution& execution);
 void grad_input_general(const BackwardArgs& args, const Execution& execution);
 
 }  // namespace fusedcnn::cuda

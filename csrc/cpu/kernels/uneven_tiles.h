@@ -1,9 +1,9 @@
-// Which tiles winograd4 leaves to plain sums: those whose outputs its rounding would spoil.
+// Which tiles winograd_f4x4 leaves to plain sums: those whose outputs its rounding would spoil.
 //
 // F(4x4, 3x3) mixes a 6x6 patch into 16 outputs, so that a large value leaves its rounding in
 // outputs that do not see it. With P the sum of squares over the patch and all channels, F the same
 // over an output's own 3x3 field and |w| the norm of its weights,
-//   an output of winograd4 errs by about  k4 eps |w| sqrt(P)
+//   an output of winograd_f4x4 errs by about  k4 eps |w| sqrt(P)
 //   the stock layers' errs by about       k  eps |w| sqrt(F)
 // On even data P = 4 F. Measured (root mean squares, relative to the stock layers' error at the
 // same outputs, which do not see the large values; randn or uniform values around them):
@@ -12,7 +12,7 @@
 //   16 channels    1.0 to 2.0  1.0 to 2.1  1.1 to 2.5  1.5 to 3.2  1.5 to 3.2  3.3 to 6
 //   64 channels    1.2 to 2.4  1.2 to 2.6  1.5 to 3.2  1.6 to 3.9  1.9 to 4.5  3.6 to 7
 //
-// So half a tile is even, and stays with winograd4, where for each of its outputs
+// So half a tile is even, and stays with winograd_f4x4, where for each of its outputs
 //   P <= 4 kMostPatch F.
 // A field of zeros next to anything else makes it uneven: its output is the bias, exactly.
 //

@@ -8,20 +8,20 @@
 // meets only zeros.
 //
 // Sums of patch elements could overflow, and an infinity less another is NaN: an image with values
-// beyond kModerate, infinity or NaN is left to the general kernel by winograd1d and winograd2, a
-// tile by winograd4 to plain sums. So is the whole call where the weights or the bias hold such a
-// value.
+// beyond kModerate, infinity or NaN is left to the general kernel by winograd_f2 and winograd_f2x2,
+// a tile by winograd_f4x4 to plain sums. So is the whole call where the weights or the bias hold
+// such a value.
 #pragma once
 
 #include "cpu/derived_weights.h"
 #include "cpu/kernel.h"
 #include "cpu/kernels/ahead.h"
+#include "cpu/kernels/block_3x3.h"
 #include "cpu/kernels/forward_general.h"
 #include "cpu/kernels/output_lanes.h"
 #include "cpu/kernels/phase_planes.h"
 #include "cpu/kernels/simd.h"
 #include "cpu/kernels/transpose.h"
-#include "cpu/kernels/windows.h"
 #include "cpu/scratch.h"
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
@@ -88,8 +88,8 @@ void run_winograd(const ForwardArgs& args, const ThreadPool& pool, const Derived
   if (!derived.usable()) return forward_general(args, pool);
   const Geometry& g = args.geometry;
   const int64_t row_bytes = g.in_channels * 8 * g.w.out * int64_t{sizeof(float)};
-  // Bands begin at even rows, so that winograd4's tiles, two rows high, lie where they lie without
-  // bands, and an image's result does not depend on how the batch is cut.
+  // Bands begin at even rows, so that winograd_f4x4's tiles, two rows high, lie where they lie
+  // without bands, and an image's result does not depend on how the batch is cut.
   const int64_t rows =
       round_up(band_rows(g, kWinogradBandBytes / row_bytes - 1, kWinogradMinBand), 2);
   const int64_t bands = (g.h.out + rows - 1) / rows;
@@ -173,7 +173,7 @@ const char* why_not_winograd(const Problem& problem) {
   const Geometry& g = problem.geometry;
   if (problem.wide_code) return "writes codes of one byte";
   if (g.h.out * 2 > g.h.conv || g.w.out * 2 > g.w.conv) return "a window reaches over the edge";
-  return why_not_windows(problem);
+  return why_not_3x3_block(problem);
 }
 
 }  // namespace

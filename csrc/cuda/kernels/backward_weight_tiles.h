@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cuda/kernels/backward_weight_general.h"
-#include "cuda/kernels/windows.h"
+#include "cuda/kernels/block_3x3.h"
 
 namespace fusedcnn::cuda {
 namespace {

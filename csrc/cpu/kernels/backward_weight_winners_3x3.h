@@ -8,9 +8,9 @@
 
 #include "cpu/kernel.h"
 #include "cpu/kernels/ahead.h"
+#include "cpu/kernels/block_3x3.h"
 #include "cpu/kernels/partials.h"
 #include "cpu/kernels/simd.h"
-#include "cpu/kernels/windows.h"
 #include "cpu/scratch.h"
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
@@ -113,7 +113,7 @@ FUSEDCNN_NOINLINE void cut_patches(const float* plane, int64_t cols, int64_t win
 }
 
 template <typename S>
-void grad_weight_windows_typed(const BackwardArgs& args, const ThreadPool& pool) {
+void grad_weight_winners_3x3_typed(const BackwardArgs& args, const ThreadPool& pool) {
   const Geometry& g = args.geometry;
   const int64_t channels = args.grad_weight ? g.in_channels : 0;
   const int64_t blocks = (g.out_channels + kWeightLanes - 1) / kWeightLanes;
@@ -189,18 +189,18 @@ void grad_weight_windows_typed(const BackwardArgs& args, const ThreadPool& pool)
   }
 }
 
-const char* why_not_weight_windows(const Problem& problem) {
+const char* why_not_grad_weight_winners_3x3(const Problem& problem) {
   // The general kernel takes 16 input channels at a time, for one output channel.
   if (problem.geometry.in_channels > 12) return "for at most 12 input channels";
   if (problem.geometry.out_channels < 8) return "for at least 8 output channels";
-  return why_not_windows(problem);
+  return why_not_3x3_block(problem);
 }
 
-void grad_weight_windows(const BackwardArgs& args, const ThreadPool& pool) {
+void grad_weight_winners_3x3(const BackwardArgs& args, const ThreadPool& pool) {
   switch (args.type) {
-    case DataType::kBFloat16: return grad_weight_windows_typed<BFloat16>(args, pool);
-    case DataType::kFloat16: return grad_weight_windows_typed<Float16>(args, pool);
-    default: return grad_weight_windows_typed<float>(args, pool);
+    case DataType::kBFloat16: return grad_weight_winners_3x3_typed<BFloat16>(args, pool);
+    case DataType::kFloat16: return grad_weight_winners_3x3_typed<Float16>(args, pool);
+    default: return grad_weight_winners_3x3_typed<float>(args, pool);
   }
 }
 

@@ -155,7 +155,7 @@ void finish_block(const WinogradShared& shared, int64_t first, int64_t count, co
 }
 
 template <typename S>
-void winograd2_band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
+void winograd_f2x2_band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
   constexpr int kN = kLanes<float>;
   const Geometry& g = args.geometry;
   const int64_t bands = shared.bands;
@@ -229,7 +229,7 @@ void winograd2_band(const ForwardArgs& args, const WinogradShared& shared, int64
   }
 }
 
-struct Winograd2Transform {
+struct WinogradF2x2 {
   static constexpr int kElements = 16;
   static constexpr int kWide = kWinogradWide;
 
@@ -256,19 +256,19 @@ struct Winograd2Transform {
 
   template <typename S>
   static void band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
-    winograd2_band<S>(args, shared, task);
+    winograd_f2x2_band<S>(args, shared, task);
   }
 };
 
-const char* why_not_winograd2(const Problem& problem) {
+const char* why_not_winograd_f2x2(const Problem& problem) {
   if (problem.geometry.out_channels < kLanes<float> / 2) {
     return "too few output channels to fill a vector";
   }
   return why_not_winograd(problem);
 }
 
-void forward_winograd2(const ForwardArgs& args, const ThreadPool& pool) {
-  forward_winograd<Winograd2Transform>(args, pool);
+void forward_winograd_f2x2(const ForwardArgs& args, const ThreadPool& pool) {
+  forward_winograd<WinogradF2x2>(args, pool);
 }
 
 }  // namespace

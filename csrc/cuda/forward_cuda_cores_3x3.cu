@@ -1,5 +1,5 @@
 #include "cuda/kernels.h"
-#include "cuda/kernels/forward_windows.h"
+#include "cuda/kernels/forward_cuda_cores_3x3.h"
 
 namespace fusedcnn::cuda {
 namespace {
@@ -29,18 +29,19 @@ auto with_windows_tile(const Geometry& g, const Body& body) {
 
 }  // namespace
 
-int64_t forward_windows_cycles(const Problem& problem) {
+int64_t forward_cuda_cores_3x3_cycles(const Problem& problem) {
   const Geometry& g = problem.geometry;
   return with_windows_tile(g, [&](auto tile) {
     // 128 multiply-adds a cycle, four for each window and tap; and a seventh more for the other
-    // instructions of the loop around them (forward_windows.h).
+    // instructions of the loop around them (forward_cuda_cores_3x3.h).
     return image_work<decltype(tile)>(g) * 4 * 9 * g.in_channels / 128 * 8 / 7;
   });
 }
 
-void forward_windows(const ForwardArgs& args, const Execution& execution) {
-  with_windows_tile(args.geometry,
-                    [&](auto tile) { launch_forward_windows<decltype(tile)>(args, execution); });
+void forward_cuda_cores_3x3(const ForwardArgs& args, const Execution& execution) {
+  with_windows_tile(args.geometry, [&](auto tile) {
+    launch_forward_cuda_cores_3x3<decltype(tile)>(args, execution);
+  });
 }
 
 }  // namespace fusedcnn::cuda

@@ -6,9 +6,9 @@
 
 #include "cpu/kernel.h"
 #include "cpu/kernels/ahead.h"
+#include "cpu/kernels/block_3x3.h"
 #include "cpu/kernels/patches.h"
 #include "cpu/kernels/simd.h"
-#include "cpu/kernels/windows.h"
 #include "cpu/scratch.h"
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
@@ -180,7 +180,7 @@ struct NarrowBlock {
 };
 
 template <typename S, typename Block>
-void grad_input_windows_typed(const BackwardArgs& args, const ThreadPool& pool) {
+void grad_input_winners_3x3_typed(const BackwardArgs& args, const ThreadPool& pool) {
   constexpr int64_t kChannels = Block::kChannels;
   const Geometry& g = args.geometry;
   const int64_t blocks = (g.in_channels + kChannels - 1) / kChannels;
@@ -253,19 +253,19 @@ void grad_input_windows_typed(const BackwardArgs& args, const ThreadPool& pool) 
 }
 
 template <typename S>
-void grad_input_windows_typed(const BackwardArgs& args, const ThreadPool& pool) {
+void grad_input_winners_3x3_typed(const BackwardArgs& args, const ThreadPool& pool) {
   if (args.geometry.in_channels <= NarrowBlock::kChannels) {
-    grad_input_windows_typed<S, NarrowBlock>(args, pool);
+    grad_input_winners_3x3_typed<S, NarrowBlock>(args, pool);
   } else {
-    grad_input_windows_typed<S, WideBlock>(args, pool);
+    grad_input_winners_3x3_typed<S, WideBlock>(args, pool);
   }
 }
 
-void grad_input_windows(const BackwardArgs& args, const ThreadPool& pool) {
+void grad_input_winners_3x3(const BackwardArgs& args, const ThreadPool& pool) {
   switch (args.type) {
-    case DataType::kBFloat16: return grad_input_windows_typed<BFloat16>(args, pool);
-    case DataType::kFloat16: return grad_input_windows_typed<Float16>(args, pool);
-    default: return grad_input_windows_typed<float>(args, pool);
+    case DataType::kBFloat16: return grad_input_winners_3x3_typed<BFloat16>(args, pool);
+    case DataType::kFloat16: return grad_input_winners_3x3_typed<Float16>(args, pool);
+    default: return grad_input_winners_3x3_typed<float>(args, pool);
   }
 }
 

@@ -4,9 +4,9 @@
 // The two outputs of a row of a window take 12 multiplications per input channel instead of 18:
 //   y = A^T [ sum over c, kh of (G g) * (B^T d) ]            (Winograd, 1980)
 // All constants are 0, +-1 and 1/2, so integers stay exact and a constant patch gives four equal
-// outputs. One more dimension would halve the multiplications again (forward_winograd2.h), but for
-// few channels its transforms cost what it saves; here the inverse transform, bias, ReLU, max and
-// code never leave the registers.
+// outputs. One more dimension would halve the multiplications again (forward_winograd_f2x2.h), but
+// for few channels its transforms cost what it saves; here the inverse transform, bias, ReLU, max
+// and code never leave the registers.
 //
 // A task owns a band of pooled rows of one image and walks its windows, numbered row by row:
 //   R  [channels][2][4 j][band + 1][OW]         d B: even and odd input rows, transformed along w
@@ -86,7 +86,7 @@ void write_lanes(const From* from, int64_t count, int64_t channels, To* to, Stri
 }
 
 template <typename S>
-void winograd1d_band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
+void winograd_f2_band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
   constexpr int kN = kLanes<float>;
   const Geometry& g = args.geometry;
   const int64_t bands = shared.bands;
@@ -171,11 +171,11 @@ void transform_weights_1d(const ForwardArgs& args, const S* source, float* u) {
 }
 
 template <typename S>
-void forward_winograd1d_typed(const ForwardArgs& args, const ThreadPool& pool) {
+void forward_winograd_f2_typed(const ForwardArgs& args, const ThreadPool& pool) {
   const Geometry& g = args.geometry;
   int64_t bytes;
   const DerivedKey key =
-      derived_key(args, reinterpret_cast<const void*>(&winograd1d_band<S>), bytes);
+      derived_key(args, reinterpret_cast<const void*>(&winograd_f2_band<S>), bytes);
   const int64_t size = round_up(12 * g.in_channels * g.out_channels, kLanes<float>);
   DerivedWeights derived(key, bytes, size);
   if (!derived.filled()) {
@@ -183,22 +183,22 @@ void forward_winograd1d_typed(const ForwardArgs& args, const ThreadPool& pool) {
     transform_weights_1d(args, static_cast<const S*>(derived.source()), derived.data());
     derived.keep(moderate(derived.data(), size));
   }
-  run_winograd<S>(args, pool, derived, winograd1d_band<S>);
+  run_winograd<S>(args, pool, derived, winograd_f2_band<S>);
 }
 
-const char* why_not_winograd1d(const Problem& problem) {
+const char* why_not_winograd_f2(const Problem& problem) {
   const Geometry& g = problem.geometry;
-  // Where winograd2 has vectors of output channels to fill, it is faster from here on.
+  // Where winograd_f2x2 has vectors of output channels to fill, it is faster from here on.
   const int64_t most = g.out_channels >= kLanes<float> / 2 ? 7 : 64;
   if (g.in_channels > most) return "too many input channels";
   return why_not_winograd(problem);
 }
 
-void forward_winograd1d(const ForwardArgs& args, const ThreadPool& pool) {
+void forward_winograd_f2(const ForwardArgs& args, const ThreadPool& pool) {
   switch (args.type) {
-    case DataType::kFloat32: return forward_winograd1d_typed<float>(args, pool);
-    case DataType::kBFloat16: return forward_winograd1d_typed<BFloat16>(args, pool);
-    case DataType::kFloat16: return forward_winograd1d_typed<Float16>(args, pool);
+    case DataType::kFloat32: return forward_winograd_f2_typed<float>(args, pool);
+    case DataType::kBFloat16: return forward_winograd_f2_typed<BFloat16>(args, pool);
+    case DataType::kFloat16: return forward_winograd_f2_typed<Float16>(args, pool);
     case DataType::kFloat64: return;  // refused by why_not
   }
 }

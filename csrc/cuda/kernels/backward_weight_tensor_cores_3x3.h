@@ -47,7 +47,7 @@
 
 #include <type_traits>
 
-#include "cuda/kernels/backward_weight_mma_tile.h"
+#include "cuda/kernels/backward_weight_tensor_cores_3x3_tile.h"
 
 namespace fusedcnn::cuda {
 namespace {
@@ -153,7 +153,7 @@ FUSEDCNN_DEVICE void multiply_quad(const Gradients<S>& gradients, Shared<Pixel<S
 // wanted. partial: [slabs][OC][9 C + 1].
 template <typename S, int CTiles>
 FUSEDCNN_KERNEL_RESIDENT(kMmaThreads, kMmaResident<CTiles>)
-grad_weight_mma_kernel(BackwardArgs args, WeightMmaSizes sizes, float* partial) {
+grad_weight_tensor_cores_3x3_kernel(BackwardArgs args, WeightMmaSizes sizes, float* partial) {
   const bool want_weight = args.grad_weight != nullptr;
   SharedMemory memory;
   const Shared<float> biases = memory.array<float>(kMmaWarps * 16);
@@ -338,7 +338,7 @@ int64_t weight_mma_shared(const WeightMmaSizes& sizes, bool want_weight) {
 }
 
 template <typename S, int CTiles>
-void launch_grad_weight_mma(const BackwardArgs& args, const Execution& execution) {
+void launch_grad_weight_tensor_cores_3x3(const BackwardArgs& args, const Execution& execution) {
   constexpr int64_t kBytes = sizeof(S);
   WeightMmaSizes sizes = weight_mma_sizes<S, CTiles>(args.geometry);
   const Geometry& g = args.geometry;
@@ -354,8 +354,9 @@ void launch_grad_weight_mma(const BackwardArgs& args, const Execution& execution
   float* const partial = static_cast<float*>(execution.workspace);
   const bool want_weight = args.grad_weight != nullptr;
   const int64_t tasks = sizes.slabs * (want_weight ? sizes.slices : 1) * sizes.channel_blocks;
-  launch("grad_weight_mma", grad_weight_mma_kernel<S, CTiles>, blocks_for(tasks), kMmaThreads,
-         weight_mma_shared<S, CTiles>(sizes, want_weight), execution, args, sizes, partial);
+  launch("grad_weight_tensor_cores_3x3", grad_weight_tensor_cores_3x3_kernel<S, CTiles>,
+         blocks_for(tasks), kMmaThreads, weight_mma_shared<S, CTiles>(sizes, want_weight),
+         execution, args, sizes, partial);
   launch_grad_weight_finish<S>(args, sizes.general, partial, execution);
 }
 
@@ -374,7 +375,7 @@ int64_t for_weight_mma(const Problem& problem, const Body& body) {
     case DataType::kFloat32: typed(float{}); break;
     case DataType::kBFloat16: typed(BFloat16{}); break;
     case DataType::kFloat16: typed(Float16{}); break;
-    case DataType::kFloat64: break;  // why_not_mma
+    case DataType::kFloat64: break;  // why_not_tensor_cores_3x3
   }
   return result;
 }

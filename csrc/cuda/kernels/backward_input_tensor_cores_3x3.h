@@ -50,7 +50,7 @@
 // a gradient does. Gradients, infinite or NaN, spread to their own nine pixels only.
 #pragma once
 
-#include "cuda/kernels/backward_input_mma_tile.h"
+#include "cuda/kernels/backward_input_tensor_cores_3x3_tile.h"
 
 namespace fusedcnn::cuda {
 namespace {
@@ -78,7 +78,7 @@ FUSEDCNN_DEVICE void multiply_row(float (&acc)[4][NTiles][4], const uint32_t (&p
 // args: grad_output and code [N, OC, OH, OW], weight [OC, C, 3, 3], grad_input [N, C, H, W].
 template <typename S, typename Tile>
 FUSEDCNN_KERNEL_RESIDENT(Tile::kThreads, Tile::kResident)
-grad_input_mma_kernel(BackwardArgs args, InputMmaSizes sizes) {
+grad_input_tensor_cores_3x3_kernel(BackwardArgs args, InputMmaSizes sizes) {
   constexpr int kNTiles = Tile::kNTiles;
   constexpr int kSliceChannels = 4 * kItemChannels<S>;
   SharedMemory memory;
@@ -230,7 +230,7 @@ grad_input_mma_kernel(BackwardArgs args, InputMmaSizes sizes) {
 // ---- host ---------------------------------------------------------------------------------------
 
 template <typename S, typename Tile>
-void launch_grad_input_mma(const BackwardArgs& args, const Execution& execution) {
+void launch_grad_input_tensor_cores_3x3(const BackwardArgs& args, const Execution& execution) {
   constexpr int64_t kBytes = sizeof(S), kItem = kItemChannels<S>, kLane = 2 * Tile::kNTiles;
   const Geometry& g = args.geometry;
   InputMmaSizes s{};
@@ -261,7 +261,7 @@ void launch_grad_input_mma(const BackwardArgs& args, const Execution& execution)
   // As many as 132 multiprocessors hold: each takes its share in one go.
   constexpr int64_t kMostBlocks = 132 * Tile::kResident;
   const int64_t blocks = blocks_for(s.tasks);
-  launch("grad_input_mma", grad_input_mma_kernel<S, Tile>,
+  launch("grad_input_tensor_cores_3x3", grad_input_tensor_cores_3x3_kernel<S, Tile>,
          blocks < kMostBlocks ? blocks : kMostBlocks, Tile::kThreads,
          shared_bytes<uint32_t>(Tile::kGradients) +
              shared_bytes<uint32_t>(static_cast<int64_t>(s.kept_slices) * Tile::kSlice),
@@ -269,22 +269,23 @@ void launch_grad_input_mma(const BackwardArgs& args, const Execution& execution)
 }
 
 template <typename S, int TileW>
-void grad_input_mma_wide(const BackwardArgs& args, const Execution& execution) {
+void grad_input_tensor_cores_3x3_wide(const BackwardArgs& args, const Execution& execution) {
   if (args.geometry.in_channels <= 8) {
-    launch_grad_input_mma<S, InputTile<TileW, 1, 1>>(args, execution);
+    launch_grad_input_tensor_cores_3x3<S, InputTile<TileW, 1, 1>>(args, execution);
   } else if (args.geometry.in_channels <= 16) {
-    launch_grad_input_mma<S, InputTile<TileW, 2, 1>>(args, execution);
+    launch_grad_input_tensor_cores_3x3<S, InputTile<TileW, 2, 1>>(args, execution);
   } else {
-    launch_grad_input_mma<S, InputTile<TileW, 2, 2>>(args, execution);
+    launch_grad_input_tensor_cores_3x3<S, InputTile<TileW, 2, 2>>(args, execution);
   }
 }
 
 template <typename S>
-void grad_input_mma_typed(const BackwardArgs& args, const Execution& execution) {
+void grad_input_tensor_cores_3x3_typed(const BackwardArgs& args, const Execution& execution) {
   // 16 x 16 pixels unless 16 x 8 leave less of their tiles empty.
   const int64_t width = args.geometry.w.in;
-  (width + 15) / 16 * 2 <= (width + 7) / 8 ? grad_input_mma_wide<S, 16>(args, execution)
-                                           : grad_input_mma_wide<S, 8>(args, execution);
+  (width + 15) / 16 * 2 <= (width + 7) / 8
+      ? grad_input_tensor_cores_3x3_wide<S, 16>(args, execution)
+      : grad_input_tensor_cores_3x3_wide<S, 8>(args, execution);
 }
 
 }  // namespace

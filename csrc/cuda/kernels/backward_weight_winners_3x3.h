@@ -20,8 +20,8 @@
 // multiply-adds 1,152. 3 -> 16 at 32x32: 27 of 32 lanes work, for one multiply-add a pair; 4,096
 // pairs x 7 + 2 x 256 x 15 = 36,000 instructions, 9,100 cycles, 35 ns, where all four elements at
 // the peak would take 3,456 and memory 7.6 ns: with so few channels, lanes had better be output
-// channels, as in kernels/backward_weight_lanes.h. Estimates, not measurements: so far this has run
-// on a CPU only.
+// channels, as in kernels/backward_weight_winners_3x3_few_channels.h. Estimates, not measurements:
+// so far this has run on a CPU only.
 //
 // Sums run over a slab of the images' tiles, in registers for a tile, then in shared memory; those
 // of the warps that share output channels are added up, and the general kernel's second stage adds
@@ -35,7 +35,7 @@
 namespace fusedcnn::cuda {
 namespace {
 
-constexpr int kWindowsThreads = 128, kWindowsWarps = kWindowsThreads / kWarp;
+constexpr int kWinnersThreads = 128, kWinnersWarps = kWinnersThreads / kWarp;
 constexpr int kChannels = 8;  // output channels of a warp
 constexpr int kTile = 16;     // windows of a tile along an axis, at most
 constexpr int kPitch = 35;    // columns of a tile, its halo, and one more: 3 (mod 32)
@@ -44,14 +44,14 @@ static_assert(kPitch >= 2 * kTile + 2 && kPitch % 32 == 3);
 // Input channels whose weights the lanes of a warp have slots for.
 constexpr int slice_channels(int slots) { return slots * kWarp / 9; }
 
-struct WindowsWeightSizes : WeightTileSizes {
+struct WeightWinnersSizes : WeightTileSizes {
   int plane;          // words of a channel in shared memory
   int slices;         // of input channels
   int channel_warps;  // warps of a block with different output channels; the others share these
 };
 
 template <int Slots>
-WindowsWeightSizes windows_weight_sizes(const Geometry& g) {
+WeightWinnersSizes weight_winners_sizes(const Geometry& g) {
   // Many channels: half the height, or shared memory has room for fewer blocks, on some GPUs none.
   constexpr int64_t kMostHeight = Slots == 1 ? kTile : kTile / 2;
   const int tile_h = static_cast<int>(g.h.out < kMostHeight ? g.h.out : kMostHeight);
@@ -60,7 +60,7 @@ WindowsWeightSizes windows_weight_sizes(const Geometry& g) {
   int plane = (2 * tile_h + 2) * kPitch;
   plane += (9 - plane % kWarp + kWarp) % kWarp;
   const int slices = parts(static_cast<int>(g.in_channels), slice_channels(Slots));
-  WindowsWeightSizes s{weight_tile_sizes(g, tile_h, tile_w, kChannels * warps), plane, slices,
+  WeightWinnersSizes s{weight_tile_sizes(g, tile_h, tile_w, kChannels * warps), plane, slices,
                        warps};
   // 4 blocks for each of 132 multiprocessors.
   set_slabs(&s, 528 / (static_cast<int64_t>(s.slices) * s.channel_blocks));
@@ -70,24 +70,24 @@ WindowsWeightSizes windows_weight_sizes(const Geometry& g) {
 // args: grad_output and code [N, OC, OH, OW], input [N, C, H, W] or null where only grad_bias is
 // wanted. partial: [slabs][OC][9 C + 1].
 template <typename S, int Slots>
-FUSEDCNN_KERNEL_RESIDENT(kWindowsThreads, Slots == 1 ? 5 : 3)
-grad_weight_windows_kernel(BackwardArgs args, WindowsWeightSizes sizes, float* partial) {
+FUSEDCNN_KERNEL_RESIDENT(kWinnersThreads, Slots == 1 ? 5 : 3)
+grad_weight_winners_3x3_kernel(BackwardArgs args, WeightWinnersSizes sizes, float* partial) {
   constexpr int kSliceChannels = slice_channels(Slots);
   SharedMemory memory;
   // Of each warp, 32 windows at a time: gradients of its output channels, their codes plus one,
   // four bits each, and where the window's first pixel lies.
-  const Shared<float> gradients = memory.array<float>(kWindowsThreads * kChannels);
-  const Shared<uint32_t> codes = memory.array<uint32_t>(kWindowsThreads);
-  const Shared<int> places = memory.array<int>(kWindowsThreads);
-  const Shared<float> totals = memory.array<float>(kChannels * Slots * kWindowsThreads);
-  const Shared<float> biases = memory.array<float>(kWindowsWarps * kChannels);
+  const Shared<float> gradients = memory.array<float>(kWinnersThreads * kChannels);
+  const Shared<uint32_t> codes = memory.array<uint32_t>(kWinnersThreads);
+  const Shared<int> places = memory.array<int>(kWinnersThreads);
+  const Shared<float> totals = memory.array<float>(kChannels * Slots * kWinnersThreads);
+  const Shared<float> biases = memory.array<float>(kWinnersWarps * kChannels);
   const bool want_weight = args.grad_weight != nullptr;
   const int slice = sizes.channels < kSliceChannels ? sizes.channels : kSliceChannels;
   const Shared<float> pixels = memory.array<float>(want_weight ? slice * sizes.plane : 0);
 
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
   const int list = warp * kWarp;
-  const int group = warp / sizes.channel_warps, groups = kWindowsWarps / sizes.channel_warps;
+  const int group = warp / sizes.channel_warps, groups = kWinnersWarps / sizes.channel_warps;
   const int slices = want_weight ? sizes.slices : 1;
   const int64_t tasks = sizes.slabs * slices * sizes.channel_blocks;
 
@@ -113,7 +113,7 @@ grad_weight_windows_kernel(BackwardArgs args, WindowsWeightSizes sizes, float* p
       FUSEDCNN_UNROLL
       for (int i = 0; i < Slots; ++i) {
         acc[o][i] = 0;
-        totals[(o * Slots + i) * kWindowsThreads + thread_index()] = 0;
+        totals[(o * Slots + i) * kWinnersThreads + thread_index()] = 0;
       }
       bias[o] = 0;
     }
@@ -129,7 +129,7 @@ grad_weight_windows_kernel(BackwardArgs args, WindowsWeightSizes sizes, float* p
         const S* const image = static_cast<const S*>(args.input) + n * from.n + first * from.c;
         const int cols = 2 * sizes.tile_w + 2, area = (2 * sizes.tile_h + 2) * cols;
         FUSEDCNN_NO_UNROLL
-        for (int i = thread_index(); i < count * area; i += kWindowsThreads) {
+        for (int i = thread_index(); i < count * area; i += kWinnersThreads) {
           const int c = i / area, row = i % area / cols, col = i % area % cols;
           const int h = 2 * first_h - sizes.padding_h + row;
           const int w = 2 * first_w - sizes.padding_w + col;
@@ -218,7 +218,7 @@ grad_weight_windows_kernel(BackwardArgs args, WindowsWeightSizes sizes, float* p
       for (int o = 0; o < kChannels; ++o) {
         FUSEDCNN_UNROLL
         for (int i = 0; i < Slots; ++i) {
-          totals[(o * Slots + i) * kWindowsThreads + thread_index()] += acc[o][i];
+          totals[(o * Slots + i) * kWinnersThreads + thread_index()] += acc[o][i];
           acc[o][i] = 0;
         }
       }
@@ -239,7 +239,7 @@ grad_weight_windows_kernel(BackwardArgs args, WindowsWeightSizes sizes, float* p
         float* const to = partial + (slab * sizes.out_channels + oc0 + o) * sizes.general.row;
         if (first == 0 && lane == 0) {
           float sum = 0;
-          for (int other = warp; other < kWindowsWarps; other += sizes.channel_warps) {
+          for (int other = warp; other < kWinnersWarps; other += sizes.channel_warps) {
             sum += biases[other * kChannels + o];
           }
           to[sizes.general.row - 1] = sum;
@@ -248,8 +248,8 @@ grad_weight_windows_kernel(BackwardArgs args, WindowsWeightSizes sizes, float* p
           const int k = i * kWarp + lane;
           if (k >= 9 * count) continue;
           float sum = 0;
-          for (int other = warp; other < kWindowsWarps; other += sizes.channel_warps) {
-            sum += totals[(o * Slots + i) * kWindowsThreads + other * kWarp + lane];
+          for (int other = warp; other < kWinnersWarps; other += sizes.channel_warps) {
+            sum += totals[(o * Slots + i) * kWinnersThreads + other * kWarp + lane];
           }
           to[9 * first + k] = sum;
         }
@@ -270,23 +270,23 @@ auto for_slots(const Geometry& g, const Body& body) {
 
 // Bytes of shared memory of a block.
 template <int Slots>
-int64_t windows_weight_shared(const WindowsWeightSizes& sizes, bool want_weight) {
+int64_t weight_winners_shared(const WeightWinnersSizes& sizes, bool want_weight) {
   const int slice = sizes.channels < slice_channels(Slots) ? sizes.channels : slice_channels(Slots);
-  return shared_bytes<float>(kWindowsThreads * kChannels) + 2 * shared_bytes<int>(kWindowsThreads) +
-         shared_bytes<float>(kChannels * Slots * kWindowsThreads) +
-         shared_bytes<float>(kWindowsWarps * kChannels) +
+  return shared_bytes<float>(kWinnersThreads * kChannels) + 2 * shared_bytes<int>(kWinnersThreads) +
+         shared_bytes<float>(kChannels * Slots * kWinnersThreads) +
+         shared_bytes<float>(kWinnersWarps * kChannels) +
          shared_bytes<float>(want_weight ? slice * sizes.plane : 0);
 }
 
 template <typename S, int Slots>
-void launch_grad_weight_windows(const BackwardArgs& args, const Execution& execution) {
-  const WindowsWeightSizes sizes = windows_weight_sizes<Slots>(args.geometry);
+void launch_grad_weight_winners_3x3(const BackwardArgs& args, const Execution& execution) {
+  const WeightWinnersSizes sizes = weight_winners_sizes<Slots>(args.geometry);
   float* const partial = static_cast<float*>(execution.workspace);
   const bool want_weight = args.grad_weight != nullptr;
   const int64_t tasks = sizes.slabs * (want_weight ? sizes.slices : 1) * sizes.channel_blocks;
-  const int64_t shared = windows_weight_shared<Slots>(sizes, want_weight);
-  launch("grad_weight_windows", grad_weight_windows_kernel<S, Slots>, blocks_for(tasks),
-         kWindowsThreads, shared, execution, args, sizes, partial);
+  const int64_t shared = weight_winners_shared<Slots>(sizes, want_weight);
+  launch("grad_weight_winners_3x3", grad_weight_winners_3x3_kernel<S, Slots>, blocks_for(tasks),
+         kWinnersThreads, shared, execution, args, sizes, partial);
   launch_grad_weight_finish<S>(args, sizes.general, partial, execution);
 }
 

@@ -31,14 +31,14 @@
 // product. 16 -> 32 at 16x16, per image: 4 x 18 steps x 48 = 3,456 cycles of shared memory and
 // 3,456 products in 5,760 cycles, beside some 6,600 of issue slots (3,100 in steps, of which 1,152
 // are the float additions; 1,700 to fetch and split pixels, 1,440 weights, 400 to pool): 22 to 25
-// ns, where forward_windows.h counts 35 ns of multiply-adds and some 12,400 cycles of issue slots,
-// 47 ns. 3 -> 16 at 32x32 pads three channels to eight (or four, which gains less than is certain),
-// and stays on CUDA cores.
+// ns, where forward_cuda_cores_3x3.h counts 35 ns of multiply-adds and some 12,400 cycles of issue
+// slots, 47 ns. 3 -> 16 at 32x32 pads three channels to eight (or four, which gains less than is
+// certain), and stays on CUDA cores.
 #pragma once
 
+#include "cuda/kernels/block_3x3.h"
 #include "cuda/kernels/mma.h"
 #include "cuda/kernels/split_tf32.h"
-#include "cuda/kernels/windows.h"
 
 namespace fusedcnn::cuda {
 namespace {
@@ -223,7 +223,7 @@ FUSEDCNN_DEVICE bool fetch_fragments(const ForwardArgs& args, const MmaSizes& si
 // [N, OC, OH, OW] (code may be null).
 template <typename S, typename Tile>
 FUSEDCNN_KERNEL_RESIDENT(Tile::kThreads, Tile::kResident)
-forward_mma_kernel(ForwardArgs args, MmaSizes sizes) {
+forward_tensor_cores_3x3_kernel(ForwardArgs args, MmaSizes sizes) {
   constexpr int kMTiles = Tile::kMTiles, kSliceChannels = Tile::kPlanes * kPerWord<S>;
   SharedMemory memory;
   const Shared<uint32_t> inputs = memory.array<uint32_t>(2 * Tile::kInputStage);
@@ -422,11 +422,11 @@ MmaSizes mma_sizes(const ForwardArgs& args) {
 }
 
 template <typename S, typename Tile>
-void launch_forward_mma(const ForwardArgs& args, const Execution& execution) {
+void launch_forward_tensor_cores_3x3(const ForwardArgs& args, const Execution& execution) {
   MmaSizes sizes = mma_sizes<S>(args);
   sizes.grid = tile_grid(args.geometry, Tile::kTileH, Tile::kTileW, Tile::kChannels);
-  launch("forward_mma", forward_mma_kernel<S, Tile>, sizes.grid.blocks, Tile::kThreads,
-         Tile::shared(), execution, args, sizes);
+  launch("forward_tensor_cores_3x3", forward_tensor_cores_3x3_kernel<S, Tile>, sizes.grid.blocks,
+         Tile::kThreads, Tile::shared(), execution, args, sizes);
 }
 
 // Calls body(Tile{}) with the tile for a geometry.
@@ -442,18 +442,19 @@ auto with_mma_tile(const Geometry& g, const Body& body) {
 }
 
 template <typename S, int Planes, int Products>
-void forward_mma_planes(const ForwardArgs& args, const Execution& execution) {
-  with_mma_tile<Planes, Products>(
-      args.geometry, [&](auto tile) { launch_forward_mma<S, decltype(tile)>(args, execution); });
+void forward_tensor_cores_3x3_planes(const ForwardArgs& args, const Execution& execution) {
+  with_mma_tile<Planes, Products>(args.geometry, [&](auto tile) {
+    launch_forward_tensor_cores_3x3<S, decltype(tile)>(args, execution);
+  });
 }
 
 template <typename S>
-void forward_mma_typed(const ForwardArgs& args, const Execution& execution) {
+void forward_tensor_cores_3x3_typed(const ForwardArgs& args, const Execution& execution) {
   constexpr int kFew = 4 / kPerWord<S>;  // planes of up to four channels
   if (args.geometry.in_channels <= 4) {
-    forward_mma_planes<S, kFew, 1>(args, execution);
+    forward_tensor_cores_3x3_planes<S, kFew, 1>(args, execution);
   } else {
-    forward_mma_planes<S, 8, 1>(args, execution);
+    forward_tensor_cores_3x3_planes<S, 8, 1>(args, execution);
   }
 }
 

@@ -279,7 +279,7 @@ FUSEDCNN_NOINLINE inline void sum_tile(const WinogradShared& shared, int64_t cha
 }
 
 template <typename S>
-void winograd4_band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
+void winograd_f4x4_band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
   constexpr int kN = kLanes<float>;
   const Geometry& g = args.geometry;
   const int64_t bands = shared.bands;
@@ -365,7 +365,7 @@ FUSEDCNN_INLINE void spread_three(Vector<float> g0, Vector<float> g1, Vector<flo
   out[5] = g2;
 }
 
-struct Winograd4Transform {
+struct WinogradF4x4 {
   static constexpr int kElements = kTileElements;
   static constexpr int kWide = 2;
 
@@ -390,11 +390,11 @@ struct Winograd4Transform {
 
   template <typename S>
   static void band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
-    winograd4_band<S>(args, shared, task);
+    winograd_f4x4_band<S>(args, shared, task);
   }
 };
 
-const char* why_not_winograd4(const Problem& problem) {
+const char* why_not_winograd_f4x4(const Problem& problem) {
   const Geometry& g = problem.geometry;
   // Fewer channels do not pay for the larger transforms.
   if (g.in_channels < 16) return "fewer than 16 input channels";
@@ -404,8 +404,8 @@ const char* why_not_winograd4(const Problem& problem) {
   return why_not_winograd(problem);
 }
 
-void forward_winograd4(const ForwardArgs& args, const ThreadPool& pool) {
-  forward_winograd<Winograd4Transform>(args, pool);
+void forward_winograd_f4x4(const ForwardArgs& args, const ThreadPool& pool) {
+  forward_winograd<WinogradF4x4>(args, pool);
 }
 
 }  // namespace

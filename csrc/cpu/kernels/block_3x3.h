@@ -11,7 +11,7 @@ namespace {
 
 // A 3x3 convolution of stride 1 under a 2x2 pool of stride 2: each window sees a patch of 4x4
 // input pixels, and neighbouring patches are two pixels apart.
-const char* why_not_windows(const Problem& problem) {
+const char* why_not_3x3_block(const Problem& problem) {
   const Geometry& g = problem.geometry;
   for (const Axis* axis : {&g.h, &g.w}) {
     if (axis->kernel != 3 || axis->stride != 1 || axis->dilation != 1) {

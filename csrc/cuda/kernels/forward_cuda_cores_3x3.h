@@ -30,7 +30,7 @@
 // only.
 #pragma once
 
-#include "cuda/kernels/windows.h"
+#include "cuda/kernels/block_3x3.h"
 
 namespace fusedcnn::cuda {
 namespace {
@@ -207,7 +207,7 @@ FUSEDCNN_DEVICE void store_windows(const ForwardArgs& args, const WindowsSizes& 
 // [N, OC, OH, OW] (code may be null).
 template <typename Tile>
 FUSEDCNN_KERNEL_RESIDENT(Tile::kThreads, Tile::kResident)
-forward_windows_kernel(ForwardArgs args, WindowsSizes sizes) {
+forward_cuda_cores_3x3_kernel(ForwardArgs args, WindowsSizes sizes) {
   SharedMemory memory;
   // Two stages of each: input [kSlice][kRows][kPitch], weights [kSlice][9][kWeightPitch].
   const Shared<float> inputs = memory.array<float>(2 * Tile::kInputStage);
@@ -346,11 +346,11 @@ inline WindowsSizes windows_sizes(const ForwardArgs& args) {
 }
 
 template <typename Tile>
-void launch_forward_windows(const ForwardArgs& args, const Execution& execution) {
+void launch_forward_cuda_cores_3x3(const ForwardArgs& args, const Execution& execution) {
   WindowsSizes sizes = windows_sizes(args);
   sizes.grid = tile_grid(args.geometry, Tile::kTileH, Tile::kTileW, Tile::kChannels);
-  launch("forward_windows", forward_windows_kernel<Tile>, sizes.grid.blocks, Tile::kThreads,
-         Tile::shared(), execution, args, sizes);
+  launch("forward_cuda_cores_3x3", forward_cuda_cores_3x3_kernel<Tile>, sizes.grid.blocks,
+         Tile::kThreads, Tile::shared(), execution, args, sizes);
 }
 
 // Windows x output channels that a tile computes for one image, wanted or not.

@@ -1,9 +1,9 @@
 #include "cuda/kernels.h"
-#include "cuda/kernels/forward_mma.h"
+#include "cuda/kernels/forward_tensor_cores_3x3.h"
 
 namespace fusedcnn::cuda {
 
-int64_t forward_mma3_cycles(const Problem& problem) {
+int64_t forward_tensor_cores_3xtf32_cycles(const Problem& problem) {
   const Geometry& g = problem.geometry;
   return with_mma_tile<8, 3>(g, [&](auto tile) {
     using Tile = decltype(tile);
@@ -16,12 +16,12 @@ int64_t forward_mma3_cycles(const Problem& problem) {
   });
 }
 
-int64_t forward_mma3_shared(const Problem& problem) {
+int64_t forward_tensor_cores_3xtf32_shared(const Problem& problem) {
   return with_mma_tile<8, 3>(problem.geometry, [](auto tile) { return decltype(tile)::shared(); });
 }
 
-void forward_mma3(const ForwardArgs& args, const Execution& execution) {
-  forward_mma_planes<float, 8, 3>(args, execution);
+void forward_tensor_cores_3xtf32(const ForwardArgs& args, const Execution& execution) {
+  forward_tensor_cores_3x3_planes<float, 8, 3>(args, execution);
 }
 
 }  // namespace fusedcnn::cuda

@@ -38,12 +38,12 @@
 
 #include <type_traits>
 
-#include "cuda/kernels/windows.h"
+#include "cuda/kernels/block_3x3.h"
 
 namespace fusedcnn::cuda {
 namespace {
 
-constexpr int kInputWindowsWarps = 8;  // of a block, at most
+constexpr int kInputWinnersWarps = 8;  // of a block, at most
 constexpr int kFetched = 32;           // output channels whose gradients a warp fetches at once
 constexpr int kBand = 8;               // rows of windows that are summed up at a time, at most
 // Windows of a tile along an axis: all, or as many as these, the first of them computed twice.
@@ -67,7 +67,7 @@ struct InputWindows {
   static constexpr int kPair = 2 * kLanes + 2;
 };
 
-struct InputWindowsSizes : MapSizes {
+struct InputWinnersSizes : MapSizes {
   int tiles_h, tiles_w, channel_blocks;
   int band;            // rows of windows
   int chunks;          // of a warp's windows, in a row of a tile
@@ -81,8 +81,8 @@ struct InputWindowsSizes : MapSizes {
 
 // args: grad_output and code [N, OC, OH, OW], weight [OC, C, 3, 3], grad_input [N, C, H, W].
 template <typename S, int Columns>
-FUSEDCNN_KERNEL_RESIDENT(kInputWindowsWarps* kWarp, 2)
-grad_input_windows_kernel(BackwardArgs args, InputWindowsSizes sizes) {
+FUSEDCNN_KERNEL_RESIDENT(kInputWinnersWarps* kWarp, 2)
+grad_input_winners_3x3_kernel(BackwardArgs args, InputWinnersSizes sizes) {
   using Config = InputWindows<Columns>;
   constexpr int kWindows = Config::kWindows, kLanes = Config::kLanes;
   constexpr int kPair = Config::kPair;
@@ -323,17 +323,17 @@ grad_input_windows_kernel(BackwardArgs args, InputWindowsSizes sizes) {
 // ---- host ---------------------------------------------------------------------------------------
 
 template <int Columns>
-InputWindowsSizes input_windows_sizes(const Geometry& g) {
+InputWinnersSizes input_winners_sizes(const Geometry& g) {
   using Config = InputWindows<Columns>;
   const auto least = [](int a, int b) { return a < b ? a : b; };
-  InputWindowsSizes s{};
+  InputWinnersSizes s{};
   static_cast<MapSizes&>(s) = map_sizes(g);
   s.tiles_h = s.out_h > kInputTileH ? parts(s.out_h - 1, kInputTileH - 1) : 1;
   s.tiles_w = s.out_w > kInputTileW ? parts(s.out_w - 1, kInputTileW - 1) : 1;
   s.channel_blocks = parts(s.channels, Config::kLanes);
   s.band = least(s.out_h, kBand);
   s.chunks = parts(least(s.out_w, kInputTileW), Config::kWindows);
-  s.warps = least(s.band * s.chunks, kInputWindowsWarps);
+  s.warps = least(s.band * s.chunks, kInputWinnersWarps);
   s.slice = least(s.out_channels, Config::kSlice);
   s.staged = parts(s.slice, kFetched) * kFetched;
   s.row_words = (least(s.out_w, kInputTileW) + 1) * Config::kPair;
@@ -344,7 +344,7 @@ InputWindowsSizes input_windows_sizes(const Geometry& g) {
 
 // Bytes of shared memory of a block.
 template <int Columns>
-int64_t input_windows_shared(const InputWindowsSizes& sizes) {
+int64_t input_winners_shared(const InputWinnersSizes& sizes) {
   using Config = InputWindows<Columns>;
   const int stage = sizes.warps * sizes.staged;
   return shared_bytes<float>(sizes.slice * 9 * Config::kLanes) +
@@ -360,16 +360,17 @@ auto for_columns(const Geometry& g, const Body& body) {
 }
 
 template <typename S, int Columns>
-void launch_grad_input_windows(const BackwardArgs& args, const Execution& execution) {
-  InputWindowsSizes sizes = input_windows_sizes<Columns>(args.geometry);
+void launch_grad_input_winners_3x3(const BackwardArgs& args, const Execution& execution) {
+  InputWinnersSizes sizes = input_winners_sizes<Columns>(args.geometry);
   sizes.channels_last = args.grad_input_strides.c == 1;
   if (!sizes.units) return;
   // Each block several tiles of a large batch: 8 for each of 132 multiprocessors.
   constexpr int64_t kMostBlocks = 1056;
   const int64_t most = (kMostBlocks + sizes.channel_blocks - 1) / sizes.channel_blocks;
   const int64_t blocks = most < blocks_for(sizes.units) ? most : blocks_for(sizes.units);
-  launch("grad_input_windows", grad_input_windows_kernel<S, Columns>, blocks * sizes.channel_blocks,
-         sizes.warps * kWarp, input_windows_shared<Columns>(sizes), execution, args, sizes);
+  launch("grad_input_winners_3x3", grad_input_winners_3x3_kernel<S, Columns>,
+         blocks * sizes.channel_blocks, sizes.warps * kWarp, input_winners_shared<Columns>(sizes),
+         execution, args, sizes);
 }
 
 }  // namespace

@@ -1,11 +1,11 @@
-// What the products of backward_input_mma.h are taken of: a tile's gradients and the weights, both
-// in shared memory.
+// What the products of backward_input_tensor_cores_3x3.h are taken of: a tile's gradients and the
+// weights, both in shared memory.
 #pragma once
 
 #include <cstring>
 
+#include "cuda/kernels/block_3x3.h"
 #include "cuda/kernels/mma.h"
-#include "cuda/kernels/windows.h"
 
 namespace fusedcnn::cuda {
 namespace {

@@ -25,9 +25,9 @@
 // is 27, its share of the lists 3.5; the input's tiles are 230 in all: 4,100 cycles of an image. In
 // instructions it is 62 and 24, for 27 multiply-adds; lists and tiles begin with 2,200 in all, the
 // input is 2,600: 15,800, or 4,000 cycles of four issue slots. So 16 ns on 132 multiprocessors at
-// 1.98 GHz at the very best, where memory takes 7.6 ns, and kernels/backward_weight_windows.h, by
-// such a count of its instructions, 35 ns. Windows that are off save something only where they are
-// so for all 32 lanes. Estimates, not measurements: so far this has run on a CPU only.
+// 1.98 GHz at the very best, where memory takes 7.6 ns, and kernels/backward_weight_winners_3x3.h,
+// by such a count of its instructions, 35 ns. Windows that are off save something only where they
+// are so for all 32 lanes. Estimates, not measurements: so far this has run on a CPU only.
 //
 // Sums run over a slab of the images' tiles: a chain of a tile, at most 32 products long, then
 // totals of tiles, both in registers. Warps and windows side by side are added up at the end, and
@@ -41,7 +41,7 @@ namespace fusedcnn::cuda {
 namespace {
 
 constexpr int kMostChannels = 4;  // of the input
-constexpr int kLanesThreads = 128, kLanesWarps = kLanesThreads / kWarp;
+constexpr int kFewChannelsThreads = 128, kFewChannelsWarps = kFewChannelsThreads / kWarp;
 // Windows of a tile along each axis, at most; pixels of a tile with its halo.
 constexpr int kTileH = 8, kTileW = 16;
 constexpr int kRows = 2 * kTileH + 2, kCols = 2 * kTileW + 2;
@@ -58,19 +58,19 @@ constexpr int kLists = kWarp * kListPitch + 16;
 constexpr uint16_t kNowhere = 0xffff;  // the place of a window that is off
 static_assert(kMostChannels * kPlane < kNowhere);
 // At the end they hold the threads' sums, nine at a time.
-static_assert(kLanesWarps * kLists >= 9 * kLanesThreads);
+static_assert(kFewChannelsWarps * kLists >= 9 * kFewChannelsThreads);
 
-struct LanesSizes : WeightTileSizes {
+struct FewChannelsSizes : WeightTileSizes {
   int lane_channels;  // output channels of a warp: 16 or 32
 };
 
-inline LanesSizes lanes_sizes(const Geometry& g) {
+inline FewChannelsSizes few_channels_sizes(const Geometry& g) {
   const int lane_channels = g.out_channels <= 16 ? 16 : 32;
   // All tiles of about the same size.
   const int out_h = static_cast<int>(g.h.out), out_w = static_cast<int>(g.w.out);
-  LanesSizes s{weight_tile_sizes(g, parts(out_h, parts(out_h, kTileH)),
-                                 parts(out_w, parts(out_w, kTileW)), lane_channels),
-               lane_channels};
+  FewChannelsSizes s{weight_tile_sizes(g, parts(out_h, parts(out_h, kTileH)),
+                                       parts(out_w, parts(out_w, kTileW)), lane_channels),
+                     lane_channels};
   set_slabs(&s, 528 / s.channel_blocks);  // 4 blocks for each of 132 multiprocessors
   return s;
 }
@@ -78,7 +78,7 @@ inline LanesSizes lanes_sizes(const Geometry& g) {
 // Brings one tile of all channels, with its halo, to [C][kRows][kPitch]; what is copied
 // asynchronously has to be waited for. Lanes have neighbouring columns, warps every fourth row.
 template <typename S, int Channels>
-FUSEDCNN_DEVICE void fetch_tile(const BackwardArgs& args, const LanesSizes& sizes, int64_t n,
+FUSEDCNN_DEVICE void fetch_tile(const BackwardArgs& args, const FewChannelsSizes& sizes, int64_t n,
                                 int first_h, int first_w, Shared<float> to) {
   const Strides from = args.input_strides;
   const S* const image = static_cast<const S*>(args.input) + n * from.n;
@@ -98,19 +98,19 @@ FUSEDCNN_DEVICE void fetch_tile(const BackwardArgs& args, const LanesSizes& size
     for (int c = 0; c < Channels; ++c) {
       const S* at = image + c * from.c + (h0 + warp) * from.h + (w0 + lane) * from.w;
       FUSEDCNN_UNROLL
-      for (int row = 0; row < kRows; row += kLanesWarps) {
+      for (int row = 0; row < kRows; row += kFewChannelsWarps) {
         if (row + warp < rows) {
           copy(at, real_w && inside(h0 + row + warp, sizes.in_h),
                to + (c * kPlane + (row + warp) * kPitch + lane));
         }
-        at += kLanesWarps * from.h;
+        at += kFewChannelsWarps * from.h;
       }
     }
   }
   // The last two columns of the widest tiles.
   if (cols <= kWarp) return;
   FUSEDCNN_NO_UNROLL
-  for (int i = thread_index(); i < Channels * kRows * 2; i += kLanesThreads) {
+  for (int i = thread_index(); i < Channels * kRows * 2; i += kFewChannelsThreads) {
     const int c = i / 2 / kRows, row = i / 2 % kRows, col = kWarp + i % 2;
     if (row >= rows) continue;
     const int h = h0 + row, w = w0 + col;
@@ -122,12 +122,13 @@ FUSEDCNN_DEVICE void fetch_tile(const BackwardArgs& args, const LanesSizes& size
 // args: grad_output and code [N, OC, OH, OW], input [N, C, H, W] or null where only grad_bias is
 // wanted. partial: [slabs][OC][9 C + 1].
 template <typename S, int Channels>
-FUSEDCNN_KERNEL_RESIDENT(kLanesThreads, 4)
-grad_weight_lanes_kernel(BackwardArgs args, LanesSizes sizes, float* partial) {
+FUSEDCNN_KERNEL_RESIDENT(kFewChannelsThreads, 4)
+grad_weight_winners_3x3_few_channels_kernel(BackwardArgs args, FewChannelsSizes sizes,
+                                            float* partial) {
   constexpr int kWeights = 9 * Channels;
   SharedMemory memory;
-  const Shared<float> all_gradients = memory.array<float>(kLanesWarps * kLists);
-  const Shared<uint16_t> all_places = memory.array<uint16_t>(kLanesWarps * kLists);
+  const Shared<float> all_gradients = memory.array<float>(kFewChannelsWarps * kLists);
+  const Shared<uint16_t> all_places = memory.array<uint16_t>(kFewChannelsWarps * kLists);
   const bool want_weight = args.grad_weight != nullptr;
   const Shared<float> pixels = memory.array<float>(want_weight ? Channels * kPlane : 0);
 
@@ -159,7 +160,7 @@ grad_weight_lanes_kernel(BackwardArgs args, LanesSizes sizes, float* partial) {
       if (want_weight) fetch_tile<S, Channels>(args, sizes, n, first_h, first_w, pixels);
       commit_copies();
 
-      for (int begin = 0; begin < windows; begin += kLanesWarps * step) {
+      for (int begin = 0; begin < windows; begin += kFewChannelsWarps * step) {
         // 16 windows for each lane, by two lanes at a time.
         const int first_oc = oc0 + fetched_row % sizes.lane_channels;
         const int window =
@@ -234,14 +235,15 @@ grad_weight_lanes_kernel(BackwardArgs args, LanesSizes sizes, float* partial) {
     // Adds up what the block's threads have of each sum, and writes it: `count` of a thread.
     const auto finish = [&](const float* own, int count, int to) {
       FUSEDCNN_UNROLL
-      for (int i = 0; i < count; ++i) all_gradients[i * kLanesThreads + thread_index()] = own[i];
+      for (int i = 0; i < count; ++i)
+        all_gradients[i * kFewChannelsThreads + thread_index()] = own[i];
       sync_threads();
-      for (int i = thread_index(); i < count * sizes.lane_channels; i += kLanesThreads) {
+      for (int i = thread_index(); i < count * sizes.lane_channels; i += kFewChannelsThreads) {
         const int channel = i % sizes.lane_channels, k = i / sizes.lane_channels;
         if (oc0 + channel >= sizes.out_channels) continue;
         float sum = 0;
-        for (int other = channel; other < kLanesThreads; other += sizes.lane_channels) {
-          sum += all_gradients[k * kLanesThreads + other];
+        for (int other = channel; other < kFewChannelsThreads; other += sizes.lane_channels) {
+          sum += all_gradients[k * kFewChannelsThreads + other];
         }
         partial[(slab * sizes.out_channels + oc0 + channel) * sizes.general.row + to + k] = sum;
       }
@@ -258,25 +260,28 @@ grad_weight_lanes_kernel(BackwardArgs args, LanesSizes sizes, float* partial) {
 // ---- host ---------------------------------------------------------------------------------------
 
 template <typename S, int Channels>
-void launch_grad_weight_lanes(const BackwardArgs& args, const Execution& execution) {
-  const LanesSizes sizes = lanes_sizes(args.geometry);
+void launch_grad_weight_winners_3x3_few_channels(const BackwardArgs& args,
+                                                 const Execution& execution) {
+  const FewChannelsSizes sizes = few_channels_sizes(args.geometry);
   float* const partial = static_cast<float*>(execution.workspace);
-  const int64_t shared = shared_bytes<float>(kLanesWarps * kLists) +
-                         shared_bytes<uint16_t>(kLanesWarps * kLists) +
+  const int64_t shared = shared_bytes<float>(kFewChannelsWarps * kLists) +
+                         shared_bytes<uint16_t>(kFewChannelsWarps * kLists) +
                          shared_bytes<float>(args.grad_weight ? Channels * kPlane : 0);
-  launch("grad_weight_lanes", grad_weight_lanes_kernel<S, Channels>,
-         blocks_for(sizes.slabs * sizes.channel_blocks), kLanesThreads, shared, execution, args,
-         sizes, partial);
+  launch("grad_weight_winners_3x3_few_channels",
+         grad_weight_winners_3x3_few_channels_kernel<S, Channels>,
+         blocks_for(sizes.slabs * sizes.channel_blocks), kFewChannelsThreads, shared, execution,
+         args, sizes, partial);
   launch_grad_weight_finish<S>(args, sizes.general, partial, execution);
 }
 
 template <typename S>
-void grad_weight_lanes_typed(const BackwardArgs& args, const Execution& execution) {
+void grad_weight_winners_3x3_few_channels_typed(const BackwardArgs& args,
+                                                const Execution& execution) {
   switch (args.geometry.in_channels) {
-    case 1: return launch_grad_weight_lanes<S, 1>(args, execution);
-    case 2: return launch_grad_weight_lanes<S, 2>(args, execution);
-    case 3: return launch_grad_weight_lanes<S, 3>(args, execution);
-    default: return launch_grad_weight_lanes<S, 4>(args, execution);
+    case 1: return launch_grad_weight_winners_3x3_few_channels<S, 1>(args, execution);
+    case 2: return launch_grad_weight_winners_3x3_few_channels<S, 2>(args, execution);
+    case 3: return launch_grad_weight_winners_3x3_few_channels<S, 3>(args, execution);
+    default: return launch_grad_weight_winners_3x3_few_channels<S, 4>(args, execution);
   }
 }
 
