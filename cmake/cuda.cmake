@@ -1,17 +1,6 @@
 # csrc/cuda: the kernels' units, one .cu file each. FUSEDCNN_CUDA_UNITS also feeds the self-test that
 # runs them on a CPU (tests/cuda_on_cpu), which needs no CUDA toolkit.
-set(FUSEDCNN_CUDA_UNITS
-  ${PROJECT_SOURCE_DIR}/csrc/cuda/forward_general.cu
-  ${PROJECT_SOURCE_DIR}/csrc/cuda/forward_tensor_cores_3x3.cu
-  ${PROJECT_SOURCE_DIR}/csrc/cuda/forward_tensor_cores_3xtf32.cu
-  ${PROJECT_SOURCE_DIR}/csrc/cuda/forward_cuda_cores_3x3.cu
-  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_general.cu
-  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_winners_3x3_few_channels.cu
-  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_tensor_cores_3x3.cu
-  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_weight_winners_3x3.cu
-  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_input_general.cu
-  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_input_tensor_cores_3x3.cu
-  ${PROJECT_SOURCE_DIR}/csrc/cuda/backward_input_winners_3x3.cu)
+file(GLOB FUSEDCNN_CUDA_UNITS CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/kernels/*.cu)
 
 set(FUSEDCNN_CUDA AUTO CACHE STRING
     "CUDA kernels: AUTO (where torch has CUDA and a CUDA compiler is found), ON (an error when none is) or OFF")

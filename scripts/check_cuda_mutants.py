@@ -30,19 +30,19 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
-FORWARD = "kernels/forward_general.h"
-WEIGHT = "kernels/backward_weight_general.h"
-INPUT = "kernels/backward_input_general.h"
+FORWARD = "kernels/forward_general.cu"
+WEIGHT = "kernels/backward_weight_general.cu"
+INPUT = "kernels/backward_input_general.cu"
 MMA = "kernels/mma.h"
-INPUT_MMA = "kernels/backward_input_tensor_cores_3x3.h"
+INPUT_MMA = "kernels/backward_input_tensor_cores_3x3.cu"
 INPUT_MMA_TILE = "kernels/backward_input_tensor_cores_3x3_tile.h"
 POOL = "kernels/block_3x3.h"
-INPUT_WINDOWS = "kernels/backward_input_winners_3x3.h"
-WEIGHT_LANES = "kernels/backward_weight_winners_3x3_few_channels.h"
-WEIGHT_MMA = "kernels/backward_weight_tensor_cores_3x3.h"
-WEIGHT_WINDOWS = "kernels/backward_weight_winners_3x3.h"
-FORWARD_MMA = "kernels/forward_tensor_cores_3x3.h"
-FORWARD_WINDOWS = "kernels/forward_cuda_cores_3x3.h"
+INPUT_WINDOWS = "kernels/backward_input_winners_3x3.cu"
+WEIGHT_LANES = "kernels/backward_weight_winners_3x3_few_channels.cu"
+WEIGHT_MMA = "kernels/backward_weight_tensor_cores_3x3.cu"
+WEIGHT_WINDOWS = "kernels/backward_weight_winners_3x3.cu"
+FORWARD_MMA = "kernels/forward_tensor_cores.h"
+FORWARD_WINDOWS = "kernels/forward_cuda_cores_3x3.cu"
 SPLIT = "kernels/split_tf32.h"
 _TOKEN = re.compile(r"\w+|\S")
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
@@ -511,7 +511,7 @@ MUTANTS = [
     ),
     Mutant(
         "grad_weight finish: no barrier before the warps' sums are read",
-        WEIGHT,
+        "kernels/backward_weight_slabs.h",
         "    sums[thread_index()] = sum;\n    sync_threads();\n",
         "    sums[thread_index()] = sum;\n",
     ),
@@ -695,7 +695,8 @@ def units(header: str) -> list[str]:
     Raises:
         SystemExit: there is none.
     """
-    found = [unit.name for unit in sorted(CUDA.glob("*.cu")) if CUDA / header in included(unit)]
+    units = sorted(CUDA.glob("kernels/*.cu"))
+    found = [unit.name for unit in units if CUDA / header in included(unit)]
     return found or sys.exit(f"no unit includes csrc/cuda/{header}")
 
 

@@ -61,7 +61,7 @@ IN_SDIST = (
     "cmake/cuda.cmake",
     "csrc/core/geometry.h",
     "csrc/cpu/CMakeLists.txt",
-    "csrc/cpu/kernels.cpp",
+    "csrc/cpu/registry.cpp",
     "csrc/ops/conv_relu_max_pool2d.cpp",
     "csrc/python/module.cpp",
     "python/fusedcnn/__init__.py",

@@ -19,6 +19,7 @@ class Forced(NamedTuple):
     pass_name: str
     kernel: str
     exact: bool  # on small integers; Winograd's larger transforms round
+    error: int  # at most, in errors of the stock layers
 
     def __str__(self) -> str:
         return f"{self.isa}-{self.pass_name}-{self.kernel}"
@@ -26,7 +27,7 @@ class Forced(NamedTuple):
 
 # One list feeds selection, build_info and the tests: a listed kernel cannot go untested.
 KERNELS = [
-    Forced(row["isa"], row["pass"], row["name"], row["exact"])
+    Forced(row["isa"], row["pass"], row["name"], row["exact"], row["error"])
     for row in _ops.build_info()["kernels"]
     if row["supported"]
 ]

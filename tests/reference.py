@@ -6,9 +6,10 @@ Two kinds of data, drawn per block:
   the order of summation, a right kernel then gives the exact result, so the tests ask for equality;
   and small integers tie all the time, so they test the tie rule too.
 * Normal floats, compared with the stock layers run in float64. The rule: the largest error is at
-  most twice the stock layers' own largest error in the tested dtype, on the same tensors, plus a
-  floor (see `_bound`); four times for Winograd kernels. The stock layers' error in a half type is
-  that of their float32 results rounded once.
+  most a factor times the stock layers' own largest error in the tested dtype, on the same tensors,
+  plus a floor (see `_bound`). The factor is the kernel's ``error`` in build_info: 2, or 4 for
+  F(4x4, 3x3), whose transforms round as well. The stock layers' error in a half type is that of
+  their float32 results rounded once.
 
 The backward passes get the stock layers' winners as their code. In floats another winner than
 float64's may be a legitimate choice of rounding between two nearly equal elements; given the
@@ -71,10 +72,8 @@ class Bound(NamedTuple):
     stock_error: float  # largest error of the stock layers
     floor: float  # see `_bound`
 
-    def allowed(self, kernel: str) -> float:
-        """The largest error that this kernel may have."""
-        # The transforms of F(4x4, 3x3) round as well: twice a direct kernel's error is granted.
-        factor = 4 if kernel == "winograd_f4x4" else 2
+    def allowed(self, factor: int) -> float:
+        """The largest error that a kernel with this factor may have."""
         return factor * self.stock_error + self.floor
 
 

@@ -69,7 +69,7 @@ def test_floats_are_as_close_as_the_stock_layers(block, dtype):
             for name, result in results.items():
                 bound = getattr(case, name)
                 error = largest_error(result, bound.reference)
-                allowed = bound.allowed(forced.kernel)
+                allowed = bound.allowed(forced.error)
                 if not error <= allowed:
                     wrong.append(
                         f"{name}, {layout}, {forced}: error {error:.3g}, allowed {allowed:.3g}, "

@@ -124,7 +124,7 @@ def assert_accurate(block: Block, case: Case, what: tuple[object, ...]) -> None:
         results = run_pass(forced, block, case.operands)
         if results is None:
             continue
-        allowed = (4 if forced.kernel == "winograd_f4x4" else 2) * error(case.stock) + floor
+        allowed = forced.error * error(case.stock) + floor
         assert error(results["output"]) <= allowed, (str(forced), *what)
 
 

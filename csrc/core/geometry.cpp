@@ -138,10 +138,9 @@ void complete(Geometry& g, int64_t weight_channels) {
 
   const int64_t batch = g.batch > 0 ? g.batch : 1;
   const int64_t channels = g.in_channels_per_group();
-  const auto padded = [](const Axis& axis) { return axis.in + axis.padding + axis.padding_after; };
   elements("input", "an input", batch, g.in_channels, g.h.in, g.w.in);
   elements("weight", "a weight", g.out_channels, channels, g.h.kernel, g.w.kernel);
-  elements("padding", "a padded image of one group", channels, padded(g.h), padded(g.w));
+  elements("padding", "a padded image of one group", channels, g.h.padded(), g.w.padded());
   elements("pool_kernel_size, pool_padding, pool_dilation",
            "an image of one group, as far as windows reach,", channels, g.h.reach(), g.w.reach());
   elements("input", "an input and a weight whose output holds", batch, g.out_channels, g.h.out,

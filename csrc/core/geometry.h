@@ -38,6 +38,7 @@ struct Axis {
   int64_t conv;  // convolution output size
   int64_t out;   // pooled output size
 
+  constexpr int64_t padded() const { return in + padding + padding_after; }
   // Input elements between neighbouring pooled outputs.
   constexpr int64_t step() const { return pool_stride * stride; }
   // First input element (counted from the first real one) of pooled output 0; may be negative.
@@ -67,6 +68,10 @@ struct Geometry {
   constexpr int64_t taps() const { return h.kernel * w.kernel; }
   constexpr int64_t window() const { return h.pool_kernel * w.pool_kernel; }
   constexpr int64_t outputs() const { return h.out * w.out; }  // pooled pixels of one channel
+  // Whether 32 bits count the elements of one group's padded image and of 16 channels more.
+  constexpr bool places_fit_32_bits() const {
+    return (in_channels_per_group() + 16) * h.padded() * w.padded() < int64_t{1} << 32;
+  }
 };
 
 // The operators' `geometry` argument: one flat list, since a packed list costs half of what six

@@ -52,11 +52,9 @@ void parallel_tasks(const ThreadPool& pool, int64_t tasks, const Body& body) {
 struct Kernel {
   const char* name;  // "general", "direct", ...: the same in every ISA
   Pass pass;
-  // Whether small integers give exact results, and equal outputs in a window tie. Winograd's larger
-  // transforms only round to about the same size; `allow_winograd` can rule every Winograd kernel
-  // out.
-  bool exact;
-  bool winograd;
+  bool exact;     // small integers give exact results, and equal outputs in a window tie
+  int error;      // at most, in errors of the stock layers: see docs/accuracy.md
+  bool winograd;  // `allow_winograd` can rule it out
   const char* (*why_not)(const Problem& problem);
   void (*forward)(const ForwardArgs& args, const ThreadPool& pool);
   void (*backward)(const BackwardArgs& args, const ThreadPool& pool);

@@ -159,13 +159,4 @@ BackwardPlan::BackwardPlan(const Geometry& g, int64_t channel_multiple) {
 
 BackwardPlan::~BackwardPlan() = default;
 
-bool backward_fits(const Geometry& g) {
-  int64_t size = g.in_channels_per_group() + 16;  // room for padded channels
-  for (const Axis* axis : {&g.h, &g.w}) {
-    const int64_t extent = axis->in + axis->padding + axis->padding_after;
-    if (__builtin_mul_overflow(size, extent, &size)) return false;
-  }
-  return size < (int64_t{1} << 32);
-}
-
 }  // namespace fusedcnn::cpu

@@ -89,7 +89,4 @@ struct BackwardPlan {
   }
 };
 
-// Whether the backward's 32-bit places reach every element of one padded image.
-bool backward_fits(const Geometry& g);
-
 }  // namespace fusedcnn::cpu

@@ -5,7 +5,7 @@
 
 namespace fusedcnn::cpu {
 
-// One accessor per ISA object, each defined in kernels.cpp.
+// One accessor per ISA object, each defined in registry.cpp.
 #define X(isa)          \
   namespace isa {       \
   KernelList kernels(); \

@@ -2,7 +2,6 @@
 #include <exception>
 #include <string>
 
-#include "cuda/kernels.h"
 #include "cuda/select.h"
 
 #define FUSEDCNN_CUDA_API extern "C" __attribute__((visibility("default")))
@@ -17,7 +16,8 @@ FUSEDCNN_CUDA_API const char* fusedcnn_cuda_info() {
       const fusedcnn::cuda::Kernel& kernel = list.kernels[i];
       json += std::string(i ? ", " : "") + "{\"pass\": \"" + name(kernel.pass) +
               "\", \"name\": \"" + kernel.name +
-              "\", \"exact\": " + (kernel.exact ? "true" : "false") + "}";
+              "\", \"exact\": " + (kernel.exact ? "true" : "false") +
+              ", \"error\": " + std::to_string(kernel.error) + "}";
     }
     return json + "]}";
   }();

@@ -41,6 +41,7 @@ struct Kernel {
   const char* name;  // as in csrc/cpu where it is the same method: "general", ...
   Pass pass;
   bool exact;  // small integers give exact results, and equal outputs in a window tie
+  int error;   // at most, in errors of the stock layers: see docs/accuracy.md
   const char* (*why_not)(const Problem& problem, const Target& target);
   // Bytes of device memory to work in; null: none. A function of the problem alone, as is the order
   // of all sums: results depend on no device.
@@ -50,11 +51,15 @@ struct Kernel {
   // A grad_weight kernel that multiplies every pixel by a gradient, as stock layers do, zeros too:
   // NaN spreads from a pixel that is not finite to weights that no gradient links to it.
   bool dense = false;
+  bool tf32 = false;  // rounds float32 operands to tf32
 };
 
 struct KernelList {
   const Kernel* kernels;  // in order of preference, within each pass
   int count;
 };
+
+// The one list of kernels, in registry.cpp: selection and tests read it.
+KernelList kernels();
 
 }  // namespace fusedcnn::cuda

@@ -3,8 +3,6 @@
 #include <atomic>
 #include <stdexcept>
 
-#include "cuda/kernels.h"
-
 namespace fusedcnn::cuda {
 namespace {
 

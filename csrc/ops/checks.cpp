@@ -119,11 +119,10 @@ Geometry check_geometry(const Tensor& input, const Tensor& weight,
               input.size(rank - 1)},
              {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, packed.data());
   // Images are laid out with their padding, which takes memory that no tensor of the call has.
-  const auto padded = [](const Axis& axis) { return axis.in + axis.padding + axis.padding_after; };
-  const int64_t pixels = padded(g.h) * padded(g.w);
+  const int64_t pixels = g.h.padded() * g.w.padded();
   if (pixels / kMostGrowth > g.h.in * g.w.in && pixels * g.in_channels_per_group() > kMostPadded) {
     fail("padding: expected a padded image of at most 2^28 elements, or of at most ", kMostGrowth,
-         " times the input's, got ", padded(g.h), " * ", padded(g.w), " pixels");
+         " times the input's, got ", g.h.padded(), " * ", g.w.padded(), " pixels");
   }
   return g;
 }

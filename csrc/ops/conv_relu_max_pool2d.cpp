@@ -15,7 +15,6 @@
 
 #include "cpu/codes.h"
 #include "cpu/out_of_memory.h"
-#include "cpu/plan.h"
 #include "cpu/select.h"
 #include "ops/calls.h"
 #include "ops/checks.h"
@@ -88,7 +87,7 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool2d(const Tensor& input, const Tenso
                                                 const std::vector<int64_t>& packed,
                                                 bool with_code) {
   const Geometry g = check_forward(input, weight, bias, packed);
-  if (with_code && !cpu::backward_fits(g)) {
+  if (with_code && !g.places_fit_32_bits()) {
     throw std::runtime_error(
         "padding: expected a padded image of fewer than 2^32 elements where gradients are wanted");
   }

@@ -51,7 +51,7 @@ void* current_stream(int32_t device) {
 // The kernels' coordinates have 32 bits, and they add two of them.
 void check_coordinates(const Geometry& g) {
   for (const Axis* axis : {&g.h, &g.w}) {
-    if (axis->in + axis->reach() + axis->padding + axis->padding_after >= int64_t{1} << 29) {
+    if (axis->padded() + axis->reach() >= int64_t{1} << 29) {
       throw std::runtime_error(
           "input, padding: expected fewer than 2^29 elements along each axis on CUDA");
     }

@@ -24,6 +24,7 @@ py::list kernels() {
       row["pass"] = name(kernel.pass);
       row["name"] = kernel.name;
       row["exact"] = kernel.exact;
+      row["error"] = kernel.error;
       rows.append(row);
     }
   }

@@ -334,8 +334,8 @@ def build_info() -> dict[str, Any]:
         A dict of plain values: ``version``; ``compiler``; ``library`` (path of the operator
         library, for ``torch.ops.load_library`` or a C++ program); ``torch`` (the running version);
         ``isas`` (each with ``name``, ``supported`` by this machine, ``selected`` and ``reason``);
-        ``kernels`` (each with ``isa``, ``pass``, ``name``, ``supported`` and ``exact``, in order of
-        preference); ``winograd`` (whether Winograd kernels may be chosen);
+        ``kernels`` (in order of preference, each with ``isa``, ``pass``, ``name``, ``supported``,
+        ``exact`` and ``error``); ``winograd`` (whether Winograd kernels may be chosen);
         ``cuda`` (whether the CUDA kernels were ``built`` and are ``loaded``, the ``reason`` why
         not; where loaded, ``toolkit``, ``architectures`` and ``kernels``);
         ``devices`` (what computes the block on each device type); ``stock_calls`` (calls of this

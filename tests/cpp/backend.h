@@ -20,6 +20,7 @@ struct TestedKernel {
   std::function<void(const fusedcnn::ForwardArgs&, int way)> forward;
   std::function<void(const fusedcnn::BackwardArgs&, int way)> backward;
   bool dense = false;  // grad_weight multiplies by gradients of zero, too
+  bool tf32 = false;   // rounds float32 operands to tf32
 };
 
 struct Backend {

@@ -35,8 +35,8 @@ std::string text(double value) {
   return digits;
 }
 
-void check_forward(const Backend& backend, const char* tf32, const char* case_name,
-                   const Operands& operands, Allowed allowed, const std::string& data) {
+void check_forward(const Backend& backend, const char* case_name, const Operands& operands,
+                   Allowed allowed, const std::string& data) {
   const Geometry& g = case_named(case_name).geometry;
   Operands magnitudes = operands;
   for (double& value : magnitudes.input) value = std::fabs(value);
@@ -44,7 +44,7 @@ void check_forward(const Backend& backend, const char* tf32, const char* case_na
   const Forward want = forward(g, operands), scale = forward(g, magnitudes);
   for (const TestedKernel& kernel : backend.kernels) {
     const fusedcnn::Problem problem{g, DataType::kFloat32, false};
-    if (kernel.pass != fusedcnn::Pass::kForward || kernel.name == tf32 || kernel.why_not(problem)) {
+    if (kernel.pass != fusedcnn::Pass::kForward || kernel.tf32 || kernel.why_not(problem)) {
       continue;
     }
     const std::string what = kernel.name + " on " + case_name + " with " + data;
@@ -67,7 +67,7 @@ void check_forward(const Backend& backend, const char* tf32, const char* case_na
 
 }  // namespace
 
-void test_float32_products(const Backend& backend, const char* tf32) {
+void test_float32_products(const Backend& backend) {
   for (const char* case_name : {"block2", "channels15", "channels8"}) {
     const Geometry& g = case_named(case_name).geometry;
     const int64_t depth = g.in_channels * 9;
@@ -89,7 +89,7 @@ void test_float32_products(const Backend& backend, const char* tf32) {
     // Each of `depth` additions rounds by 2^-24 of a sum that is no larger than the magnitudes'.
     const double chain = static_cast<double>(depth) * 0x1p-24;
     fill(&dense.input, signed_real);
-    check_forward(backend, tf32, case_name, dense, {chain, 0}, "reals");
+    check_forward(backend, case_name, dense, {chain, 0}, "reals");
 
     // One product an output: nothing hides what it has lost. 2^-21 is what three products in tf32
     // may lose of one, and 2^-136 what they may lose of an operand.
@@ -100,23 +100,23 @@ void test_float32_products(const Backend& backend, const char* tf32) {
     }
     const Allowed one_product{0x1p-21, 0};
     fill(&single.input, signed_real);
-    check_forward(backend, tf32, case_name, single, one_product, "single products");
+    check_forward(backend, case_name, single, one_product, "single products");
     fill(&single.input, [&] { return signed_real() * 0x1p48; });
-    check_forward(backend, tf32, case_name, single, one_product, "large operands");
+    check_forward(backend, case_name, single, one_product, "large operands");
     fill(&single.input, [&] {
       return std::ldexp(rounded(DataType::kFloat32, signed_real()), integer(-100, 127));
     });
-    check_forward(backend, tf32, case_name, single, one_product, "operands of all magnitudes");
+    check_forward(backend, case_name, single, one_product, "operands of all magnitudes");
     fill(&single.input,
          [&] { return rounded(DataType::kFloat32, kLargest * (1 - integer(0, 3) * 0x1p-24)); });
-    check_forward(backend, tf32, case_name, single, one_product, "the largest floats");
+    check_forward(backend, case_name, single, one_product, "the largest floats");
     fill(&single.input, [&] { return integer(-99999, 99999) * kSmallest; });
-    check_forward(backend, tf32, case_name, single, {0x1p-21, 0x1p-136}, "subnormal operands");
+    check_forward(backend, case_name, single, {0x1p-21, 0x1p-136}, "subnormal operands");
 
     // Large weights bring out what is lost of small pixels.
     Operands uneven = single;
     for (double& value : uneven.weight) value *= 0x1p100;
-    check_forward(backend, tf32, case_name, uneven, {0x1p-21, 0}, "subnormal times large");
+    check_forward(backend, case_name, uneven, {0x1p-21, 0}, "subnormal times large");
 
     // Infinity times any number but zero is infinite, however few bits the number has, and however
     // small it is.
@@ -128,18 +128,18 @@ void test_float32_products(const Backend& backend, const char* tf32) {
         const double values[] = {1, -1, kSmallest, -kSmallest, 1 - 0x1p-24};
         return values[integer(0, 4)];
       });
-      check_forward(backend, tf32, case_name, special, {chain, 0x1p-130}, "an infinite pixel");
+      check_forward(backend, case_name, special, {chain, 0x1p-130}, "an infinite pixel");
       // Outside the image, where there is padding, it would meet zeros.
       if (g.h.padding) continue;
       special = dense;
       fill(&special.input, [&] { return integer(0, 1) ? 1 : -kSmallest; });
       special.weight[depth + 4] = rare;
-      check_forward(backend, tf32, case_name, special, {chain, 0x1p-130}, "an infinite weight");
+      check_forward(backend, case_name, special, {chain, 0x1p-130}, "an infinite weight");
     }
   }
 }
 
-void test_tf32_rounding(const Backend& backend, const char* tf32) {
+void test_tf32_rounding(const Backend& backend) {
   const Geometry& g = case_named("block2").geometry;
   std::mt19937 random(12);
   const auto fill = [&](int64_t count, int odd) {
@@ -172,7 +172,7 @@ void test_tf32_rounding(const Backend& backend, const char* tf32) {
     const std::vector<double> bias = backward(g, operands, want.code).bias;  // no product
     for (const TestedKernel& kernel : backend.kernels) {
       const fusedcnn::Problem problem{g, DataType::kFloat32, false};
-      if (kernel.name != tf32 || kernel.why_not(problem)) continue;
+      if (!kernel.tf32 || kernel.why_not(problem)) continue;
       const Call call{&kernel, problem, Layout::kContiguous, 0};
       const std::string what = kernel.name + std::string(" rounds to tf32, operand ") +
                                std::to_string(odd) + ": " + name(kernel.pass);

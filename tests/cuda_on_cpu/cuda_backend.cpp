@@ -4,7 +4,7 @@
 #include <cstring>
 #include <memory>
 
-#include "cuda/kernels.h"
+#include "cuda/kernel.h"
 #include "machine.h"
 
 namespace selftest {
@@ -64,6 +64,7 @@ Backend cuda_backend(bool allow_tf32) {
     const Kernel& kernel = list.kernels[i];
     TestedKernel tested{kernel.name, kernel.pass, kernel.exact, nullptr, nullptr, nullptr};
     tested.dense = kernel.dense;
+    tested.tf32 = kernel.tf32;
     tested.why_not = [&kernel, allow_tf32](const fusedcnn::Problem& problem) {
       return kernel.why_not(problem, Target{cuda_on_cpu::options().device, allow_tf32});
     };

@@ -31,8 +31,8 @@ void all_tests(bool quick) {
   selftest::test_device();
   selftest::test_cuda_select();
   const selftest::Backend backend = selftest::cuda_backend();
-  selftest::test_float32_products(backend, "tensor_cores_3x3");  // few calls, which tell much
-  selftest::test_tf32_rounding(backend, "tensor_cores_3x3");
+  selftest::test_float32_products(backend);  // few calls, which tell much
+  selftest::test_tf32_rounding(backend);
   selftest::test_rounding(selftest::cuda_backend(/*allow_tf32=*/false));
   selftest::test_exact(backend, quick);
   selftest::test_special_values(backend);

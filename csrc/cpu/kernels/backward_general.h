@@ -260,7 +260,8 @@ void grad_input_typed(const BackwardArgs& args, const ThreadPool& pool) {
 }
 
 const char* why_not_backward_general(const Problem& problem) {
-  return backward_fits(problem.geometry) ? nullptr : "a padded image has 2^32 elements or more";
+  return problem.geometry.places_fit_32_bits() ? nullptr
+                                               : "a padded image has 2^32 elements or more";
 }
 
 // Calls kernel<S, C>() with the storage type and the code type of the call.

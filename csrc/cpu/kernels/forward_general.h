@@ -147,7 +147,7 @@ void forward_general_bands(const ForwardArgs& args, const ThreadPool& pool,
   });
 }
 
-const char* covers_everything(const Problem&) { return nullptr; }
+const char* why_not_forward_general(const Problem&) { return nullptr; }
 
 void forward_general(const ForwardArgs& given, const ThreadPool& pool) {
   const ForwardArgs args = laid_down(given);

@@ -3,7 +3,7 @@
 // sums of a slab are taken in float.
 #pragma once
 
-#include "cuda/kernels/backward_weight_general.h"
+#include "cuda/kernels/backward_weight_slabs.h"
 #include "cuda/kernels/block_3x3.h"
 
 namespace fusedcnn::cuda {

@@ -9,7 +9,48 @@
 #include "cuda/launch.h"
 
 namespace fusedcnn::cuda {
+
+// Cycles of an sm_90 multiprocessor that forward_cuda_cores_3x3 takes for an image, counted rather
+// than measured.
+int64_t forward_cuda_cores_3x3_cycles(const Problem& problem);
+
 namespace {
+
+// Whether the block is a 3x3 convolution of stride 1 under a 2x2 pool of stride 2.
+inline const char* why_not_3x3_block(const Problem& problem, const Target& target) {
+  const Geometry& g = problem.geometry;
+  if (problem.type == DataType::kFloat64) return "float64";
+  if (problem.wide_code) return "int32 codes";
+  for (const Axis* axis : {&g.h, &g.w}) {
+    if (axis->kernel != 3 || axis->stride != 1 || axis->dilation != 1) {
+      return "the convolution is not 3x3 with stride 1 and dilation 1";
+    }
+    if (axis->pool_kernel != 2 || axis->pool_stride != 2 || axis->pool_padding ||
+        axis->pool_dilation != 1) {
+      return "the pool is not 2x2 with stride 2, without padding";
+    }
+  }
+  // They count images, and tiles of an image, in 32 bits.
+  constexpr int64_t kLargest = int64_t{1} << 30;
+  if (g.batch >= kLargest) return "2^30 images or more";
+  if ((g.outputs() + g.h.out + g.w.out + 1) * g.out_channels >= kLargest) {
+    return "an image has some 2^30 outputs or more";
+  }
+  return g.groups == 1 ? why_not_general(problem, target) : "groups";
+}
+
+constexpr const char* kTooLittleShared = "the GPU's blocks have too little shared memory";
+
+// Calls body(S{}) with the storage type of a problem that why_not_3x3_block lets through.
+template <typename Body>
+void for_block_storage(DataType type, const Body& body) {
+  switch (type) {
+    case DataType::kFloat32: return body(float{});
+    case DataType::kBFloat16: return body(BFloat16{});
+    case DataType::kFloat16: return body(Float16{});
+    case DataType::kFloat64: return;
+  }
+}
 
 // The pooled value of a window, and which element won: -1 where ReLU is off.
 struct Pooled {

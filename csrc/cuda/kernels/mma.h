@@ -6,9 +6,16 @@
 #include <cstring>
 
 #include "cuda/device.h"
+#include "cuda/kernel.h"
 
 namespace fusedcnn::cuda {
 namespace {
+
+// Whether matrix instructions exist, on the GPU and in the code for it.
+inline const char* why_not_sm_80(const Device& device) {
+  if (device.capability < 80) return "the GPU is older than sm_80";
+  return device.code < 80 ? "compiled for GPUs older than sm_80" : nullptr;
+}
 
 template <typename S>
 constexpr int kPerWord = static_cast<int>(4 / sizeof(S));  // channels in a word

@@ -49,6 +49,9 @@ FUSEDCNN_DEVICE void load_row(Shared<T> from, T (&to)[N]) {
   }
 }
 
+// What all kernels rest on; see forward_general.cu.
+const char* why_not_general(const Problem& problem, const Target& target);
+
 // Calls body(S{}) with the storage type of `type`.
 template <typename Body>
 void for_storage(DataType type, const Body& body) {

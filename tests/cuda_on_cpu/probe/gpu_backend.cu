@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "cases.h"
-#include "cuda/kernels.h"
+#include "cuda/kernel.h"
 #include "cuda/launch.h"
 #include "gpu_backend.h"
 
@@ -181,6 +181,8 @@ Backend gpu_backend(double seconds) {
       continue;
     }
     TestedKernel tested{kernel.name, kernel.pass, kernel.exact, nullptr, nullptr, nullptr};
+    tested.dense = kernel.dense;
+    tested.tf32 = kernel.tf32;
     tested.why_not = [&kernel, target, seconds, begin](const Problem& problem) -> const char* {
       const char* const why_not = kernel.why_not(problem, target);
       const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - begin;

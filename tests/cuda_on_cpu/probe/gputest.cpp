@@ -42,8 +42,8 @@ int main(int count, char** arguments) {
     // Few calls first: where a sanitizer is slow, they are what it gets to see.
     selftest::test_optional_arguments(backend);
     selftest::test_special_values(backend);
-    selftest::test_float32_products(backend, "tensor_cores_3x3");
-    selftest::test_tf32_rounding(backend, "tensor_cores_3x3");
+    selftest::test_float32_products(backend);
+    selftest::test_tf32_rounding(backend);
     selftest::test_determinism(backend);
     selftest::test_exact(backend, quick);
   } catch (const std::exception& error) {

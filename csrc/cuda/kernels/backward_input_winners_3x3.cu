@@ -34,7 +34,6 @@
 // A chain of additions has a product of each output channel of a slice, at most 64; slices and
 // patches are then added up in shared memory, to round no more than the stock layers do. Only
 // products of a gradient are taken: what is infinite or NaN goes to its own nine pixels.
-#pragma once
 
 #include <type_traits>
 
@@ -374,4 +373,23 @@ void launch_grad_input_winners_3x3(const BackwardArgs& args, const Execution& ex
 }
 
 }  // namespace
+
+const char* why_not_grad_input_winners_3x3(const Problem& problem, const Target& target) {
+  // Too few lanes work.
+  if (problem.geometry.in_channels < 3) return "fewer than 3 input channels";
+  if (const char* reason = why_not_3x3_block(problem, target)) return reason;
+  const int64_t shared = for_columns(problem.geometry, [&](auto columns) {
+    return input_winners_shared<columns>(input_winners_sizes<columns>(problem.geometry));
+  });
+  return shared <= target.device.shared_bytes ? nullptr : kTooLittleShared;
+}
+
+void grad_input_winners_3x3(const BackwardArgs& args, const Execution& execution) {
+  for_columns(args.geometry, [&](auto columns) {
+    for_block_storage(args.type, [&](auto storage) {
+      launch_grad_input_winners_3x3<decltype(storage), columns>(args, execution);
+    });
+  });
+}
+
 }  // namespace fusedcnn::cuda

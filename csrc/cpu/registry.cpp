@@ -19,27 +19,28 @@ namespace fusedcnn::cpu::FUSEDCNN_ISA {
 KernelList kernels();
 
 KernelList kernels() {
-  // name, pass, exact, winograd, why_not, forward, backward
+  // name, pass, exact, error, winograd, why_not, forward, backward
   static constexpr Kernel list[] = {
-      {"winograd_f4x4", Pass::kForward, false, true, why_not_winograd_f4x4, forward_winograd_f4x4,
+      {"winograd_f4x4", Pass::kForward, false, 4, true, why_not_winograd_f4x4,
+       forward_winograd_f4x4, nullptr},
+      {"winograd_f2", Pass::kForward, true, 2, true, why_not_winograd_f2, forward_winograd_f2,
        nullptr},
-      {"winograd_f2", Pass::kForward, true, true, why_not_winograd_f2, forward_winograd_f2,
+      {"winograd_f2x2", Pass::kForward, true, 2, true, why_not_winograd_f2x2, forward_winograd_f2x2,
        nullptr},
-      {"winograd_f2x2", Pass::kForward, true, true, why_not_winograd_f2x2, forward_winograd_f2x2,
+      {"direct", Pass::kForward, true, 2, false, why_not_direct, forward_direct, nullptr},
+      {"general", Pass::kForward, true, 2, false, why_not_forward_general, forward_general,
        nullptr},
-      {"direct", Pass::kForward, true, false, why_not_direct, forward_direct, nullptr},
-      {"general", Pass::kForward, true, false, covers_everything, forward_general, nullptr},
 #if defined(__AVX512BW__)
-      {"winners_3x3", Pass::kGradWeight, true, false, why_not_grad_weight_winners_3x3, nullptr,
+      {"winners_3x3", Pass::kGradWeight, true, 2, false, why_not_grad_weight_winners_3x3, nullptr,
        grad_weight_winners_3x3},
 #endif
-      {"general", Pass::kGradWeight, true, false, why_not_backward_general, nullptr,
+      {"general", Pass::kGradWeight, true, 2, false, why_not_backward_general, nullptr,
        grad_weight_general},
 #if defined(__AVX512BW__)
-      {"winners_3x3", Pass::kGradInput, true, false, why_not_3x3_block, nullptr,
+      {"winners_3x3", Pass::kGradInput, true, 2, false, why_not_3x3_block, nullptr,
        grad_input_winners_3x3},
 #endif
-      {"general", Pass::kGradInput, true, false, why_not_backward_general, nullptr,
+      {"general", Pass::kGradInput, true, 2, false, why_not_backward_general, nullptr,
        grad_input_general},
   };
   return {list, sizeof list / sizeof *list, multiply_add_rate};

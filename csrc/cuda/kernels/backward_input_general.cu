@@ -5,7 +5,6 @@
 // the code of each output channel whether this is the winner. Nothing is scattered, so no sum
 // depends on the order in which threads run. Weights come through shared memory, a slice of output
 // channels and taps at a time.
-#pragma once
 
 #include "cuda/device.h"
 #include "cuda/kernel.h"
@@ -185,4 +184,13 @@ void grad_input_general_typed(const BackwardArgs& args, const Execution& executi
 }
 
 }  // namespace
+
+void grad_input_general(const BackwardArgs& args, const Execution& execution) {
+  for_storage(args.type, [&](auto storage) {
+    using S = decltype(storage);
+    args.wide_code ? grad_input_general_typed<S, int32_t>(args, execution)
+                   : grad_input_general_typed<S, uint8_t>(args, execution);
+  });
+}
+
 }  // namespace fusedcnn::cuda

@@ -26,7 +26,6 @@
 // Sums run over a slab of the images' tiles, in registers for a tile, then in shared memory; those
 // of the warps that share output channels are added up, and the general kernel's second stage adds
 // up the slabs in order. How many there are depends on the geometry alone.
-#pragma once
 
 #include <type_traits>
 
@@ -291,4 +290,28 @@ void launch_grad_weight_winners_3x3(const BackwardArgs& args, const Execution& e
 }
 
 }  // namespace
+
+const char* why_not_grad_weight_winners_3x3(const Problem& problem, const Target& target) {
+  if (const char* reason = why_not_3x3_block(problem, target)) return reason;
+  const int64_t shared = for_slots(problem.geometry, [&](auto slots) {
+    return weight_winners_shared<slots>(weight_winners_sizes<slots>(problem.geometry), true);
+  });
+  return shared <= target.device.shared_bytes ? nullptr : kTooLittleShared;
+}
+
+int64_t grad_weight_winners_3x3_workspace(const Problem& problem) {
+  return for_slots(problem.geometry, [&](auto slots) {
+    const WeightWinnersSizes sizes = weight_winners_sizes<slots>(problem.geometry);
+    return sizes.slabs * slab_bytes(sizes);
+  });
+}
+
+void grad_weight_winners_3x3(const BackwardArgs& args, const Execution& execution) {
+  for_slots(args.geometry, [&](auto slots) {
+    for_block_storage(args.type, [&](auto storage) {
+      launch_grad_weight_winners_3x3<decltype(storage), slots>(args, execution);
+    });
+  });
+}
+
 }  // namespace fusedcnn::cuda

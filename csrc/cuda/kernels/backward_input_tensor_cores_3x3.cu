@@ -48,7 +48,6 @@
 // The product is dense: an infinite or NaN weight makes NaN of every pixel of its channel that lies
 // in a tile, as it does in the stock layers' products, where the general kernel meets it only where
 // a gradient does. Gradients, infinite or NaN, spread to their own nine pixels only.
-#pragma once
 
 #include "cuda/kernels/backward_input_tensor_cores_3x3_tile.h"
 
@@ -289,4 +288,11 @@ void grad_input_tensor_cores_3x3_typed(const BackwardArgs& args, const Execution
 }
 
 }  // namespace
+
+void grad_input_tensor_cores_3x3(const BackwardArgs& args, const Execution& execution) {
+  for_block_storage(args.type, [&](auto storage) {
+    grad_input_tensor_cores_3x3_typed<decltype(storage)>(args, execution);
+  });
+}
+
 }  // namespace fusedcnn::cuda

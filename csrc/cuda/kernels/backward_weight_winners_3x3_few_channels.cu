@@ -33,7 +33,6 @@
 // totals of tiles, both in registers. Warps and windows side by side are added up at the end, and
 // the general kernel's second stage adds up the slabs in order. How many there are depends on the
 // geometry alone.
-#pragma once
 
 #include "cuda/kernels/backward_weight_tiles.h"
 
@@ -286,4 +285,21 @@ void grad_weight_winners_3x3_few_channels_typed(const BackwardArgs& args,
 }
 
 }  // namespace
+
+const char* why_not_winners_3x3_few_channels(const Problem& problem, const Target& target) {
+  if (problem.geometry.in_channels > kMostChannels) return "more than 4 input channels";
+  return why_not_3x3_block(problem, target);
+}
+
+int64_t grad_weight_winners_3x3_few_channels_workspace(const Problem& problem) {
+  const FewChannelsSizes sizes = few_channels_sizes(problem.geometry);
+  return sizes.slabs * slab_bytes(sizes);
+}
+
+void grad_weight_winners_3x3_few_channels(const BackwardArgs& args, const Execution& execution) {
+  for_block_storage(args.type, [&](auto storage) {
+    grad_weight_winners_3x3_few_channels_typed<decltype(storage)>(args, execution);
+  });
+}
+
 }  // namespace fusedcnn::cuda

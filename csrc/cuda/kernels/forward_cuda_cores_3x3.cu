@@ -28,7 +28,6 @@
 // go to nothing else: about 1,728 of 2,300 instructions of a thread are multiply-adds in the first,
 // 9,216 of 10,500 in the second. These are counts, not measurements: so far this has run on a CPU
 // only.
-#pragma once
 
 #include "cuda/kernels/block_3x3.h"
 
@@ -363,5 +362,49 @@ int64_t image_work(const Geometry& g) {
   return tile_grid(g, Tile::kTileH, Tile::kTileW, Tile::kChannels).per_image * tile_work<Tile>();
 }
 
+// Calls body(Tile{}) with the tile of the least work for a geometry; among equals the larger one,
+// whose halo is smaller.
+template <bool Chains, typename Body>
+auto with_tile(const Geometry& g, const Body& body) {
+  // 32x32 images, 16 output channels; large maps. Half as high with twice the registers, so that a
+  // multiprocessor has several blocks.
+  using Wide = WindowsTile<2, Chains ? 8 : 16, 16, Chains>;
+  using Square = WindowsTile<4, 8, 8, Chains>;  // 16x16 images, 32 output channels
+  using Few = WindowsTile<2, 8, 8, Chains>;     // the same for fewer output channels
+  using Small = WindowsTile<8, 4, 4, Chains>;   // 8x8 images, 64 output channels
+  const int64_t wide = image_work<Wide>(g), square = image_work<Square>(g),
+                few = image_work<Few>(g), small = image_work<Small>(g);
+  if (wide <= square && wide <= few && wide <= small) return body(Wide{});
+  if (square <= few && square <= small) return body(Square{});
+  return few <= small ? body(Few{}) : body(Small{});
+}
+
+template <typename Body>
+auto with_windows_tile(const Geometry& g, const Body& body) {
+  return g.in_channels <= kChainSlices * kSlice ? with_tile<false>(g, body)
+                                                : with_tile<true>(g, body);
+}
+
 }  // namespace
+
+const char* why_not_cuda_cores_3x3(const Problem& problem, const Target& target) {
+  if (problem.type != DataType::kFloat32) return "not float32";
+  return why_not_3x3_block(problem, target);
+}
+
+int64_t forward_cuda_cores_3x3_cycles(const Problem& problem) {
+  const Geometry& g = problem.geometry;
+  return with_windows_tile(g, [&](auto tile) {
+    // 128 multiply-adds a cycle, four for each window and tap; and a seventh more for the other
+    // instructions of the loop around them (see the top).
+    return image_work<decltype(tile)>(g) * 4 * 9 * g.in_channels / 128 * 8 / 7;
+  });
+}
+
+void forward_cuda_cores_3x3(const ForwardArgs& args, const Execution& execution) {
+  with_windows_tile(args.geometry, [&](auto tile) {
+    launch_forward_cuda_cores_3x3<decltype(tile)>(args, execution);
+  });
+}
+
 }  // namespace fusedcnn::cuda

@@ -6,7 +6,8 @@
 // and every thread holds a register tile. The products, with the bias, go to shared memory, and the
 // threads, each of which owns a few pooled outputs, update their maxima and winners. Places come in
 // the order in which a window's elements are counted, so the first maximum is met first.
-#pragma once
+
+#include <initializer_list>
 
 #include "cuda/device.h"
 #include "cuda/kernel.h"
@@ -340,4 +341,28 @@ void forward_general_typed(const ForwardArgs& args, const Execution& execution) 
 }
 
 }  // namespace
+
+const char* why_not_general(const Problem& problem, const Target&) {
+  const Geometry& g = problem.geometry;
+  // Coordinates along an axis are 32-bit, and so are places among an output channel's weights;
+  // offsets and counts of elements are not. No coordinate is more than four extents away from 0.
+  constexpr int64_t kLargest = int64_t{1} << 28;
+  if (g.in_channels_per_group() * g.taps() >= kLargest) {
+    return "an output channel has 2^28 weights or more";
+  }
+  if (g.outputs() >= kLargest) return "a channel has 2^28 pooled outputs or more";
+  for (const Axis* axis : {&g.h, &g.w}) {
+    for (const int64_t extent :
+         {axis->padded(), axis->stride, axis->dilation, axis->pool_stride, axis->pool_dilation}) {
+      if (extent >= kLargest) return "an axis reaches over 2^28 elements or more, padding included";
+    }
+  }
+  return nullptr;
+}
+
+void forward_general(const ForwardArgs& args, const Execution& execution) {
+  for_storage(args.type,
+              [&](auto storage) { forward_general_typed<decltype(storage)>(args, execution); });
+}
+
 }  // namespace fusedcnn::cuda

@@ -43,7 +43,6 @@
 // Products with gradients of zero are computed, as in stock layers and unlike in the kernels that
 // follow the codes: a pixel that is not finite makes NaN of every weight that it meets. No farther:
 // pixels at places that no window of the convolution's output covers are kept out.
-#pragma once
 
 #include <type_traits>
 
@@ -364,21 +363,30 @@ void launch_grad_weight_tensor_cores_3x3(const BackwardArgs& args, const Executi
 template <typename Body>
 int64_t for_weight_mma(const Problem& problem, const Body& body) {
   int64_t result = 0;
-  const auto typed = [&](auto storage) {
+  for_block_storage(problem.type, [&](auto storage) {
     if (problem.geometry.in_channels <= kNTile) {
       result = body(storage, std::integral_constant<int, 1>{});
     } else {
       result = body(storage, std::integral_constant<int, 2>{});
     }
-  };
-  switch (problem.type) {
-    case DataType::kFloat32: typed(float{}); break;
-    case DataType::kBFloat16: typed(BFloat16{}); break;
-    case DataType::kFloat16: typed(Float16{}); break;
-    case DataType::kFloat64: break;  // why_not_tensor_cores_3x3
-  }
+  });
   return result;
 }
 
 }  // namespace
+
+int64_t grad_weight_tensor_cores_3x3_workspace(const Problem& problem) {
+  return for_weight_mma(problem, [&](auto storage, auto tiles) {
+    const auto sizes = weight_mma_sizes<decltype(storage), tiles>(problem.geometry);
+    return sizes.slabs * slab_bytes(sizes);
+  });
+}
+
+void grad_weight_tensor_cores_3x3(const BackwardArgs& args, const Execution& execution) {
+  for_weight_mma({args.geometry, args.type, args.wide_code}, [&](auto storage, auto tiles) {
+    launch_grad_weight_tensor_cores_3x3<decltype(storage), tiles>(args, execution);
+    return int64_t{0};
+  });
+}
+
 }  // namespace fusedcnn::cuda

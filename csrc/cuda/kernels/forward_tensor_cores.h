@@ -223,7 +223,7 @@ FUSEDCNN_DEVICE bool fetch_fragments(const ForwardArgs& args, const MmaSizes& si
 // [N, OC, OH, OW] (code may be null).
 template <typename S, typename Tile>
 FUSEDCNN_KERNEL_RESIDENT(Tile::kThreads, Tile::kResident)
-forward_tensor_cores_3x3_kernel(ForwardArgs args, MmaSizes sizes) {
+forward_tensor_cores_kernel(ForwardArgs args, MmaSizes sizes) {
   constexpr int kMTiles = Tile::kMTiles, kSliceChannels = Tile::kPlanes * kPerWord<S>;
   SharedMemory memory;
   const Shared<uint32_t> inputs = memory.array<uint32_t>(2 * Tile::kInputStage);
@@ -422,10 +422,10 @@ MmaSizes mma_sizes(const ForwardArgs& args) {
 }
 
 template <typename S, typename Tile>
-void launch_forward_tensor_cores_3x3(const ForwardArgs& args, const Execution& execution) {
+void launch_forward_tensor_cores(const ForwardArgs& args, const Execution& execution) {
   MmaSizes sizes = mma_sizes<S>(args);
   sizes.grid = tile_grid(args.geometry, Tile::kTileH, Tile::kTileW, Tile::kChannels);
-  launch("forward_tensor_cores_3x3", forward_tensor_cores_3x3_kernel<S, Tile>, sizes.grid.blocks,
+  launch("forward_tensor_cores", forward_tensor_cores_kernel<S, Tile>, sizes.grid.blocks,
          Tile::kThreads, Tile::shared(), execution, args, sizes);
 }
 
@@ -442,20 +442,10 @@ auto with_mma_tile(const Geometry& g, const Body& body) {
 }
 
 template <typename S, int Planes, int Products>
-void forward_tensor_cores_3x3_planes(const ForwardArgs& args, const Execution& execution) {
+void forward_tensor_cores_planes(const ForwardArgs& args, const Execution& execution) {
   with_mma_tile<Planes, Products>(args.geometry, [&](auto tile) {
-    launch_forward_tensor_cores_3x3<S, decltype(tile)>(args, execution);
+    launch_forward_tensor_cores<S, decltype(tile)>(args, execution);
   });
-}
-
-template <typename S>
-void forward_tensor_cores_3x3_typed(const ForwardArgs& args, const Execution& execution) {
-  constexpr int kFew = 4 / kPerWord<S>;  // planes of up to four channels
-  if (args.geometry.in_channels <= 4) {
-    forward_tensor_cores_3x3_planes<S, kFew, 1>(args, execution);
-  } else {
-    forward_tensor_cores_3x3_planes<S, 8, 1>(args, execution);
-  }
 }
 
 }  // namespace

@@ -1,0 +1,24 @@
+// The forward on tensor cores with one product: the half types, and float32 rounded to tf32.
+#include "cuda/kernels/forward_tensor_cores.h"
+
+namespace fusedcnn::cuda {
+
+const char* why_not_tensor_cores_3x3(const Problem& problem, const Target& target) {
+  if (problem.type == DataType::kFloat32 && !target.allow_tf32) return "tf32 is not allowed";
+  if (const char* reason = why_not_sm_80(target.device)) return reason;
+  return why_not_3x3_block(problem, target);
+}
+
+void forward_tensor_cores_3x3(const ForwardArgs& args, const Execution& execution) {
+  for_block_storage(args.type, [&](auto storage) {
+    using S = decltype(storage);
+    constexpr int kFew = 4 / kPerWord<S>;  // planes of up to four channels
+    if (args.geometry.in_channels <= 4) {
+      forward_tensor_cores_planes<S, kFew, 1>(args, execution);
+    } else {
+      forward_tensor_cores_planes<S, 8, 1>(args, execution);
+    }
+  });
+}
+
+}  // namespace fusedcnn::cuda
