@@ -74,8 +74,8 @@ MUTANTS = [
     Mutant(
         "forward: no barrier before the products are pooled",
         FORWARD,
-        "      sync_threads();\n\n      FUSEDCNN_UNROLL\n      for (int j = 0; j < kStates; ++j) {",
-        "      FUSEDCNN_UNROLL\n      for (int j = 0; j < kStates; ++j) {",
+        "      sync_threads();\n\n      pool_products<Tile>",
+        "      pool_products<Tile>",
     ),
     Mutant(
         "forward: the last maximum wins a tie",
@@ -122,8 +122,8 @@ MUTANTS = [
     Mutant(
         "forward: no guard at the last output channels",
         FORWARD,
-        "          first_channel + r >= sizes.out_channels) {",
-        "          first_channel + r > sizes.out_channels) {",
+        "|| r >= channels) {",
+        "|| r > channels) {",
     ),
     Mutant(
         "forward: the bias of the neighbouring channel",
@@ -422,8 +422,8 @@ MUTANTS = [
     Mutant(
         "grad_weight windows: no barrier after a tile has arrived",
         WEIGHT_WINDOWS,
-        "        wait_copies<0>();\n        sync_threads();\n",
-        "        wait_copies<0>();\n",
+        "first, count, pixels);\n        sync_threads();\n",
+        "first, count, pixels);\n",
     ),
     Mutant(
         "grad_weight windows: no barrier before the next tile",
@@ -524,8 +524,8 @@ MUTANTS = [
     Mutant(
         "grad_weight windows: windows of the next tile count twice",
         WEIGHT_WINDOWS,
-        "window < windows && oh < sizes.out_h && ow < sizes.out_w;",
-        "window < windows;",
+        "real = real && oh < sizes.out_h && ow < sizes.out_w;",
+        "real = real;",
     ),
     Mutant(
         "grad_input: no barrier before the weights are overwritten",
@@ -632,7 +632,7 @@ MUTANTS = [
     Mutant(
         "grad_input windows: pixels below the last window are taken to be reached",
         INPUT_WINDOWS,
-        "const bool reached = row < 2 * band_rows + 2 && col",
+        "const bool reached = row < area.summed_h && col",
         "const bool reached = col",
     ),
     Mutant(

@@ -78,6 +78,156 @@ struct InputWinnersSizes : MapSizes {
   int64_t units;       // tiles of all images
 };
 
+// Fetches the weights of `slice` output channels from `oc0` on, and of `channels` input channels.
+template <typename S, int Columns>
+FUSEDCNN_DEVICE void fetch_weights(const BackwardArgs& args, int oc0, int slice, int first_channel,
+                                   int channels, Shared<float> weights) {
+  using Config = InputWindows<Columns>;
+  constexpr int kLanes = Config::kLanes;
+  const Strides& from = args.weight_strides;
+  FUSEDCNN_NO_UNROLL
+  for (int i = thread_index() / kLanes; i < 9 * slice; i += block_threads() / kLanes) {
+    const int oc = i / 9, kh = i % 9 / 3, kw = i % 3, c = thread_index() % kLanes;
+    float value = 0;
+    if (c < channels) {
+      value = widen(load_constant(static_cast<const S*>(args.weight) + (oc0 + oc) * from.n +
+                                  (first_channel + c) * from.c + kh * from.h + kw * from.w));
+    }
+    weights[(9 * oc + Config::weight_row(kh, kw)) * kLanes + c] = value;
+  }
+}
+
+// Fetches a window's gradients in `slice` output channels from `oc0` on, and its codes, four bits
+// beside those of the warp's other windows. `real`: there is such a window, at (oh, ow).
+template <typename S, int Columns>
+FUSEDCNN_DEVICE void fetch_gradients(const BackwardArgs& args, int64_t n, int oh, int ow, bool real,
+                                     int oc0, int slice, Shared<float> gradients,
+                                     Shared<uint32_t> codes) {
+  constexpr int kWindows = InputWindows<Columns>::kWindows;
+  const int lane = thread_index() % kWarp;
+  const Strides &at = args.code_strides, &from = args.grad_output_strides;
+  const uint8_t* const code_at =
+      static_cast<const uint8_t*>(args.code) + n * at.n + oh * at.h + ow * at.w;
+  const S* const gradient_at =
+      static_cast<const S*>(args.grad_output) + n * from.n + oh * from.h + ow * from.w;
+  FUSEDCNN_NO_UNROLL
+  for (int part = 0; part < slice; part += kFetched) {
+    constexpr int kStep = kWarp / kWindows;  // output channels
+    int code[kFetched / kStep];
+    float gradient[kFetched / kStep];
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < kFetched / kStep; ++i) {
+      const int oc = part + i * kStep + lane / kWindows;
+      code[i] = -1;
+      gradient[i] = 0;
+      if (real && oc < slice) {
+        code[i] = load_code(code_at + (oc0 + oc) * at.c);
+        gradient[i] = widen(load_constant(gradient_at + (oc0 + oc) * from.c));
+      }
+    }
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < kFetched / kStep; ++i) {
+      const int oc = part + i * kStep + lane / kWindows;
+      uint32_t word = (code[i] < 0 ? 0u : 2u * code[i] + 1) << 4 * (lane % kWindows);
+      FUSEDCNN_UNROLL
+      for (int mask = 1; mask < kWindows; mask *= 2) word |= shuffle_xor(word, mask);
+      gradients[oc * kWindows + lane % kWindows] = gradient[i];
+      if (lane % kWindows == 0) codes[oc] = word;
+    }
+  }
+}
+
+// Adds gradient x weight of one output channel to the sums of a warp's windows. chosen: their
+// codes; gradients: [kWindows]; weights: [9][kLanes].
+template <int Columns>
+FUSEDCNN_DEVICE void add_products(uint32_t chosen, Shared<float> gradients, Shared<float> weights,
+                                  float (&acc)[InputWindows<Columns>::kWindows][4][Columns]) {
+  using Config = InputWindows<Columns>;
+  constexpr int kWindows = Config::kWindows, kLanes = Config::kLanes;
+  const int lane = thread_index() % kWarp, channel = lane % kLanes;
+  const bool left = lane < kLanes;
+  float gradient[kWindows];
+  load_row(gradients, gradient);
+  // Two columns: the first weight of a row (left) or the last, and the one in the middle.
+  constexpr int kWeights = Columns == 4 ? 3 : 2;
+  float weight[3][kWeights];
+  FUSEDCNN_UNROLL
+  for (int kh = 0; kh < 3; ++kh) {
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < kWeights; ++i) {
+      weight[kh][i] = weights[3 * kh * kLanes + (Columns == 4 ? i * kLanes + lane
+                                                 : i == 0     ? lane
+                                                              : kWarp + channel)];
+    }
+  }
+  FUSEDCNN_UNROLL
+  for (int x = 0; x < kWindows; ++x) {
+    const auto add = [&](int dy, int dx) {
+      FUSEDCNN_UNROLL
+      for (int kh = 0; kh < 3; ++kh) {
+        float (&to)[Columns] = acc[x][dy + kh];
+        if constexpr (Columns == 4) {
+          FUSEDCNN_UNROLL
+          for (int kw = 0; kw < 3; ++kw) {
+            to[dx + kw] = multiply_add(gradient[x], weight[kh][kw], to[dx + kw]);
+          }
+        } else {
+          to[dx] = multiply_add(gradient[x], weight[kh][0], to[dx]);
+          // The other column of one half of the warp lies outside the nine pixels.
+          if (left == (dx == 0)) {
+            to[1 - dx] = multiply_add(gradient[x], weight[kh][1], to[1 - dx]);
+          }
+        }
+      }
+    };
+    const auto bit = [&](int i) { return (chosen & 1u << (4 * x + i)) != 0; };
+    if (bit(0)) {
+      if (bit(2)) {
+        bit(1) ? add(1, 1) : add(1, 0);
+      } else {
+        bit(1) ? add(0, 1) : add(0, 0);
+      }
+    }
+  }
+}
+
+// Pixels [top, bottom) x [begin, end) of the sums are complete; they begin at (-base_h, -base_w) of
+// the image. Those beyond summed_h or summed_w are reached by no window, and get zeros.
+struct PixelArea {
+  int top, bottom, begin, end, base_h, base_w, summed_h, summed_w;
+};
+
+template <typename S, int Columns>
+FUSEDCNN_DEVICE void write_pixels(const BackwardArgs& args, const InputWinnersSizes& sizes,
+                                  const PixelArea& area, int64_t n, int first_channel, int channels,
+                                  Shared<float> sums) {
+  using Config = InputWindows<Columns>;
+  constexpr int kLanes = Config::kLanes, kPair = Config::kPair;
+  if (area.top >= area.bottom || area.begin >= area.end) return;
+  const Strides& to = args.grad_input_strides;
+  const int wide = area.end - area.begin;
+  const int pixel = sizes.channels_last ? thread_index() / kLanes : thread_index();
+  const int pixels = sizes.channels_last ? block_threads() / kLanes : block_threads();
+  const int c0 = sizes.channels_last ? thread_index() % kLanes : 0;
+  const int channel_step = sizes.channels_last ? kLanes : 1;
+  const int row_step = pixels / wide, col_step = pixels % wide;
+  int row = area.top + pixel / wide, col = area.begin + pixel % wide;
+  while (row < area.bottom) {
+    const bool reached = row < area.summed_h && col < area.summed_w;
+    const Shared<float> from =
+        sums + (reached ? row * sizes.row_words + col / 2 * kPair + col % 2 : 0);
+    S* at = static_cast<S*>(args.grad_input) + n * to.n + (first_channel + c0) * to.c +
+            (row - area.base_h) * to.h + (col - area.base_w) * to.w;
+    for (int c = c0; c < channels; c += channel_step) {
+      *at = narrow<S>(reached ? from[2 * c] : 0.f);
+      at += channel_step * to.c;
+    }
+    row += row_step;
+    col += col_step;
+    if (col >= area.end) col -= wide, ++row;
+  }
+}
+
 // args: grad_output and code [N, OC, OH, OW], weight [OC, C, 3, 3], grad_input [N, C, H, W].
 template <typename S, int Columns>
 FUSEDCNN_KERNEL_RESIDENT(kInputWinnersWarps* kWarp, 2)
@@ -126,18 +276,7 @@ grad_input_winners_3x3_kernel(BackwardArgs args, InputWinnersSizes sizes) {
             sizes.out_channels - oc0 < sizes.slice ? sizes.out_channels - oc0 : sizes.slice;
         if (!resident || !fetched) {
           // The slice before is no longer read: barriers followed.
-          const Strides& from = args.weight_strides;
-          FUSEDCNN_NO_UNROLL
-          for (int i = thread_index() / kLanes; i < 9 * slice; i += threads / kLanes) {
-            const int oc = i / 9, kh = i % 9 / 3, kw = i % 3, c = thread_index() % kLanes;
-            float value = 0;
-            if (c < channels) {
-              value =
-                  widen(load_constant(static_cast<const S*>(args.weight) + (oc0 + oc) * from.n +
-                                      (first_channel + c) * from.c + kh * from.h + kw * from.w));
-            }
-            weights[(9 * oc + Config::weight_row(kh, kw)) * kLanes + c] = value;
-          }
+          fetch_weights<S, Columns>(args, oc0, slice, first_channel, channels, weights);
           fetched = true;
           sync_threads();
         }
@@ -150,37 +289,8 @@ grad_input_winners_3x3_kernel(BackwardArgs args, InputWinnersSizes sizes) {
           const Shared<uint32_t> own_codes = codes + warp * sizes.staged;
           if (turn >= 0) {
             const int x = chunk * kWindows + lane % kWindows;
-            const int oh = first_h + band + row, ow = first_w + x;
-            const Strides &at = args.code_strides, &from = args.grad_output_strides;
-            const uint8_t* const code_at =
-                static_cast<const uint8_t*>(args.code) + n * at.n + oh * at.h + ow * at.w;
-            const S* const gradient_at =
-                static_cast<const S*>(args.grad_output) + n * from.n + oh * from.h + ow * from.w;
-            FUSEDCNN_NO_UNROLL
-            for (int part = 0; part < slice; part += kFetched) {
-              constexpr int kStep = kWarp / kWindows;  // output channels
-              int code[kFetched / kStep];
-              float gradient[kFetched / kStep];
-              FUSEDCNN_UNROLL
-              for (int i = 0; i < kFetched / kStep; ++i) {
-                const int oc = part + i * kStep + lane / kWindows;
-                code[i] = -1;
-                gradient[i] = 0;
-                if (oc < slice && x < cols) {
-                  code[i] = load_code(code_at + (oc0 + oc) * at.c);
-                  gradient[i] = widen(load_constant(gradient_at + (oc0 + oc) * from.c));
-                }
-              }
-              FUSEDCNN_UNROLL
-              for (int i = 0; i < kFetched / kStep; ++i) {
-                const int oc = part + i * kStep + lane / kWindows;
-                uint32_t word = (code[i] < 0 ? 0u : 2u * code[i] + 1) << 4 * (lane % kWindows);
-                FUSEDCNN_UNROLL
-                for (int mask = 1; mask < kWindows; mask *= 2) word |= shuffle_xor(word, mask);
-                own_gradients[oc * kWindows + lane % kWindows] = gradient[i];
-                if (lane % kWindows == 0) own_codes[oc] = word;
-              }
-            }
+            fetch_gradients<S, Columns>(args, n, first_h + band + row, first_w + x, x < cols, oc0,
+                                        slice, own_gradients, own_codes);
           }
           sync_warp();
 
@@ -196,51 +306,8 @@ grad_input_winners_3x3_kernel(BackwardArgs args, InputWinnersSizes sizes) {
             for (int oc = 0; oc < slice; ++oc) {
               const uint32_t chosen = own_codes[oc];
               if (!chosen) continue;
-              float gradient[kWindows];
-              load_row(own_gradients + oc * kWindows, gradient);
-              // Two columns: the first weight of a row (left) or the last, and the one in the
-              // middle.
-              const Shared<float> from = weights + oc * 9 * kLanes;
-              constexpr int kWeights = Columns == 4 ? 3 : 2;
-              float weight[3][kWeights];
-              FUSEDCNN_UNROLL
-              for (int kh = 0; kh < 3; ++kh) {
-                FUSEDCNN_UNROLL
-                for (int i = 0; i < kWeights; ++i) {
-                  weight[kh][i] = from[3 * kh * kLanes + (Columns == 4 ? i * kLanes + lane
-                                                          : i == 0     ? lane
-                                                                       : kWarp + channel)];
-                }
-              }
-              FUSEDCNN_UNROLL
-              for (int x = 0; x < kWindows; ++x) {
-                const auto add = [&](int dy, int dx) {
-                  FUSEDCNN_UNROLL
-                  for (int kh = 0; kh < 3; ++kh) {
-                    float (&to)[Columns] = acc[x][dy + kh];
-                    if constexpr (Columns == 4) {
-                      FUSEDCNN_UNROLL
-                      for (int kw = 0; kw < 3; ++kw) {
-                        to[dx + kw] = multiply_add(gradient[x], weight[kh][kw], to[dx + kw]);
-                      }
-                    } else {
-                      to[dx] = multiply_add(gradient[x], weight[kh][0], to[dx]);
-                      // The other column of one half of the warp lies outside the nine pixels.
-                      if (left == (dx == 0)) {
-                        to[1 - dx] = multiply_add(gradient[x], weight[kh][1], to[1 - dx]);
-                      }
-                    }
-                  }
-                };
-                const auto bit = [&](int i) { return (chosen & 1u << (4 * x + i)) != 0; };
-                if (bit(0)) {
-                  if (bit(2)) {
-                    bit(1) ? add(1, 1) : add(1, 0);
-                  } else {
-                    bit(1) ? add(0, 1) : add(0, 0);
-                  }
-                }
-              }
+              add_products<Columns>(chosen, own_gradients + oc * kWindows,
+                                    weights + oc * 9 * kLanes, acc);
             }
           }
 
@@ -273,8 +340,6 @@ grad_input_winners_3x3_kernel(BackwardArgs args, InputWinnersSizes sizes) {
         }
       }
 
-      // Pixels [top, bottom) x [begin, end) of the band's are complete. Those that no window of the
-      // last tile reaches get zeros.
       const int base_h = sizes.padding_h - 2 * (first_h + band);
       const int base_w = sizes.padding_w - 2 * first_w;
       const bool last_band = band + band_rows == rows;
@@ -284,30 +349,9 @@ grad_input_winners_3x3_kernel(BackwardArgs args, InputWinnersSizes sizes) {
       if (begin < base_w) begin = base_w;
       if (!(last_h && last_band) && bottom > 2 * band_rows) bottom = 2 * band_rows;
       if (!last_w && end > 2 * cols) end = 2 * cols;
-      if (top < bottom && begin < end) {
-        const Strides& to = args.grad_input_strides;
-        const int wide = end - begin;
-        const int pixel = sizes.channels_last ? thread_index() / kLanes : thread_index();
-        const int pixels = sizes.channels_last ? threads / kLanes : threads;
-        const int c0 = sizes.channels_last ? thread_index() % kLanes : 0;
-        const int channel_step = sizes.channels_last ? kLanes : 1;
-        const int row_step = pixels / wide, col_step = pixels % wide;
-        int row = top + pixel / wide, col = begin + pixel % wide;
-        while (row < bottom) {
-          const bool reached = row < 2 * band_rows + 2 && col < 2 * cols + 2;
-          const Shared<float> from =
-              sums + (reached ? row * row_words + col / 2 * kPair + col % 2 : 0);
-          S* at = static_cast<S*>(args.grad_input) + n * to.n + (first_channel + c0) * to.c +
-                  (row - base_h) * to.h + (col - base_w) * to.w;
-          for (int c = c0; c < channels; c += channel_step) {
-            *at = narrow<S>(reached ? from[2 * c] : 0.f);
-            at += channel_step * to.c;
-          }
-          row += row_step;
-          col += col_step;
-          if (col >= end) col -= wide, ++row;
-        }
-      }
+      write_pixels<S, Columns>(
+          args, sizes, {top, bottom, begin, end, base_h, base_w, 2 * band_rows + 2, 2 * cols + 2},
+          n, first_channel, channels, sums);
       sync_threads();
       // The band's last two rows are the next one's first; all others begin with zeros.
       for (int i = thread_index(); i < 2 * row_words; i += threads) {

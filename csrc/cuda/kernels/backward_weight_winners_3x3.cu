@@ -66,6 +66,103 @@ WeightWinnersSizes weight_winners_sizes(const Geometry& g) {
   return s;
 }
 
+// A tile of windows of image n, the upper left one at (h, w).
+struct WindowTile {
+  int64_t n;
+  int h, w;
+};
+
+// Fetches the pixels under the tile of `count` input channels from `first` on.
+template <typename S>
+FUSEDCNN_DEVICE void fetch_pixels(const BackwardArgs& args, const WeightWinnersSizes& sizes,
+                                  const WindowTile& tile, int first, int count,
+                                  Shared<float> pixels) {
+  const Strides from = args.input_strides;
+  const S* const image = static_cast<const S*>(args.input) + tile.n * from.n + first * from.c;
+  const int cols = 2 * sizes.tile_w + 2, area = (2 * sizes.tile_h + 2) * cols;
+  FUSEDCNN_NO_UNROLL
+  for (int i = thread_index(); i < count * area; i += kWinnersThreads) {
+    const int c = i / area, row = i % area / cols, col = i % area % cols;
+    const int h = 2 * tile.h - sizes.padding_h + row;
+    const int w = 2 * tile.w - sizes.padding_w + col;
+    const bool real = inside(h, sizes.in_h) && inside(w, sizes.in_w);
+    const S* const at = real ? image + c * from.c + h * from.h + w * from.w : image;
+    const Shared<float> to = pixels + (c * sizes.plane + row * kPitch + col);
+    if constexpr (sizeof(S) == sizeof(float)) {
+      copy_async<4>(to, at, real ? 4 : 0);
+    } else {
+      *to = real ? widen(load_constant(at)) : 0.f;
+    }
+  }
+  commit_copies();
+  wait_copies<0>();
+}
+
+// Writes this lane's window of the tile, the y-th in the x-th column, to the warp's list: its
+// gradients in kChannels output channels from `oc0` on. Returns its codes plus one, four bits each.
+template <typename S>
+FUSEDCNN_DEVICE uint32_t list_window(const BackwardArgs& args, const WeightWinnersSizes& sizes,
+                                     const WindowTile& tile, int y, int x, bool real, int oc0,
+                                     Shared<float> gradients) {
+  const int oh = tile.h + y, ow = tile.w + x;
+  real = real && oh < sizes.out_h && ow < sizes.out_w;
+  uint32_t word = 0;
+  FUSEDCNN_NO_UNROLL
+  for (int half = 0; half < kChannels; half += 4) {  // all eight would take more registers
+    FUSEDCNN_UNROLL
+    for (int o = half; o < half + 4; ++o) {
+      float gradient = 0;
+      int code = -1;
+      if (real && oc0 + o < sizes.out_channels) {
+        const Strides &at = args.code_strides, &from = args.grad_output_strides;
+        code = load_code(static_cast<const uint8_t*>(args.code) + tile.n * at.n + (oc0 + o) * at.c +
+                         oh * at.h + ow * at.w);
+        gradient = widen(load_constant(static_cast<const S*>(args.grad_output) + tile.n * from.n +
+                                       (oc0 + o) * from.c + oh * from.h + ow * from.w));
+        // Where ReLU is off nothing flows, whatever stands there.
+        if (code < 0) gradient = 0;
+      }
+      word |= static_cast<uint32_t>(code + 1) << 4 * o;
+      gradients[o] = gradient;
+    }
+  }
+  return word;
+}
+
+// Adds gradient x pixel of one window to the sums of this lane's weights. `chosen`: the window's
+// codes, as list_window has them; meets: the pixel of code 0 that each weight meets.
+template <int Slots>
+FUSEDCNN_DEVICE void add_window(uint32_t chosen, Shared<float> window_pixels,
+                                Shared<float> gradients, const int (&meets)[Slots],
+                                float (&acc)[kChannels][Slots]) {
+  float gradient[kChannels];
+  load_row(gradients, gradient);
+  float pixel[Slots][4];
+  FUSEDCNN_UNROLL
+  for (int i = 0; i < Slots; ++i) {
+    FUSEDCNN_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      pixel[i][e] = window_pixels[meets[i] + e / 2 * kPitch + e % 2];
+    }
+  }
+  FUSEDCNN_UNROLL
+  for (int o = 0; o < kChannels; ++o) {
+    const auto add = [&](int e) {
+      FUSEDCNN_UNROLL
+      for (int i = 0; i < Slots; ++i) {
+        acc[o][i] = multiply_add(gradient[o], pixel[i][e], acc[o][i]);
+      }
+    };
+    switch (chosen >> 4 * o & 15) {
+      case 1: add(0); break;
+      case 2: add(1); break;
+      case 3: add(2); break;
+      case 4: add(3); break;
+      default: break;
+    }
+  }
+}
+
 // args: grad_output and code [N, OC, OH, OW], input [N, C, H, W] or null where only grad_bias is
 // wanted. partial: [slabs][OC][9 C + 1].
 template <typename S, int Slots>
@@ -119,30 +216,12 @@ grad_weight_winners_3x3_kernel(BackwardArgs args, WeightWinnersSizes sizes, floa
 
     const int64_t last = (slab + 1) * sizes.units / sizes.slabs;
     for (int64_t unit = slab * sizes.units / sizes.slabs; unit < last; ++unit) {
-      const int64_t n = unit / (sizes.tiles_h * sizes.tiles_w);
-      const int tile = static_cast<int>(unit % (sizes.tiles_h * sizes.tiles_w));
-      const int first_h = tile / sizes.tiles_w * sizes.tile_h;
-      const int first_w = tile % sizes.tiles_w * sizes.tile_w;
+      const int place = static_cast<int>(unit % (sizes.tiles_h * sizes.tiles_w));
+      const WindowTile tile{unit / (sizes.tiles_h * sizes.tiles_w),
+                            place / sizes.tiles_w * sizes.tile_h,
+                            place % sizes.tiles_w * sizes.tile_w};
       if (want_weight) {
-        const Strides from = args.input_strides;
-        const S* const image = static_cast<const S*>(args.input) + n * from.n + first * from.c;
-        const int cols = 2 * sizes.tile_w + 2, area = (2 * sizes.tile_h + 2) * cols;
-        FUSEDCNN_NO_UNROLL
-        for (int i = thread_index(); i < count * area; i += kWinnersThreads) {
-          const int c = i / area, row = i % area / cols, col = i % area % cols;
-          const int h = 2 * first_h - sizes.padding_h + row;
-          const int w = 2 * first_w - sizes.padding_w + col;
-          const bool real = inside(h, sizes.in_h) && inside(w, sizes.in_w);
-          const S* const at = real ? image + c * from.c + h * from.h + w * from.w : image;
-          const Shared<float> to = pixels + (c * sizes.plane + row * kPitch + col);
-          if constexpr (sizeof(S) == sizeof(float)) {
-            copy_async<4>(to, at, real ? 4 : 0);
-          } else {
-            *to = real ? widen(load_constant(at)) : 0.f;
-          }
-        }
-        commit_copies();
-        wait_copies<0>();
+        fetch_pixels<S>(args, sizes, tile, first, count, pixels);
         sync_threads();
       }
 
@@ -150,28 +229,8 @@ grad_weight_winners_3x3_kernel(BackwardArgs args, WeightWinnersSizes sizes, floa
       for (int begin = group * kWarp; begin < windows; begin += groups * kWarp) {
         const int window = begin + lane;
         const int y = window / sizes.tile_w, x = window % sizes.tile_w;
-        const int oh = first_h + y, ow = first_w + x;
-        const bool real = window < windows && oh < sizes.out_h && ow < sizes.out_w;
-        uint32_t word = 0;
-        FUSEDCNN_NO_UNROLL
-        for (int half = 0; half < kChannels; half += 4) {  // all eight would take more registers
-          FUSEDCNN_UNROLL
-          for (int o = half; o < half + 4; ++o) {
-            float gradient = 0;
-            int code = -1;
-            if (real && oc0 + o < sizes.out_channels) {
-              const Strides &at = args.code_strides, &from = args.grad_output_strides;
-              code = load_code(static_cast<const uint8_t*>(args.code) + n * at.n +
-                               (oc0 + o) * at.c + oh * at.h + ow * at.w);
-              gradient = widen(load_constant(static_cast<const S*>(args.grad_output) + n * from.n +
-                                             (oc0 + o) * from.c + oh * from.h + ow * from.w));
-              // Where ReLU is off nothing flows, whatever stands there.
-              if (code < 0) gradient = 0;
-            }
-            word |= static_cast<uint32_t>(code + 1) << 4 * o;
-            gradients[(list + lane) * kChannels + o] = gradient;
-          }
-        }
+        const uint32_t word = list_window<S>(args, sizes, tile, y, x, window < windows, oc0,
+                                             gradients + (list + lane) * kChannels);
         float own[kChannels];
         load_row(gradients + (list + lane) * kChannels, own);
         FUSEDCNN_UNROLL
@@ -183,33 +242,8 @@ grad_weight_winners_3x3_kernel(BackwardArgs args, WeightWinnersSizes sizes, floa
         for (int entry = list; want_weight && entry < list + end; ++entry) {
           const uint32_t chosen = codes[entry];
           if (!chosen) continue;
-          const Shared<float> window_pixels = pixels + places[entry];
-          float gradient[kChannels];
-          load_row(gradients + entry * kChannels, gradient);
-          float pixel[Slots][4];
-          FUSEDCNN_UNROLL
-          for (int i = 0; i < Slots; ++i) {
-            FUSEDCNN_UNROLL
-            for (int e = 0; e < 4; ++e) {
-              pixel[i][e] = window_pixels[meets[i] + e / 2 * kPitch + e % 2];
-            }
-          }
-          FUSEDCNN_UNROLL
-          for (int o = 0; o < kChannels; ++o) {
-            const auto add = [&](int e) {
-              FUSEDCNN_UNROLL
-              for (int i = 0; i < Slots; ++i) {
-                acc[o][i] = multiply_add(gradient[o], pixel[i][e], acc[o][i]);
-              }
-            };
-            switch (chosen >> 4 * o & 15) {
-              case 1: add(0); break;
-              case 2: add(1); break;
-              case 3: add(2); break;
-              case 4: add(3); break;
-              default: break;
-            }
-          }
+          add_window<Slots>(chosen, pixels + places[entry], gradients + entry * kChannels, meets,
+                            acc);
         }
         sync_warp();  // the next windows overwrite these
       }

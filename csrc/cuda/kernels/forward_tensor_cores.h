@@ -219,6 +219,118 @@ FUSEDCNN_DEVICE bool fetch_fragments(const ForwardArgs& args, const MmaSizes& si
   return any;
 }
 
+// Multiplies a slice of channels, all its steps. The pointers are this thread's own in the first.
+template <typename S, typename Tile>
+FUSEDCNN_DEVICE void multiply_slice(Shared<uint32_t> pixels, Shared<uint32_t> pixels_low,
+                                    Shared<uint32_t> fragment, Shared<uint32_t> fragment_low,
+                                    float (&acc)[4][Tile::kMTiles][2][4]) {
+  const int t = thread_index() % 4;
+  // All steps at once, or a row of taps, or, of split words, one tap at a time: more would be
+  // loaded ahead than there are registers.
+  constexpr int kSteps = Tile::kSplit ? 1 : Tile::kPlanes == 8 ? 3 : Tile::kSteps;
+  FUSEDCNN_NO_UNROLL
+  for (int done = 0; done < Tile::kSteps; done += kSteps) {
+    FUSEDCNN_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t a[Tile::kMTiles][4], a_low[Tile::kMTiles][4];
+      FUSEDCNN_UNROLL
+      for (int m = 0; m < Tile::kMTiles; ++m) {
+        load_row(fragment + (step * Tile::kMTiles + m) * kWarp * 4, a[m]);
+        if constexpr (Tile::kSplit) {
+          load_row(fragment_low + (step * Tile::kMTiles + m) * kWarp * 4, a_low[m]);
+          FUSEDCNN_UNROLL
+          for (int i = 0; i < 4; ++i) a_low[m][i] = truncated_tf32(a_low[m][i]);
+        }
+      }
+      // Where rows t and t + 4 of this step are found: another tap, or four planes on.
+      int offset[2];
+      bool real[2];
+      FUSEDCNN_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int tap = step * Tile::kTapsPerStep + (t + 4 * i) / Tile::kPlanes;
+        real[i] = tap < 9;
+        offset[i] =
+            tap / 3 * Tile::kPitch + tap % 3 + (Tile::kPlanes == 8 ? 4 * i * Tile::kPlane : 0);
+      }
+      FUSEDCNN_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        uint32_t b[2][2], b_low[2][2];
+        FUSEDCNN_UNROLL
+        for (int dy = 0; dy < 2; ++dy) {
+          FUSEDCNN_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const int at = offset[i] + dy * Tile::kPitch + 2 * j;
+            // Zero times what lies there would be NaN where that is infinite.
+            b[dy][i] = real[i] ? static_cast<uint32_t>(pixels[at]) : 0u;
+            if constexpr (Tile::kSplit) b_low[dy][i] = truncated_tf32(pixels_low[at]);
+          }
+          if constexpr (!Tile::kSplit) {
+            FUSEDCNN_UNROLL
+            for (int m = 0; m < Tile::kMTiles; ++m) multiply(S{}, acc[j][m][dy], a[m], b[dy]);
+          }
+        }
+        if constexpr (Tile::kSplit) {
+          multiply_split(acc[j], a, a_low, b, b_low);
+          // Not all pixels of a step may be loaded ahead: there are no registers for them.
+          if (j == 1) sync_warp();
+        }
+      }
+    }
+    // The next tap, or the next row of taps.
+    const int next = kSteps > 1 ? Tile::kPitch : done % 3 == 2 ? Tile::kPitch - 2 : 1;
+    pixels += next;
+    fragment += kSteps * Tile::kMTiles * kWarp * 4;
+    if constexpr (Tile::kSplit) {
+      pixels_low += next;
+      fragment_low += kSteps * Tile::kMTiles * kWarp * 4;
+    }
+  }
+}
+
+// Writes what a thread owns: values and codes of four windows from (oh, ow) on, in output channels
+// `channel` and 8 on of every tile of M.
+template <typename S, typename Tile>
+FUSEDCNN_DEVICE void store_windows(const ForwardArgs& args, const MmaSizes& sizes, int64_t n,
+                                   int channel, int oh, int ow,
+                                   const float (&acc)[4][Tile::kMTiles][2][4]) {
+  FUSEDCNN_UNROLL
+  for (int row = 0; row < 2 * Tile::kMTiles; ++row) {
+    const int m = row / 2, i = row % 2 * 2;
+    const int oc = channel + 16 * m + row % 2 * 8;
+    if (oc >= sizes.out_channels) continue;
+    float bias = 0;
+    if (args.bias) {
+      bias = widen(load_constant(static_cast<const S*>(args.bias) + oc * args.bias_stride));
+    }
+    Pack<4, S> values;
+    Pack<4, uint8_t> codes;
+    FUSEDCNN_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const float (&top)[4] = acc[j][m][0], (&bottom)[4] = acc[j][m][1];
+      const Pooled pooled =
+          pool_window(top[i] + bias, top[i + 1] + bias, bottom[i] + bias, bottom[i + 1] + bias,
+                      2 * (ow + j) + 1 < sizes.conv_w, 2 * oh + 1 < sizes.conv_h);
+      values.values[j] = narrow<S>(pooled.value);
+      codes.values[j] = static_cast<uint8_t>(pooled.code);
+    }
+    const Strides to = args.output_strides;
+    const int64_t at = n * to.n + oc * to.c + oh * to.h + ow * to.w;
+    S* const output = static_cast<S*>(args.output) + at;
+    uint8_t* const code = args.code ? static_cast<uint8_t*>(args.code) + at : nullptr;
+    if (sizes.output_fours) {
+      store_pack(output, values);
+      if (code) store_pack(code, codes);
+      continue;
+    }
+    FUSEDCNN_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      if (ow + j >= sizes.out_w) continue;
+      output[j * to.w] = values.values[j];
+      if (code) code[j * to.w] = codes.values[j];
+    }
+  }
+}
+
 // args: input [N, C, H, W], weight [OC, C, 3, 3], bias [OC] or null, output and code
 // [N, OC, OH, OW] (code may be null).
 template <typename S, typename Tile>
@@ -294,66 +406,7 @@ forward_tensor_cores_kernel(ForwardArgs args, MmaSizes sizes) {
       }
       Shared<uint32_t> pixels = input + b_place, pixels_low = inputs_low + b_place;
       Shared<uint32_t> fragment = fragments + lane * 4, fragment_low = fragments_low + lane * 4;
-      // All steps at once, or a row of taps, or, of split words, one tap at a time: more would be
-      // loaded ahead than there are registers.
-      constexpr int kSteps = Tile::kSplit ? 1 : Tile::kPlanes == 8 ? 3 : Tile::kSteps;
-      FUSEDCNN_NO_UNROLL
-      for (int done = 0; done < Tile::kSteps; done += kSteps) {
-        FUSEDCNN_UNROLL
-        for (int step = 0; step < kSteps; ++step) {
-          uint32_t a[kMTiles][4], a_low[kMTiles][4];
-          FUSEDCNN_UNROLL
-          for (int m = 0; m < kMTiles; ++m) {
-            load_row(fragment + (step * kMTiles + m) * kWarp * 4, a[m]);
-            if constexpr (Tile::kSplit) {
-              load_row(fragment_low + (step * kMTiles + m) * kWarp * 4, a_low[m]);
-              FUSEDCNN_UNROLL
-              for (int i = 0; i < 4; ++i) a_low[m][i] = truncated_tf32(a_low[m][i]);
-            }
-          }
-          // Where rows t and t + 4 of this step are found: another tap, or four planes on.
-          int offset[2];
-          bool real[2];
-          FUSEDCNN_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            const int tap = step * Tile::kTapsPerStep + (t + 4 * i) / Tile::kPlanes;
-            real[i] = tap < 9;
-            offset[i] =
-                tap / 3 * Tile::kPitch + tap % 3 + (Tile::kPlanes == 8 ? 4 * i * Tile::kPlane : 0);
-          }
-          FUSEDCNN_UNROLL
-          for (int j = 0; j < 4; ++j) {
-            uint32_t b[2][2], b_low[2][2];
-            FUSEDCNN_UNROLL
-            for (int dy = 0; dy < 2; ++dy) {
-              FUSEDCNN_UNROLL
-              for (int i = 0; i < 2; ++i) {
-                const int at = offset[i] + dy * Tile::kPitch + 2 * j;
-                // Zero times what lies there would be NaN where that is infinite.
-                b[dy][i] = real[i] ? static_cast<uint32_t>(pixels[at]) : 0u;
-                if constexpr (Tile::kSplit) b_low[dy][i] = truncated_tf32(pixels_low[at]);
-              }
-              if constexpr (!Tile::kSplit) {
-                FUSEDCNN_UNROLL
-                for (int m = 0; m < kMTiles; ++m) multiply(S{}, acc[j][m][dy], a[m], b[dy]);
-              }
-            }
-            if constexpr (Tile::kSplit) {
-              multiply_split(acc[j], a, a_low, b, b_low);
-              // Not all pixels of a step may be loaded ahead: there are no registers for them.
-              if (j == 1) sync_warp();
-            }
-          }
-        }
-        // The next tap, or the next row of taps.
-        const int next = kSteps > 1 ? Tile::kPitch : done % 3 == 2 ? Tile::kPitch - 2 : 1;
-        pixels += next;
-        fragment += kSteps * kMTiles * kWarp * 4;
-        if constexpr (Tile::kSplit) {
-          pixels_low += next;
-          fragment_low += kSteps * kMTiles * kWarp * 4;
-        }
-      }
+      multiply_slice<S, Tile>(pixels, pixels_low, fragment, fragment_low, acc);
       sync_threads();  // the next but one overwrites this stage, the next the weights
     }
 
@@ -361,42 +414,7 @@ forward_tensor_cores_kernel(ForwardArgs args, MmaSizes sizes) {
     const int oh = walk.tile_h(sizes.grid) * Tile::kTileH + window / Tile::kTileW;
     const int ow = walk.tile_w(sizes.grid) * Tile::kTileW + window % Tile::kTileW;
     if (oh >= sizes.out_h || ow >= sizes.out_w) continue;
-    FUSEDCNN_UNROLL
-    for (int row = 0; row < 2 * kMTiles; ++row) {
-      const int m = row / 2, i = row % 2 * 2;
-      const int oc = channel_block * Tile::kChannels + 16 * m + g + row % 2 * 8;
-      if (oc >= sizes.out_channels) continue;
-      float bias = 0;
-      if (args.bias) {
-        bias = widen(load_constant(static_cast<const S*>(args.bias) + oc * args.bias_stride));
-      }
-      Pack<4, S> values;
-      Pack<4, uint8_t> codes;
-      FUSEDCNN_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const float (&top)[4] = acc[j][m][0], (&bottom)[4] = acc[j][m][1];
-        const Pooled pooled =
-            pool_window(top[i] + bias, top[i + 1] + bias, bottom[i] + bias, bottom[i + 1] + bias,
-                        2 * (ow + j) + 1 < sizes.conv_w, 2 * oh + 1 < sizes.conv_h);
-        values.values[j] = narrow<S>(pooled.value);
-        codes.values[j] = static_cast<uint8_t>(pooled.code);
-      }
-      const Strides to = args.output_strides;
-      const int64_t at = walk.n() * to.n + oc * to.c + oh * to.h + ow * to.w;
-      S* const output = static_cast<S*>(args.output) + at;
-      uint8_t* const code = args.code ? static_cast<uint8_t*>(args.code) + at : nullptr;
-      if (sizes.output_fours) {
-        store_pack(output, values);
-        if (code) store_pack(code, codes);
-        continue;
-      }
-      FUSEDCNN_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        if (ow + j >= sizes.out_w) continue;
-        output[j * to.w] = values.values[j];
-        if (code) code[j * to.w] = codes.values[j];
-      }
-    }
+    store_windows<S, Tile>(args, sizes, walk.n(), channel_block * Tile::kChannels + g, oh, ow, acc);
   }
   wait_copies<0>();
 }
