@@ -264,26 +264,24 @@ const char* why_not_backward_general(const Problem& problem) {
                                                : "a padded image has 2^32 elements or more";
 }
 
-// Calls kernel<S, C>() with the storage type and the code type of the call.
-#define FUSEDCNN_DISPATCH(kernel)                                                     \
-  const auto run = [&]<typename S>(S) {                                               \
-    args.wide_code ? kernel<S, int32_t>(args, pool) : kernel<S, uint8_t>(args, pool); \
-  };                                                                                  \
-  switch (args.type) {                                                                \
-    case DataType::kFloat32: return run(float{});                                     \
-    case DataType::kFloat64: return run(double{});                                    \
-    case DataType::kBFloat16: return run(BFloat16{});                                 \
-    case DataType::kFloat16: return run(Float16{});                                   \
-  }
+// Calls body(S{}, C{}) with the storage type and the code type of the call.
+template <typename Body>
+void for_storage_and_code(const BackwardArgs& args, const Body& body) {
+  for_storage(args.type, [&](auto storage) {
+    args.wide_code ? body(storage, int32_t{}) : body(storage, uint8_t{});
+  });
+}
 
 void grad_weight_general(const BackwardArgs& given, const ThreadPool& pool) {
   const BackwardArgs args = laid_down(given);
-  FUSEDCNN_DISPATCH(grad_weight_typed)
+  for_storage_and_code(args,
+                       [&]<typename S, typename C>(S, C) { grad_weight_typed<S, C>(args, pool); });
 }
 
 void grad_input_general(const BackwardArgs& given, const ThreadPool& pool) {
   const BackwardArgs args = laid_down(given);
-  FUSEDCNN_DISPATCH(grad_input_typed)
+  for_storage_and_code(args,
+                       [&]<typename S, typename C>(S, C) { grad_input_typed<S, C>(args, pool); });
 }
 
 }  // namespace

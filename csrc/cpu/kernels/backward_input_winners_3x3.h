@@ -262,11 +262,7 @@ void grad_input_winners_3x3_typed(const BackwardArgs& args, const ThreadPool& po
 }
 
 void grad_input_winners_3x3(const BackwardArgs& args, const ThreadPool& pool) {
-  switch (args.type) {
-    case DataType::kBFloat16: return grad_input_winners_3x3_typed<BFloat16>(args, pool);
-    case DataType::kFloat16: return grad_input_winners_3x3_typed<Float16>(args, pool);
-    default: return grad_input_winners_3x3_typed<float>(args, pool);
-  }
+  for_block_storage(args.type, [&]<typename S>(S) { grad_input_winners_3x3_typed<S>(args, pool); });
 }
 
 }  // namespace

@@ -197,11 +197,8 @@ const char* why_not_grad_weight_winners_3x3(const Problem& problem) {
 }
 
 void grad_weight_winners_3x3(const BackwardArgs& args, const ThreadPool& pool) {
-  switch (args.type) {
-    case DataType::kBFloat16: return grad_weight_winners_3x3_typed<BFloat16>(args, pool);
-    case DataType::kFloat16: return grad_weight_winners_3x3_typed<Float16>(args, pool);
-    default: return grad_weight_winners_3x3_typed<float>(args, pool);
-  }
+  for_block_storage(args.type,
+                    [&]<typename S>(S) { grad_weight_winners_3x3_typed<S>(args, pool); });
 }
 
 }  // namespace

@@ -28,6 +28,17 @@ const char* why_not_3x3_block(const Problem& problem) {
   return nullptr;
 }
 
+// Calls body(S{}) with the storage type of a problem that why_not_3x3_block lets through.
+template <typename Body>
+void for_block_storage(DataType type, const Body& body) {
+  switch (type) {
+    case DataType::kFloat32: return body(float{});
+    case DataType::kBFloat16: return body(BFloat16{});
+    case DataType::kFloat16: return body(Float16{});
+    case DataType::kFloat64: return;
+  }
+}
+
 // Element q * stride + oc belongs to pooled pixel q and output channel oc.
 struct Windows {
   const uint8_t* codes;

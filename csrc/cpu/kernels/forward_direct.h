@@ -117,19 +117,13 @@ const char* why_not_direct(const Problem& problem) {
 
 void forward_direct(const ForwardArgs& given, const ThreadPool& pool) {
   const ForwardArgs args = laid_down(given);
-  const auto run = [&]<typename S>(S) {
+  for_storage(args.type, [&]<typename S>(S) {
     if (args.wide_code) return forward_direct_large<S, int32_t>(args, pool);
     if (running_maxima({args.geometry, args.type, args.wide_code})) {
       return forward_direct_large<S, uint8_t>(args, pool);
     }
     forward_direct_bands<S>(args, pool);
-  };
-  switch (args.type) {
-    case DataType::kFloat32: return run(float{});
-    case DataType::kFloat64: return run(double{});
-    case DataType::kBFloat16: return run(BFloat16{});
-    case DataType::kFloat16: return run(Float16{});
-  }
+  });
 }
 
 }  // namespace

@@ -151,20 +151,14 @@ const char* why_not_forward_general(const Problem&) { return nullptr; }
 
 void forward_general(const ForwardArgs& given, const ThreadPool& pool) {
   const ForwardArgs args = laid_down(given);
-  const auto run = [&]<typename S>(S) {
+  for_storage(args.type, [&]<typename S>(S) {
     if (many_phases<Accumulator<S>>(args.geometry)) {
       return args.wide_code ? forward_general_large<S, int32_t>(args, pool)
                             : forward_general_large<S, uint8_t>(args, pool);
     }
     args.wide_code ? forward_general_bands<S, int32_t>(args, pool)
                    : forward_general_bands<S, uint8_t>(args, pool);
-  };
-  switch (args.type) {
-    case DataType::kFloat32: return run(float{});
-    case DataType::kFloat64: return run(double{});
-    case DataType::kBFloat16: return run(BFloat16{});
-    case DataType::kFloat16: return run(Float16{});
-  }
+  });
 }
 
 }  // namespace

@@ -195,12 +195,7 @@ const char* why_not_winograd_f2(const Problem& problem) {
 }
 
 void forward_winograd_f2(const ForwardArgs& args, const ThreadPool& pool) {
-  switch (args.type) {
-    case DataType::kFloat32: return forward_winograd_f2_typed<float>(args, pool);
-    case DataType::kBFloat16: return forward_winograd_f2_typed<BFloat16>(args, pool);
-    case DataType::kFloat16: return forward_winograd_f2_typed<Float16>(args, pool);
-    case DataType::kFloat64: return;  // refused by why_not
-  }
+  for_block_storage(args.type, [&]<typename S>(S) { forward_winograd_f2_typed<S>(args, pool); });
 }
 
 }  // namespace

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <utility>
 
+#include "core/geometry.h"
+
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -283,6 +285,17 @@ FUSEDCNN_INLINE void narrow_vector(Vector<float> values, Float16* to) {
                    _mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT));
 }
 #endif
+
+// Calls body(S{}) with the storage type of `type`.
+template <typename Body>
+void for_storage(DataType type, const Body& body) {
+  switch (type) {
+    case DataType::kFloat32: return body(float{});
+    case DataType::kFloat64: return body(double{});
+    case DataType::kBFloat16: return body(BFloat16{});
+    case DataType::kFloat16: return body(Float16{});
+  }
+}
 
 }  // namespace
 }  // namespace fusedcnn::cpu::FUSEDCNN_ISA

@@ -161,12 +161,8 @@ void forward_winograd_typed(const ForwardArgs& args, const ThreadPool& pool) {
 
 template <typename Transform>
 void forward_winograd(const ForwardArgs& args, const ThreadPool& pool) {
-  switch (args.type) {
-    case DataType::kFloat32: return forward_winograd_typed<Transform, float>(args, pool);
-    case DataType::kBFloat16: return forward_winograd_typed<Transform, BFloat16>(args, pool);
-    case DataType::kFloat16: return forward_winograd_typed<Transform, Float16>(args, pool);
-    case DataType::kFloat64: return;  // refused by why_not
-  }
+  for_block_storage(args.type,
+                    [&]<typename S>(S) { forward_winograd_typed<Transform, S>(args, pool); });
 }
 
 const char* why_not_winograd(const Problem& problem) {
