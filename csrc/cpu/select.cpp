@@ -1,7 +1,8 @@
 #include "cpu/select.h"
 
 #include <atomic>
-#include <stdexcept>
+
+#include "core/selection.h"
 
 namespace fusedcnn::cpu {
 
@@ -64,17 +65,12 @@ const Isa& selected_isa() {
 
 void force(const std::string& isa, const std::string& kernel) {
   const Isa* isa_entry = nullptr;
-  const char* kernel_name = nullptr;
-  std::string isa_names, kernel_names;
+  std::string isa_names;
+  std::vector<KernelList> lists;
   for (const Isa& entry : isas()) {
     isa_names += std::string(isa_names.empty() ? "" : ", ") + entry.name;
     if (isa == entry.name) isa_entry = &entry;
-    for (int i = 0; i < entry.list.count; ++i) {
-      if (kernel == entry.list.kernels[i].name) kernel_name = entry.list.kernels[i].name;
-      // One name serves several passes and ISAs.
-      const std::string listed = std::string(", ") + entry.list.kernels[i].name;
-      if (kernel_names.find(listed) == std::string::npos) kernel_names += listed;
-    }
+    lists.push_back(entry.list);
   }
   if (!isa.empty() && !isa_entry) {
     throw std::invalid_argument("isa: expected one of " + isa_names + ", got '" + isa + "'");
@@ -82,10 +78,7 @@ void force(const std::string& isa, const std::string& kernel) {
   if (isa_entry && !isa_entry->supported) {
     throw std::invalid_argument("isa: this machine cannot run '" + isa + "'");
   }
-  if (!kernel.empty() && !kernel_name) {
-    throw std::invalid_argument("kernel: expected one of " + kernel_names.substr(2) + ", got '" +
-                                kernel + "'");
-  }
+  const char* const kernel_name = listed_name(lists, kernel);
   forced_isa_entry.store(isa_entry, std::memory_order_release);
   forced_kernel_name.store(kernel_name, std::memory_order_release);
 }
@@ -109,25 +102,16 @@ const char* last_selected(Pass pass) {
 }
 
 const Kernel* select(Pass pass, const Problem& problem, std::string* reason) {
-  const KernelList list = selected_isa().list;
-  const char* forced = forced_kernel_name.load(std::memory_order_acquire);
-  if (reason) reason->clear();
-  for (int i = 0; i < list.count; ++i) {
-    const Kernel& kernel = list.kernels[i];
-    if (kernel.pass != pass || (forced && std::string(forced) != kernel.name)) continue;
+  const char* const forced = forced_kernel_name.load(std::memory_order_acquire);
+  const auto why_not = [&](const Kernel& kernel) {
     const bool ruled_out = kernel.winograd && !forced && !winograd_allowed();
-    const char* why_not = ruled_out ? "Winograd is switched off" : kernel.why_not(problem);
-    if (!why_not) {
-      last_selected_name[static_cast<int>(pass)].store(kernel.name, std::memory_order_relaxed);
-      return &kernel;
-    }
-    if (reason) *reason += std::string(reason->empty() ? "" : "; ") + kernel.name + ": " + why_not;
+    return ruled_out ? "Winograd is switched off" : kernel.why_not(problem);
+  };
+  const Kernel* const kernel = first_covering(selected_isa().list, pass, forced, why_not, reason);
+  if (kernel) {
+    last_selected_name[static_cast<int>(pass)].store(kernel->name, std::memory_order_relaxed);
   }
-  if (reason && reason->empty()) {
-    *reason = std::string("no ") + name(pass) + " kernel" +
-              (forced ? std::string(" named ") + forced : std::string());
-  }
-  return nullptr;
+  return kernel;
 }
 
 }  // namespace fusedcnn::cpu

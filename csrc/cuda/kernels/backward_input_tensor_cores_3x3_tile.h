@@ -1,4 +1,4 @@
-// What the products of backward_input_tensor_cores_3x3.h are taken of: a tile's gradients and the
+// What the products of backward_input_tensor_cores_3x3.cu are taken of: a tile's gradients and the
 // weights, both in shared memory.
 #pragma once
 

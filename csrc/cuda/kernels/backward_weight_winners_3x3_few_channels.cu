@@ -25,7 +25,7 @@
 // is 27, its share of the lists 3.5; the input's tiles are 230 in all: 4,100 cycles of an image. In
 // instructions it is 62 and 24, for 27 multiply-adds; lists and tiles begin with 2,200 in all, the
 // input is 2,600: 15,800, or 4,000 cycles of four issue slots. So 16 ns on 132 multiprocessors at
-// 1.98 GHz at the very best, where memory takes 7.6 ns, and kernels/backward_weight_winners_3x3.h,
+// 1.98 GHz at the very best, where memory takes 7.6 ns, and backward_weight_winners_3x3.cu,
 // by such a count of its instructions, 35 ns. Windows that are off save something only where they
 // are so for all 32 lanes. Estimates, not measurements: so far this has run on a CPU only.
 //

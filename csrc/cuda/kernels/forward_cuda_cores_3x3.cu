@@ -16,11 +16,13 @@
 //
 // Up to 16 channels, 144 products, are one chain of additions. Of more, each 16 channels are one,
 // and chains are added up: 64 registers of totals and, for 9,216 multiply-adds, 64 additions and as
-// many zeros. One chain for all would err more than the stock layers do: with normal random data
-// and 64, 256 and 512 channels, in units of 2^-24 of the outputs' own size, by 7.6, 16 and 23 (root
-// mean square; one chain is what this kernel did), in chains of 16 channels by 3.8, 3.6 and 4.0,
-// in chains of 64 products by 2.6, 3.3 and 3.7, torch's own layers on a CPU by 4.3, 4.4 and 4.0.
-// With 16 channels and fewer these have one chain, too.
+// many zeros. One chain for all would err more than the stock layers do. With normal random data,
+// the root mean square of the errors, in units of 2^-24 of the outputs' own size, is
+//                          64    256    512 channels
+//   one chain             7.6     16     23
+//   chains of 16 channels 3.8    3.6    4.0
+//   chains of 64 products 2.6    3.3    3.7
+//   torch on a CPU        4.3    4.4    4.0, with one chain up to 16 channels, too
 //
 // For sm_90's 128 multiply-adds a cycle at 1.98 GHz and 132 multiprocessors: 3 -> 16 channels at
 // 32x32 is 442,368 multiply-adds an image, 13.2 ns; 16 -> 32 at 16x16 1,179,648, 35.3 ns. Memory

@@ -31,7 +31,7 @@
 // product. 16 -> 32 at 16x16, per image: 4 x 18 steps x 48 = 3,456 cycles of shared memory and
 // 3,456 products in 5,760 cycles, beside some 6,600 of issue slots (3,100 in steps, of which 1,152
 // are the float additions; 1,700 to fetch and split pixels, 1,440 weights, 400 to pool): 22 to 25
-// ns, where forward_cuda_cores_3x3.h counts 35 ns of multiply-adds and some 12,400 cycles of issue
+// ns, where forward_cuda_cores_3x3.cu counts 35 ns of multiply-adds and some 12,400 cycles of issue
 // slots, 47 ns. 3 -> 16 at 32x32 pads three channels to eight (or four, which gains less than is
 // certain), and stays on CUDA cores.
 #pragma once

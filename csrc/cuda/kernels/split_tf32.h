@@ -1,4 +1,4 @@
-// float32 products on tensor cores by three tf32 products, for forward_tensor_cores_3x3.h.
+// float32 products on tensor cores by three tf32 products, for forward_tensor_cores.h.
 //
 // An operand x is split into hi, x rounded to tf32, and low = x - hi, which is exact. Of low, a
 // product takes the leading eleven bits. Per step of K the three products low * hi, hi * low and
