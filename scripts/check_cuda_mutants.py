@@ -524,8 +524,8 @@ MUTANTS = [
     Mutant(
         "grad_weight windows: windows of the next tile count twice",
         WEIGHT_WINDOWS,
-        "real = real && oh < sizes.out_h && ow < sizes.out_w;",
-        "real = real;",
+        "window < windows && oh < sizes.out_h && ow < sizes.out_w;",
+        "window < windows;",
     ),
     Mutant(
         "grad_input: no barrier before the weights are overwritten",

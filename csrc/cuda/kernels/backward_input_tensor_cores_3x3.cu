@@ -74,41 +74,6 @@ FUSEDCNN_DEVICE void multiply_row(float (&acc)[4][NTiles][4], const uint32_t (&p
   }
 }
 
-// Writes four pixels of a row in 2 NTiles channels: rows g of the tiles of M, or (`half`) g + 8.
-// `pixel`: the first of them in `channel`, in column w of the image.
-template <typename S, int NTiles>
-FUSEDCNN_DEVICE void store_pixels(const float (&acc)[4][NTiles][4], int half,
-                                  const InputMmaSizes& sizes, const Strides& to, S* pixel,
-                                  int channel, int w) {
-  const auto value = [&](int j, int c) { return narrow<S>(acc[j][c / 2][2 * half + c % 2]); };
-  if (sizes.channel_packs) {
-    FUSEDCNN_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      if (w + j >= sizes.in_w) continue;
-      Pack<2 * NTiles, S> pack;
-      FUSEDCNN_UNROLL
-      for (int c = 0; c < 2 * NTiles; ++c) pack.values[c] = value(j, c);
-      store_pack(pixel + j * to.w, pack);
-    }
-    return;
-  }
-  FUSEDCNN_UNROLL
-  for (int c = 0; c < 2 * NTiles; ++c) {
-    if (channel + c >= sizes.channels) continue;
-    Pack<4, S> pack;
-    FUSEDCNN_UNROLL
-    for (int j = 0; j < 4; ++j) pack.values[j] = value(j, c);
-    if (sizes.pixel_fours) {
-      store_pack(pixel + c * to.c, pack);
-      continue;
-    }
-    FUSEDCNN_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      if (w + j < sizes.in_w) pixel[c * to.c + j * to.w] = pack.values[j];
-    }
-  }
-}
-
 // args: grad_output and code [N, OC, OH, OW], weight [OC, C, 3, 3], grad_input [N, C, H, W].
 template <typename S, typename Tile>
 FUSEDCNN_KERNEL_RESIDENT(Tile::kThreads, Tile::kResident)
@@ -227,7 +192,36 @@ grad_input_tensor_cores_3x3_kernel(BackwardArgs args, InputMmaSizes sizes) {
       const int h = walk.tile_h(sizes) * Tile::kTileH + patch_row(patch + 8 * half) + dy;
       const int w = walk.tile_w(sizes) * Tile::kTileW + patch_col(patch);
       if (h >= sizes.in_h || w >= sizes.in_w || channel >= sizes.channels) continue;
-      store_pixels<S, kNTiles>(acc[dy], half, sizes, to, image + h * to.h + w * to.w, channel, w);
+      S* const pixel = image + h * to.h + w * to.w;
+      const auto value = [&](int j, int c) {
+        return narrow<S>(acc[dy][j][c / 2][2 * half + c % 2]);
+      };
+      if (sizes.channel_packs) {
+        FUSEDCNN_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          if (w + j >= sizes.in_w) continue;
+          Pack<2 * kNTiles, S> pack;
+          FUSEDCNN_UNROLL
+          for (int c = 0; c < 2 * kNTiles; ++c) pack.values[c] = value(j, c);
+          store_pack(pixel + j * to.w, pack);
+        }
+        continue;
+      }
+      FUSEDCNN_UNROLL
+      for (int c = 0; c < 2 * kNTiles; ++c) {
+        if (channel + c >= sizes.channels) continue;
+        Pack<4, S> pack;
+        FUSEDCNN_UNROLL
+        for (int j = 0; j < 4; ++j) pack.values[j] = value(j, c);
+        if (sizes.pixel_fours) {
+          store_pack(pixel + c * to.c, pack);
+          continue;
+        }
+        FUSEDCNN_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          if (w + j < sizes.in_w) pixel[c * to.c + j * to.w] = pack.values[j];
+        }
+      }
     }
   }
 }

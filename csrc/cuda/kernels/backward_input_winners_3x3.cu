@@ -48,10 +48,9 @@ constexpr int kBand = 8;               // rows of windows that are summed up at 
 // Windows of a tile along an axis: all, or as many as these, the first of them computed twice.
 constexpr int kInputTileH = 4 * kBand, kInputTileW = 16;
 
-// Lanes own kColumns of a patch's four columns.
+// Lanes own Columns of a patch's four columns.
 template <int Columns>
 struct InputWindows {
-  static constexpr int kColumns = Columns;
   static constexpr int kLanes = Columns * 8;  // input channels of a warp
   static constexpr int kWindows = Columns == 4 ? 4 : 8;
   static constexpr int kSlice = Columns == 4 ? 32 : 64;  // output channels

@@ -98,14 +98,12 @@ FUSEDCNN_DEVICE void fetch_pixels(const BackwardArgs& args, const WeightWinnersS
   wait_copies<0>();
 }
 
-// Writes this lane's window of the tile, the y-th in the x-th column, to the warp's list: its
-// gradients in kChannels output channels from `oc0` on. Returns its codes plus one, four bits each.
+// Writes a window to the warp's list: its gradients in kChannels output channels from `oc0` on.
+// Returns its codes plus one, four bits each. `real`: there is such a window, at (oh, ow).
 template <typename S>
 FUSEDCNN_DEVICE uint32_t list_window(const BackwardArgs& args, const WeightWinnersSizes& sizes,
-                                     const WindowTile& tile, int y, int x, bool real, int oc0,
+                                     int64_t n, int oh, int ow, bool real, int oc0,
                                      Shared<float> gradients) {
-  const int oh = tile.h + y, ow = tile.w + x;
-  real = real && oh < sizes.out_h && ow < sizes.out_w;
   uint32_t word = 0;
   FUSEDCNN_NO_UNROLL
   for (int half = 0; half < kChannels; half += 4) {  // all eight would take more registers
@@ -115,9 +113,9 @@ FUSEDCNN_DEVICE uint32_t list_window(const BackwardArgs& args, const WeightWinne
       int code = -1;
       if (real && oc0 + o < sizes.out_channels) {
         const Strides &at = args.code_strides, &from = args.grad_output_strides;
-        code = load_code(static_cast<const uint8_t*>(args.code) + tile.n * at.n + (oc0 + o) * at.c +
+        code = load_code(static_cast<const uint8_t*>(args.code) + n * at.n + (oc0 + o) * at.c +
                          oh * at.h + ow * at.w);
-        gradient = widen(load_constant(static_cast<const S*>(args.grad_output) + tile.n * from.n +
+        gradient = widen(load_constant(static_cast<const S*>(args.grad_output) + n * from.n +
                                        (oc0 + o) * from.c + oh * from.h + ow * from.w));
         // Where ReLU is off nothing flows, whatever stands there.
         if (code < 0) gradient = 0;
@@ -229,7 +227,9 @@ grad_weight_winners_3x3_kernel(BackwardArgs args, WeightWinnersSizes sizes, floa
       for (int begin = group * kWarp; begin < windows; begin += groups * kWarp) {
         const int window = begin + lane;
         const int y = window / sizes.tile_w, x = window % sizes.tile_w;
-        const uint32_t word = list_window<S>(args, sizes, tile, y, x, window < windows, oc0,
+        const int oh = tile.h + y, ow = tile.w + x;
+        const bool real = window < windows && oh < sizes.out_h && ow < sizes.out_w;
+        const uint32_t word = list_window<S>(args, sizes, tile.n, oh, ow, real, oc0,
                                              gradients + (list + lane) * kChannels);
         float own[kChannels];
         load_row(gradients + (list + lane) * kChannels, own);
