@@ -219,12 +219,12 @@ FUSEDCNN_DEVICE bool fetch_fragments(const ForwardArgs& args, const MmaSizes& si
   return any;
 }
 
-// Multiplies a slice of channels, all its steps. The pointers are this thread's own in the first.
+// Multiplies a slice of channels, all its steps: rows t and t + 4 of each. The pointers are this
+// thread's own in the first.
 template <typename S, typename Tile>
 FUSEDCNN_DEVICE void multiply_slice(Shared<uint32_t> pixels, Shared<uint32_t> pixels_low,
-                                    Shared<uint32_t> fragment, Shared<uint32_t> fragment_low,
+                                    Shared<uint32_t> fragment, Shared<uint32_t> fragment_low, int t,
                                     float (&acc)[4][Tile::kMTiles][2][4]) {
-  const int t = thread_index() % 4;
   // All steps at once, or a row of taps, or, of split words, one tap at a time: more would be
   // loaded ahead than there are registers.
   constexpr int kSteps = Tile::kSplit ? 1 : Tile::kPlanes == 8 ? 3 : Tile::kSteps;
@@ -406,7 +406,7 @@ forward_tensor_cores_kernel(ForwardArgs args, MmaSizes sizes) {
       }
       Shared<uint32_t> pixels = input + b_place, pixels_low = inputs_low + b_place;
       Shared<uint32_t> fragment = fragments + lane * 4, fragment_low = fragments_low + lane * 4;
-      multiply_slice<S, Tile>(pixels, pixels_low, fragment, fragment_low, acc);
+      multiply_slice<S, Tile>(pixels, pixels_low, fragment, fragment_low, t, acc);
       sync_threads();  // the next but one overwrites this stage, the next the weights
     }
 
