@@ -9,7 +9,7 @@ import sys
 import torch
 
 from fusedcnn import _C
-from fusedcnn._ops import build_info
+from fusedcnn._info import build_info
 from fusedcnn.bench import BadInputError, run
 
 DTYPES = {

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedcnn.chains import Analysis, Chain, Step, analyse, hooks_of, name_of
@@ -153,14 +152,7 @@ class StockConvReLUMaxPool2d(ConvReLUMaxPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the pooled output [N, OC, OH, OW] (or [OC, OH, OW])."""
-        return F.max_pool2d(
-            F.relu(self._conv_forward(input, self.weight, self.bias)),
-            self.pool_kernel_size,
-            self.pool_stride,
-            self.pool_padding,
-            self.pool_dilation,
-            self.ceil_mode,
-        )
+        return self._stock_forward(input)
 
 
 def _check(function: str, model: nn.Module, **flags: bool) -> None:

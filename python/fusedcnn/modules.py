@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from fusedcnn import _stock
+from fusedcnn._geometry import Geometry, pack_geometry
 from fusedcnn.functional import conv_relu_max_pool2d
 from fusedcnn.tools import KnownByItsType
+
+POOL_ARGUMENTS = (
+    "pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode",
+)  # fmt: skip
 
 
 class ConvReLUMaxPool2d(KnownByItsType, nn.Conv2d):
@@ -171,13 +178,19 @@ class ConvReLUMaxPool2d(KnownByItsType, nn.Conv2d):
             ceil_mode=self.ceil_mode,
         )
 
+    def _stock_forward(
+        self, input: Tensor, norm: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """The block from stock layers, with a normalisation behind the convolution if given."""
+        plane = self._conv_forward(input, self.weight, self.bias)
+        pool = {name: getattr(self, name) for name in POOL_ARGUMENTS}
+        geometry = Geometry(*pack_geometry(self.kernel_size, **pool))
+        return _stock.relu_max_pool(plane if norm is None else norm(plane), geometry)
+
     def extra_repr(self) -> str:
         """Conv2d's line with the pool's arguments behind it."""
-        return (
-            f"{super().extra_repr()}, pool_kernel_size={self.pool_kernel_size}, "
-            f"pool_stride={self.pool_stride}, pool_padding={self.pool_padding}, "
-            f"pool_dilation={self.pool_dilation}, ceil_mode={self.ceil_mode}"
-        )
+        pool = (f"{name}={getattr(self, name)}" for name in POOL_ARGUMENTS)
+        return ", ".join((super().extra_repr(), *pool))
 
 
 def _check_computes(argument: str, module: nn.Module, base: type[nn.Module], *names: str) -> None:
