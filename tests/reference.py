@@ -7,8 +7,8 @@ Two kinds of data, drawn per block:
   and small integers tie all the time, so they test the tie rule too.
 * Normal floats, compared with the stock layers run in float64. The rule: the largest error is at
   most twice the stock layers' own largest error in the tested dtype, on the same tensors, plus a
-  floor (see `_bound`); four times for Winograd kernels. The stock layers' error in a half type is
-  that of their float32 results rounded once.
+  floor (see `_bound`); four times for the largest Winograd kernel. The stock layers' error in a
+  half type is that of their float32 results rounded once.
 
 The backward passes get the stock layers' winners as their code. In floats another winner than
 float64's may be a legitimate choice of rounding between two nearly equal elements; given the
@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from fusedcnn._info import error_factor
 from geometries import Block, by_name, max_pool2d, pair
 from torch import Tensor
 
@@ -73,9 +74,7 @@ class Bound(NamedTuple):
 
     def allowed(self, kernel: str) -> float:
         """The largest error that this kernel may have."""
-        # The transforms of F(4x4, 3x3) round as well: twice a direct kernel's error is granted.
-        factor = 4 if kernel == "winograd4" else 2
-        return factor * self.stock_error + self.floor
+        return error_factor(kernel) * self.stock_error + self.floor
 
 
 def _generator(block: Block) -> torch.Generator:
