@@ -77,7 +77,7 @@ class Block(NamedTuple):
 
 def pair(value: Pair) -> tuple[int, int]:
     """(h, w) of an argument that may be one int."""
-    return (value, value) if isinstance(value, int) else tuple(value)
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
 def max_pool2d(
