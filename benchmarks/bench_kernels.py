@@ -32,13 +32,13 @@ from bench_block import race_all
 from blocks import BLOCKS, Block, Problem, block_case
 from contenders import allowed_error, largest_error, what_is_wrong
 from fusedcnn import _cuda
+from fusedcnn._derivatives import dense_backward
+from fusedcnn._geometry import Geometry
 from fusedcnn._ops import (
     _C,
     GRAD_BIAS,
     GRAD_INPUT,
     GRAD_WEIGHT,
-    Geometry,
-    _dense_backward,
     backward_op,
     below_autograd,
     forward_op,
@@ -243,7 +243,7 @@ class Calls:
         probe = grad_output.double().contiguous().requires_grad_()
         operands = (probe, input.double().contiguous(), weight, code.contiguous())
         with torch.enable_grad():
-            _, grad_weight, grad_bias = _dense_backward(*operands, Geometry(*self.geometry))
+            _, grad_weight, grad_bias = dense_backward(*operands, Geometry(*self.geometry))
             total = (grad_weight * weight).sum() + (grad_bias * self.bias.double()).sum()
         return torch.autograd.grad(total, probe)[0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fusedcnn import _ops
+from fusedcnn import _ops, build_info
 from geometries import Block
 from reference import BIAS, GRADS, INPUT, WEIGHT, Operands
 from torch import Tensor
@@ -28,7 +28,7 @@ class Forced(NamedTuple):
 # One list feeds selection, build_info and the tests: a listed kernel cannot go untested.
 KERNELS = [
     Forced(row["isa"], row["pass"], row["name"], row["exact"], row["error"])
-    for row in _ops.build_info()["kernels"]
+    for row in build_info()["kernels"]
     if row["supported"]
 ]
 ISAS = list(dict.fromkeys(forced.isa for forced in KERNELS))

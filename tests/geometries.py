@@ -71,13 +71,13 @@ class Block(NamedTuple):
         return F.conv2d(input, weight, bias, *self.conv_arguments)
 
     def stock(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The stock layers of this block, with `max_pool2d` below as their pool."""
-        return max_pool2d(F.relu(self.conv(input, weight, bias)), *self.pool_arguments)[0]
+        """The stock layers of this block."""
+        return stock(input, weight, bias, *self.conv_arguments, **self.fused_keywords)
 
 
 def pair(value: Pair) -> tuple[int, int]:
     """(h, w) of an argument that may be one int."""
-    return (value, value) if isinstance(value, int) else tuple(value)
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
 def max_pool2d(
@@ -109,6 +109,27 @@ def max_pool2d(
     row = index // padded.shape[-1] - rows.view(-1, 1) * step[0]
     column = index % padded.shape[-1] - columns * step[1]
     return pooled, row // spread[0] * kernel[1] + column // spread[1]
+
+
+def stock(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *,
+    pool_kernel_size: Pair = 2,
+    pool_stride: Pair | None = None,
+    pool_padding: Pair = 0,
+    pool_dilation: Pair = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """The stock layers under the block's argument names, with `max_pool2d` above as their pool."""
+    plane = F.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
+    pool = pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode
+    return max_pool2d(plane, *pool)[0]
 
 
 def _simple_cnn() -> list[Block]:

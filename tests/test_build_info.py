@@ -12,7 +12,7 @@ from pathlib import Path
 import fusedcnn
 import pytest
 import torch
-from fusedcnn import _ops, build_info, conv_relu_max_pool2d
+from fusedcnn import _ops, _stock, build_info, conv_relu_max_pool2d
 from fusedcnn.functional import pack_geometry
 
 
@@ -174,7 +174,7 @@ def test_stock_calls_are_counted_and_logged_once(caplog):
     """What the stock layers compute instead is never silent."""
     # A meta tensor stands for any device without a kernel.
     input, weight = torch.ones(1, 1, 4, 4, device="meta"), torch.ones(1, 1, 3, 3, device="meta")
-    _ops._stock_reasons.clear()
+    _stock.calls.clear()
     with caplog.at_level(logging.DEBUG, logger="fusedcnn"):
         for _ in range(3):
             assert conv_relu_max_pool2d(input, weight).shape == (1, 1, 1, 1)
@@ -187,7 +187,7 @@ def test_stock_calls_are_counted_and_logged_once(caplog):
 
 
 def test_fused_calls_are_not_counted_as_stock():
-    _ops._stock_reasons.clear()
+    _stock.calls.clear()
     weight = torch.ones(2, 1, 3, 3, requires_grad=True)
     conv_relu_max_pool2d(torch.ones(1, 1, 4, 4), weight).sum().backward()
     assert build_info()["stock_calls"] == {}

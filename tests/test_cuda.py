@@ -14,7 +14,7 @@ import fusedcnn
 import pytest
 import torch
 import torch.nn.functional as F
-from fusedcnn import _cuda, _ops, conv_relu_max_pool2d
+from fusedcnn import _cuda, _ops, _stock, conv_relu_max_pool2d
 from fusedcnn.functional import _why_stock, pack_geometry
 from geometries import BLOCKS, DTYPES, Block, by_name, dtype_name
 from reference import (
@@ -302,7 +302,7 @@ def test_expanded_gradients_and_empty_batches():
 
 @gpu
 def test_cuda_calls_are_fused():
-    _ops._stock_reasons.clear()
+    _stock.calls.clear()
     conv_relu_max_pool2d(torch.ones(1, 1, 4, 4, device="cuda"), torch.ones(1, 1, 3, 3).cuda())
     assert fusedcnn.build_info()["stock_calls"] == {}
 

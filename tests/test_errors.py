@@ -9,31 +9,9 @@ import fusedcnn
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from fusedcnn import ConvReLUMaxPool2d, FusedSimpleCNN, conv_relu_max_pool2d
+from geometries import stock
 from torch import Tensor, nn
-
-
-def stock(
-    input,
-    weight,
-    bias=None,
-    stride=1,
-    padding=0,
-    dilation=1,
-    groups=1,
-    *,
-    pool_kernel_size=2,
-    pool_stride=None,
-    pool_padding=0,
-    pool_dilation=1,
-    ceil_mode=False,
-) -> Tensor:
-    """The stock layers under our argument names."""
-    plane = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    return F.max_pool2d(
-        F.relu(plane), pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode
-    )
 
 
 class Case(NamedTuple):

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from forcing import ISAS, KERNELS
 from fusedcnn import conv_relu_max_pool2d
 from fusedcnn._ops import _C, force, forward_op
 from fusedcnn.backends import winograd
 from fusedcnn.functional import pack_geometry
-from geometries import max_pool2d
+from geometries import stock
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -94,26 +93,6 @@ def tensors(
     if channels_last and operands["input"].dim() == 4:
         operands["input"] = operands["input"].contiguous(memory_format=torch.channels_last)
     return operands, arguments
-
-
-def stock(
-    input,
-    weight,
-    bias,
-    padding=0,
-    stride=1,
-    dilation=1,
-    groups=1,
-    pool_kernel_size=2,
-    pool_stride=None,
-    pool_padding=0,
-    pool_dilation=1,
-    ceil_mode=False,
-) -> Tensor:
-    plane = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    return max_pool2d(
-        F.relu(plane), pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode
-    )[0]
 
 
 def results(function, call: dict[str, Any]) -> list[Tensor]:

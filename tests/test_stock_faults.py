@@ -83,6 +83,37 @@ def test_windows_wholly_in_padding_under_transforms(name):
     assert tangent.eq(0).all()
 
 
+STOCK_MODULES = """
+import sys, fusedcnn, torch
+from geometries import by_name
+from reference import integer_operands
+block = by_name(sys.argv[1])
+pool = torch.nn.MaxPool2d(*block.pool_arguments[:4], ceil_mode=block.ceil_mode)
+channels = block.input[-3], block.out_channels
+conv = torch.nn.Conv2d(*channels, block.kernel, *block.conv_arguments)
+norm = torch.nn.BatchNorm2d(block.out_channels)
+folded = fusedcnn.fuse(torch.nn.Sequential(conv, norm, torch.nn.ReLU(), pool).eval()).train()
+unfused = fusedcnn.unfuse(fusedcnn.ConvReLUMaxPool2d.from_modules(conv, pool))
+for model in (folded, unfused):
+    input = integer_operands(block, torch.float32).input.requires_grad_()
+    output = model(input)
+    assert output.isneginf().all()
+    output.sum().backward()
+    assert all(t.grad.eq(0).all() for t in (input, conv.weight, conv.bias))
+torch.fx.symbolic_trace(unfused)  # which cannot ask for sizes
+print(list(fusedcnn.build_info()["stock_calls"]), type(unfused).__name__)
+"""
+
+
+@pytest.mark.parametrize("name", ["pool_of_padding", "pool_of_padding16"])
+def test_windows_wholly_in_padding_in_modules_of_stock_layers(name):
+    """A folded normalisation in training mode, and an unfused block, call the stock layers."""
+    process = apart(STOCK_MODULES, name)
+    assert process.returncode == 0, process.stderr
+    ran = "['BatchNorm2d in training mode'] StockConvReLUMaxPool2d"
+    assert process.stdout.strip() == ran
+
+
 @over_dtypes
 def test_stock_index_of_a_window_wholly_in_padding(dtype):
     """The stock backward adds the gradient there; it must not run in this process."""

@@ -1,7 +1,7 @@
 """Conv2d + bias + ReLU + MaxPool2d in one pass, forward and backward, for PyTorch."""
 
-from fusedcnn import backends
-from fusedcnn._ops import build_info
+from fusedcnn import _derivatives, _fake, backends  # noqa: F401 (they register)
+from fusedcnn._info import build_info
 from fusedcnn._registrations import decompositions
 from fusedcnn.autograd import ConvReLUMaxPool2dFunction
 from fusedcnn.functional import conv_relu_max_pool2d

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from fusedcnn import _C
-from fusedcnn._ops import build_info
+from fusedcnn._info import build_info
 from fusedcnn.bench import BadInputError, run
 
 DTYPES = {
@@ -20,27 +20,24 @@ DTYPES = {
 }
 
 
+def _print_kernels(kernels: list[dict]) -> None:
+    for pass_name in dict.fromkeys(kernel["pass"] for kernel in kernels):
+        names = [kernel["name"] for kernel in kernels if kernel["pass"] == pass_name]
+        print(f"           {pass_name:<12} {', '.join(names)}")
+
+
 def _print_info(info: dict) -> None:
     print(f"fusedcnn {info['version']} ({info['compiler']}), torch {info['torch']}")
     print(f"library  {info['library']}")
     for isa in info["isas"]:
-        state = "selected" if isa["selected"] else "usable" if isa["supported"] else "not supported"
-        names: dict[str, list[str]] = {}
-        for kernel in info["kernels"]:
-            if kernel["isa"] == isa["name"]:
-                names.setdefault(kernel["pass"], []).append(kernel["name"])
-        print(f"isa      {isa['name']:<9} {state} by this machine" if state != "selected" else
-              f"isa      {isa['name']:<9} selected on this machine")  # fmt: skip
-        for pass_name, kernels in names.items():
-            print(f"           {pass_name:<12} {', '.join(kernels)}")
+        usable = "usable by" if isa["supported"] else "not supported by"
+        state = "selected on" if isa["selected"] else usable
+        print(f"isa      {isa['name']:<9} {state} this machine")
+        _print_kernels([kernel for kernel in info["kernels"] if kernel["isa"] == isa["name"]])
     cuda = info["cuda"]
     if cuda["loaded"]:
-        names = {}
-        for kernel in cuda["kernels"]:
-            names.setdefault(kernel["pass"], []).append(kernel["name"])
         print(f"cuda     {cuda['toolkit']:<9} for {', '.join(cuda['architectures'])}")
-        for pass_name, kernels in names.items():
-            print(f"           {pass_name:<12} {', '.join(kernels)}")
+        _print_kernels(cuda["kernels"])
     else:
         print(f"cuda     {'built' if cuda['built'] else 'absent':<9} not loaded: {cuda['reason']}")
     for device, what in info["devices"].items():

@@ -13,14 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from fusedcnn._ops import (
-    GRAD_INPUT,
-    GRAD_WEIGHT,
-    Geometry,
-    code_dtype,
-    forward_op,
-    stock_conv,
-)
+from fusedcnn import _stock
+from fusedcnn._geometry import Geometry, code_dtype, off, padding_of, plane_sizes, pool_of
+from fusedcnn._ops import GRAD_INPUT, GRAD_WEIGHT, forward_op
 
 
 def _decomposed(
@@ -28,15 +23,8 @@ def _decomposed(
 ) -> tuple[Tensor, Tensor]:
     """The forward operator in stock operations, its code included."""
     g = Geometry(*geometry)
-    plane = F.relu(stock_conv(input, weight, bias, g))
-    output, index = torch.ops.aten.max_pool2d_with_indices(
-        plane,
-        [g.pool_kernel_h, g.pool_kernel_w],
-        [g.pool_stride_h, g.pool_stride_w],
-        [g.pool_padding_h, g.pool_padding_w],
-        [g.pool_dilation_h, g.pool_dilation_w],
-        bool(g.ceil_mode),
-    )
+    plane = F.relu(_stock.conv(input, weight, bias, g))
+    output, index = torch.ops.aten.max_pool2d_with_indices(plane, *pool_of(g))
     dtype = code_dtype(g)
     if not with_code:
         return output, output.new_empty(0, dtype=dtype)
@@ -46,8 +34,7 @@ def _decomposed(
     row = index // plane.shape[-1] - (rows * g.pool_stride_h - g.pool_padding_h).view(-1, 1)
     col = index % plane.shape[-1] - (cols * g.pool_stride_w - g.pool_padding_w)
     code = row // g.pool_dilation_h * g.pool_kernel_w + col // g.pool_dilation_w
-    off = -1 if dtype == torch.int32 else 255
-    return output, torch.where(output <= 0, off, code).to(dtype)
+    return output, torch.where(output <= 0, off(dtype), code).to(dtype)
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:
@@ -70,21 +57,13 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
 
 
 def _conv_shapes(input, weight, geometry):
+    """Shapes of the padded input and of the convolution's output."""
     g = Geometry(*geometry)
-    sizes = (input[-2] + g.padding_top + g.padding_bottom, input[-1] + g.padding_left
-             + g.padding_right)  # fmt: skip
-    out = [
-        (size - dilation * (kernel - 1) - 1) // stride + 1
-        for size, dilation, kernel, stride in zip(
-            sizes,
-            (g.dilation_h, g.dilation_w),
-            weight[-2:],
-            (g.stride_h, g.stride_w),
-            strict=True,
-        )
-    ]
+    left, right, top, bottom = padding_of(g)
+    padded = [input[-2] + top + bottom, input[-1] + left + right]
     batch = input[0] if len(input) == 4 else 1
-    return [batch, input[-3], *sizes], [batch, weight[0], *out]
+    out = plane_sizes(g, padded, weight[-2:])
+    return [batch, input[-3], *padded], [batch, weight[0], *out]
 
 
 @register_flop_formula(torch.ops.fusedcnn.conv_relu_max_pool2d)

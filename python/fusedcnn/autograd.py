@@ -14,7 +14,7 @@ class ConvReLUMaxPool2dFunction(torch.autograd.Function):
     """conv2d + bias + ReLU + max_pool2d with its fused backward.
 
     ``apply(input, weight, bias, geometry)``, where ``geometry`` is the packed tuple of
-    :func:`fusedcnn.functional.pack_geometry`. Users want
+    :func:`fusedcnn._geometry.pack_geometry`. Users want
     :func:`fusedcnn.conv_relu_max_pool2d`, which checks, packs and routes.
 
     Saved for the backward: input, weight and one byte per pooled output (four where the pool

@@ -6,10 +6,9 @@ Nothing here changes a model: it is read, and copies without parameters of their
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,23 +17,28 @@ from torch.nn.utils import parametrize
 
 from fusedcnn.modules import ConvReLUMaxPool2d
 from fusedcnn.parts import used_in_parts
-from fusedcnn.tracing import Method, Tracer, optional_parameters, shadow, trace
+from fusedcnn.tracing import Tracer, optional_parameters, shadow, trace
 
-_RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
-_RELU_METHODS = ("relu", "relu_")
-_POOL_FUNCTIONS = (F.max_pool2d, torch.max_pool2d)
-_POOL_WITH_INDICES = (F.max_pool2d_with_indices,)
-_CONV_FUNCTIONS = (F.conv2d, torch.conv2d)
 # Near misses. Not adaptive average pooling, with which most classifiers end.
 _OTHER_POOLS = (nn.AvgPool2d, nn.LPPool2d, nn.FractionalMaxPool2d, nn.AdaptiveMaxPool2d)
 _OTHER_POOL_FUNCTIONS = (
     *(F.avg_pool2d, F.lp_pool2d, F.fractional_max_pool2d, F.fractional_max_pool2d_with_indices),
     *(F.adaptive_max_pool2d, F.adaptive_max_pool2d_with_indices),
 )
+# A call's kind: by the class of the module, or by the function or the name of the method.
+_KINDS = (
+    ("conv", nn.Conv2d, (F.conv2d, torch.conv2d)),
+    ("norm", (nn.BatchNorm2d, nn.SyncBatchNorm), ()),
+    ("relu", nn.ReLU, (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")),
+    ("pool", nn.MaxPool2d, (F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices)),
+    ("other pool", _OTHER_POOLS, _OTHER_POOL_FUNCTIONS),
+    ("pass", nn.Identity, ()),
+)
+_ORDER = {"relu": 1, "norm": 2, "conv": 3}  # from the pool upwards
 _MOST_STEPS = 6  # of a near miss
-_POOL_PARAMETERS = (
-    "input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices",
-)  # fmt: skip
+_POOL_DEFAULTS = {
+    "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,23 +83,18 @@ class Chain:
         return str(self.steps[0])
 
 
-@dataclass
-class Trace:
-    """What one symbolic run of a module showed; paths are the whole model's.
+class Trace(NamedTuple):
+    """One symbolic run of a module.
 
     Attributes:
         training: the mode that it ran in.
+        tracer: what was called.
         chains: what was found.
-        calls: how often each module was called.
-        module_calls: by module, (caller, index) of each call.
-        methods: (module, name) of the methods that ran.
     """
 
     training: bool
+    tracer: Tracer
     chains: list[Chain]
-    calls: Counter[str]
-    module_calls: dict[str, set[tuple[str, int]]]
-    methods: set[Method]
 
 
 @dataclass
@@ -148,13 +147,20 @@ def analyse(model: nn.Module) -> Analysis:
     return found
 
 
-def _why_untraceable(module: nn.Module, opaque: set[str] | None) -> str:
+def _runs(
+    module: nn.Module, opaque: set[str] | None, root: str = ""
+) -> Iterator[tuple[bool, Tracer, fx.Graph]]:
+    """Symbolic runs in both modes, with the optional parameters as symbols and as they are set."""
+    for training in (True, False):
+        module.train(training)
+        for defaults in (False, True) if optional_parameters(module) else (False,):
+            yield training, *trace(module, opaque, root, defaults)
+
+
+def _why_untraceable(module: nn.Module, opaque: set[str] | None, root: str = "") -> str:
     try:
-        for training in (True, False):
-            module.train(training)
-            trace(module, opaque, defaults=False)
-            if optional_parameters(module):
-                trace(module, opaque, defaults=True)
+        for _ in _runs(module, opaque, root):
+            pass
     except Exception as error:  # whatever a forward may raise that is run on symbols
         text = str(error).strip().splitlines() or [""]
         return f"torch.fx cannot follow its forward: {type(error).__name__}: {text[0]}"
@@ -167,99 +173,64 @@ def _analyse_part(
     part = copied.get_submodule(path)
     if isinstance(part, torch.jit.ScriptModule):
         return
-    prefix = f"{path}." if path else ""
-    within = {name.removeprefix(prefix) for name in opaque if name.startswith(prefix)}
+    parents = [path]
     if path not in opaque:
-        reason = _why_untraceable(part, within)
-        if not reason:
-            for training in (True, False):
-                part.train(training)
-                for defaults in (False, True) if optional_parameters(part) else (False,):
-                    tracer, graph = trace(part, within, defaults)
-                    found.traces.append(_read(model, path, training, tracer, graph))
-            for name in within:
-                for child, _ in part.get_submodule(name).named_children():
-                    _analyse_part(model, copied, f"{prefix}{name}.{child}", opaque, found)
-            return
-        found.untraceable[path] = reason
-    for child, _ in part.named_children():
-        _analyse_part(model, copied, f"{prefix}{child}", opaque, found)
+        reason = _why_untraceable(part, opaque, path)
+        if reason:
+            found.untraceable[path] = reason
+        else:
+            found.traces += [_read(model, *run) for run in _runs(part, opaque, path)]
+            parents = [name for name in opaque if name.startswith(f"{path}." if path else "")]
+    for parent in parents:
+        for child, _ in copied.get_submodule(parent).named_children():
+            below = f"{parent}.{child}" if parent else child
+            _analyse_part(model, copied, below, opaque, found)
 
 
 # ---- matching ------------------------------------------------------------------------------------
 
 
-def _read(model: nn.Module, root: str, training: bool, tracer: Tracer, graph: fx.Graph) -> Trace:
-    part = model.get_submodule(root)
-    modules = dict(part.named_modules())
-
-    def whole(path: str) -> str:
-        return ".".join(p for p in (root, path) if p)
-
+def _read(model: nn.Module, training: bool, tracer: Tracer, graph: fx.Graph) -> Trace:
+    for node in graph.nodes:
+        node.meta["module"] = None
+        if node.op == "call_module":
+            node.meta["path"] = tracer.whole(node.target)
+            node.meta["module"] = model.get_submodule(node.meta["path"])  # which has its hooks
+        node.meta["kind"] = _kind(node)
     chains = []
     for node in graph.nodes:
-        kind = _kind(node, modules)
         nodes, pool, reason = None, None, ""
-        if kind == "pool":
-            nodes = _chain_at(node, modules)
+        if node.meta["kind"] == "pool":
+            nodes = _chain_at(node)
         if nodes is not None:
-            pool_node = next(n for n in nodes if _kind(n, modules) == "pool")
-            pool = _pool_arguments(pool_node, modules)
-            reason = _why_not(nodes, modules, pool, tracer)
-        elif kind in ("pool", "other pool"):
-            nodes, reason = _near_miss_at(node, modules)
+            pool = _pool_arguments(next(n for n in nodes if n.meta["kind"] == "pool"))
+            reason = _why_not(nodes, model, pool, tracer)
+        elif "pool" in node.meta["kind"]:
+            nodes, reason = _near_miss_at(node)
         if not nodes:
             continue
         steps = tuple(
-            Step(
-                _kind(n, modules) or n.name,
-                whole(n.target) if n.op == "call_module" else None,
-                whole(n.meta["call"][0]),
-                n.meta["call"][1],
-            )
+            Step(n.meta["kind"] or n.name, n.meta.get("path"), *n.meta["call"])
             for n in nodes
-            if _kind(n, modules) != "pass"
+            if n.meta["kind"] != "pass"
         )
         chains.append(Chain(steps, pool or {}, reason))
-    return Trace(
-        training,
-        chains,
-        Counter({whole(path): n for path, n in tracer.calls.items()}),
-        {
-            whole(path): {(whole(caller), index) for caller, index in calls}
-            for path, calls in tracer.module_calls.items()
-        },
-        {(whole(path), name) for n in graph.nodes for path, name in n.meta.get("methods", ())},
+    return Trace(training, tracer, chains)
+
+
+def _kind(node: fx.Node) -> str:
+    module = node.meta["module"]
+    if isinstance(module, ConvReLUMaxPool2d):
+        return ""
+    by_name = node.op in ("call_function", "call_method")
+    return next(
+        (
+            kind
+            for kind, classes, functions in _KINDS
+            if isinstance(module, classes) or (by_name and node.target in functions)
+        ),
+        "",
     )
-
-
-def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    if node.op == "call_module":
-        module = modules[node.target]
-        if isinstance(module, ConvReLUMaxPool2d):
-            return ""
-        for kind, classes in (
-            ("conv", nn.Conv2d),
-            ("norm", (nn.BatchNorm2d, nn.SyncBatchNorm)),
-            ("relu", nn.ReLU),
-            ("pool", nn.MaxPool2d),
-            ("other pool", _OTHER_POOLS),
-            ("pass", nn.Identity),
-        ):
-            if isinstance(module, classes):
-                return kind
-    elif node.op == "call_function":
-        for kind, functions in (
-            ("conv", _CONV_FUNCTIONS),
-            ("relu", _RELU_FUNCTIONS),
-            ("pool", _POOL_FUNCTIONS + _POOL_WITH_INDICES),
-            ("other pool", _OTHER_POOL_FUNCTIONS),
-        ):
-            if node.target in functions:
-                return kind
-    elif node.op == "call_method" and node.target in _RELU_METHODS:
-        return "relu"
-    return ""
 
 
 def _source(node: fx.Node) -> fx.Node | None:
@@ -268,101 +239,84 @@ def _source(node: fx.Node) -> fx.Node | None:
     return value if isinstance(value, fx.Node) else None
 
 
-def _above(node: fx.Node, modules: dict[str, nn.Module]) -> Iterator[fx.Node]:
-    """The nodes that this one is computed from, nearest first."""
-    at = _source(node)
-    while at is not None:
-        yield at
-        at = _source(at) if _kind(at, modules) else None
-
-
-def _chain_at(pool: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node] | None:
+def _chain_at(pool: fx.Node) -> list[fx.Node] | None:
     """The nodes from convolution to pool, or to the ReLU behind it; None where there is no chain.
 
     Looks at shape alone; whether the chain may be fused is another question.
     """
     nodes = [pool]
-    wanted = {"relu": 0, "norm": 0, "conv": 0}
-    for node in _above(pool, modules):
-        kind = _kind(node, modules)
-        if kind == "pass":
-            nodes.insert(0, node)
-            continue
-        # Upwards: at most one ReLU, then at most one norm, then the convolution.
-        if kind not in wanted or wanted[kind] or (kind == "relu" and wanted["norm"]):
-            return None
-        wanted[kind] += 1
-        nodes.insert(0, node)
-        if kind == "conv":
-            break
-    if not wanted["conv"]:
+    reached, at = 0, _source(pool)
+    while at is not None and reached < _ORDER["conv"]:
+        kind = at.meta["kind"]
+        if kind != "pass":
+            if _ORDER.get(kind, 0) <= reached:
+                return None
+            reached = _ORDER[kind]
+        nodes.insert(0, at)
+        at = _source(at)
+    if reached < _ORDER["conv"]:
         return None
-    if wanted["relu"]:
+    if any(node.meta["kind"] == "relu" for node in nodes):
         return nodes
     # Conv -> MaxPool -> ReLU: the ReLU is among those that read the pool's output.
     at = pool
-    while True:
-        readers = list(at.users)
-        relu = next((n for n in readers if _kind(n, modules) == "relu"), None)
-        if relu is not None:
-            return [*nodes, relu]
-        passing = next((n for n in readers if _kind(n, modules) == "pass"), None)
-        if passing is None:
-            return None
-        nodes.append(passing)
-        at = passing
+    while at is not None:
+        readers = {node.meta["kind"]: node for node in reversed(at.users)}
+        if "relu" in readers:
+            return [*nodes, readers["relu"]]
+        at = readers.get("pass")
+        nodes.append(at)
+    return None
 
 
-def _near_miss_at(pool: fx.Node, modules: dict[str, nn.Module]) -> tuple[list[fx.Node], str]:
+def _near_miss_at(pool: fx.Node) -> tuple[list[fx.Node], str]:
     """The nodes from a convolution to a pool of any kind that are no chain, and why not.
 
     Empty where there is no convolution near, or a pool by itself behind it.
     """
     nodes, at = [pool], _source(pool)
     while at is not None and "call" in at.meta and len(nodes) < _MOST_STEPS:
-        kind = _kind(at, modules)
-        if "pool" in kind or isinstance(modules.get(str(at.target)), ConvReLUMaxPool2d):
+        kind = at.meta["kind"]
+        if "pool" in kind or isinstance(at.meta["module"], ConvReLUMaxPool2d):
             break
         nodes.insert(0, at)
         if kind == "conv":
-            reason = _what_is_amiss(nodes, modules)
+            reason = _what_is_amiss(nodes)
             return (nodes, reason) if reason else ([], "")
         at = _source(at)
     return [], ""
 
 
-def _what_is_amiss(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> str:
+def _what_is_amiss(nodes: list[fx.Node]) -> str:
     """The first thing that keeps convolution to pool from being a chain; empty where all does."""
-    kinds = [_kind(node, modules) for node in nodes]
-    for node, kind in zip(nodes[1:-1], kinds[1:-1], strict=True):
-        if not kind:
-            return f"{_described(node, modules)} stands where only BatchNorm2d and ReLU may"
-        if kind == "norm" and "relu" in kinds[: nodes.index(node)]:
-            return f"{_described(node, modules)} stands behind ReLU, where it cannot be folded"
+    kinds = [node.meta["kind"] for node in nodes]
+    for i, node in enumerate(nodes[1:-1], start=1):
+        if not kinds[i]:
+            return f"{_described(node)} stands where only BatchNorm2d and ReLU may"
+        if kinds[i] == "norm" and "relu" in kinds[:i]:
+            return f"{_described(node)} stands behind ReLU, where it cannot be folded"
     if "relu" not in kinds:
-        layers = [n for n, kind in zip(nodes, kinds, strict=True) if n.op == "call_module" and kind]
-        others = filter(None, (_why_not_module(n.target, modules[n.target]) for n in layers[:-1]))
+        layers = [n for n in nodes[:-1] if n.op == "call_module" and n.meta["kind"]]
+        others = filter(None, map(_why_not_module, layers))
         return "" if kinds[-1] == "other pool" else next(others, "no ReLU is next to the pool")
     if kinds[-1] == "other pool":
-        return f"{_described(nodes[-1], modules)} is no max pool"
+        return f"{_described(nodes[-1])} is no max pool"
     return "ReLU or the normalisation stands there twice"
 
 
-def _pool_arguments(node: fx.Node, modules: dict[str, nn.Module]) -> dict[str, Any] | None:
+def _pool_arguments(node: fx.Node) -> dict[str, Any] | None:
     """The pool's arguments; None where the forward computes one of them."""
+    names = ("kernel_size", *_POOL_DEFAULTS)
     if node.op == "call_module":
-        module = modules[node.target]
-        return {name: getattr(module, name) for name in _POOL_PARAMETERS[1:]}
-    given = dict(zip(_POOL_PARAMETERS, node.args, strict=False)) | node.kwargs
-    arguments = {
-        "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False,
-    } | given  # fmt: skip
+        return {name: getattr(node.meta["module"], name) for name in names}
+    given = dict(zip(("input", *names), node.args, strict=False)) | node.kwargs
+    arguments = _POOL_DEFAULTS | given
     arguments.pop("input")
     symbols: list[fx.Node] = []
     fx.map_arg(tuple(arguments.values()), symbols.append)
     if symbols:
         return None
-    if node.target in _POOL_WITH_INDICES:
+    if node.target is F.max_pool2d_with_indices:
         arguments["return_indices"] = True
     if arguments["stride"] is None or arguments["stride"] == ():
         arguments["stride"] = arguments["kernel_size"]
@@ -373,22 +327,18 @@ def _pool_arguments(node: fx.Node, modules: dict[str, nn.Module]) -> dict[str, A
 
 
 def _why_not(
-    nodes: list[fx.Node],
-    modules: dict[str, nn.Module],
-    pool: dict[str, Any] | None,
-    tracer: Tracer,
+    nodes: list[fx.Node], model: nn.Module, pool: dict[str, Any] | None, tracer: Tracer
 ) -> str:
     """Why a chain must stay as it is, as far as one trace shows; empty where it need not."""
     for node in nodes:
         if node.op == "call_module":
-            reason = _why_not_module(node.target, modules[node.target])
+            reason = _why_not_module(node)
             if reason:
                 return reason
-            kind = _kind(node, modules)
-            if kind in ("conv", "norm") and tracer.calls[node.target] > 1:
-                times = tracer.calls[node.target]
-                return f"the weights of '{node.target}' are shared: it is called {times} times"
-        elif _kind(node, modules) == "conv":
+            times = tracer.calls[node.meta["path"]]
+            if node.meta["kind"] in ("conv", "norm") and times > 1:
+                return f"the weights of {_label(node)} are shared: it is called {times} times"
+        elif node.meta["kind"] == "conv":
             return "the convolution is a function call: there is no Conv2d to replace"
     if pool is None:
         return "the pool's arguments are computed in forward"
@@ -405,13 +355,13 @@ def _why_not(
     for node in nodes[1:]:
         # The modules that the value in between enters or leaves.
         for path in set(first) ^ set(node.meta["callers"]):
-            if hooks_of(modules[path]):
-                hooks = hooks_of(modules[path])
+            hooks = hooks_of(model.get_submodule(path))
+            if hooks:
                 return f"hooks on '{path}', through which the value passes ({', '.join(hooks)})"
-    reason = _why_not_methods(nodes, modules)
+    reason = _why_not_methods(nodes)
     if reason:
         return reason
-    kinds = [_kind(node, modules) for node in nodes]
+    kinds = [node.meta["kind"] for node in nodes]
     padded = any(_pair(pool["padding"])) and _pair(pool["dilation"]) != (1, 1)
     if kinds.index("pool") < kinds.index("relu") and padded:
         # relu(-inf) is 0, where the other order leaves -inf.
@@ -419,14 +369,14 @@ def _why_not(
     return ""
 
 
-def _why_not_methods(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> str:
+def _why_not_methods(nodes: list[fx.Node]) -> str:
     """Why a method that forward calls would compute something else when it is called by itself.
 
     It would where it runs some of the modules that are replaced, and not all of the chain; or all,
     but a function among them, which stays in the method. Where forward has to be rewritten for that
     function, the rewritten class has an error for it; another class would have none.
     """
-    steps = [node for node in nodes if _kind(node, modules) != "pass"]
+    steps = [node for node in nodes if node.meta["kind"] != "pass"]
     of_modules = [node.meta["methods"] for node in steps if node.op == "call_module"]
     for path, name in sorted(set().union(*of_modules)):
         method = f"'{name}' of {name_of(path)}"
@@ -445,15 +395,16 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _label(node: fx.Node) -> str:
-    return f"'{node.target}'" if node.op == "call_module" else f"{node.name}"
+    return f"'{node.meta['path']}'" if node.op == "call_module" else node.name
 
 
-def _described(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    kind = f" ({type(modules[node.target]).__name__})" if node.op == "call_module" else ""
+def _described(node: fx.Node) -> str:
+    kind = f" ({type(node.meta['module']).__name__})" if node.op == "call_module" else ""
     return f"{_label(node)}{kind}"
 
 
-def _why_not_module(path: str, module: nn.Module) -> str:
+def _why_not_module(node: fx.Node) -> str:
+    path, module = node.meta["path"], node.meta["module"]
     if parametrize.is_parametrized(module):
         return f"'{path}' is parametrised"
     exact = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Identity)

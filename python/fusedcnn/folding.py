@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedcnn._ops import note_stock
+from fusedcnn import _stock
 from fusedcnn.modules import ConvReLUMaxPool2d
 from fusedcnn.tools import FoldedByItsType
 
@@ -49,16 +50,8 @@ class ConvBatchNormReLUMaxPool2d(ConvReLUMaxPool2d):
         norm = self.batch_norm
         reason = _why_stock(self, norm, input)
         if reason is not None:
-            note_stock(reason)
-            output = self._conv_forward(input, self.weight, self.bias)
-            return F.max_pool2d(
-                F.relu(nn.BatchNorm2d.forward(norm, output)),
-                self.pool_kernel_size,
-                self.pool_stride,
-                self.pool_padding,
-                self.pool_dilation,
-                self.ceil_mode,
-            )
+            _stock.note(reason)
+            return self._stock_forward(input, functools.partial(nn.BatchNorm2d.forward, norm))
         dtype = self.weight.dtype
         # Half types are folded in float32 and rounded once, as BatchNorm2d computes in float32.
         wide = torch.promote_types(dtype, torch.float32)

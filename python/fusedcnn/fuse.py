@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedcnn.chains import Analysis, Chain, Step, analyse, hooks_of, name_of
 from fusedcnn.folding import ConvBatchNormReLUMaxPool2d, FoldedBatchNorm2d
 from fusedcnn.methods import NotedMethod, methods_that_run
-from fusedcnn.modules import ConvReLUMaxPool2d
+from fusedcnn.modules import POOL_ARGUMENTS, ConvReLUMaxPool2d, conv_arguments
 from fusedcnn.report import FuseReport, FuseResult, why_nothing
 from fusedcnn.rewriting import Removed, RewrittenForward, rewritten_class, why_not_rewritable
 from fusedcnn.tracing import copy_sharing
@@ -37,41 +36,12 @@ def fuse(model, *, inplace=False, report=False):
     Equivalent to the model itself: the same outputs and gradients up to rounding, the same
     ``state_dict`` keys, and the very Parameters, so that an optimizer made before goes on. A
     :class:`fusedcnn.ConvReLUMaxPool2d` takes the convolution's place and ``nn.Identity`` those of
-    ReLU and MaxPool2d.
+    ReLU and MaxPool2d. A BatchNorm2d in evaluation mode may stand behind the convolution, and the
+    pool before ReLU; both may be modules or function calls, anywhere in the model.
 
-    Found are modules in ``nn.Sequential`` at any depth, attributes called in forward, calls of
-    ``F.relu``, ``torch.relu``, ``Tensor.relu`` and their in-place forms, of ``F.max_pool2d`` and
-    ``torch.max_pool2d``, across module boundaries, in these orders:
-
-    - Conv2d -> ReLU -> MaxPool2d.
-    - Conv2d -> MaxPool2d -> ReLU: the same values and gradients, ties included, since both send
-      a window's gradient to its first maximum if that is above 0, and nowhere else.
-    - Conv2d -> BatchNorm2d -> ReLU -> MaxPool2d (or pool before ReLU), where the normalisation is
-      in evaluation mode. It is folded into weight and bias at every call, so that nothing goes
-      stale; its parameters, statistics and keys stay, and all parameters get their gradients. After
-      ``model.train()`` the stock layers compute such a block, by the batch's statistics as before.
-      Where the normalisation is in training mode when ``fuse`` is called, the chain is left alone.
-
-    Forwards are followed by torch.fx in training and in evaluation mode. One that it cannot follow
-    is left alone; modules inside are fused nevertheless where its source, with the methods it uses,
-    shows that it only calls them as a whole, ``self.features(x)``. Where it slices, indexes,
-    iterates or hands on a module, ``self.features[:2]``, or where its source leaves that open, all
-    within that module is left alone.
-
-    What forward decides by an attribute (a flag, say) must not change afterwards. Where a function
-    call has to go, the instance gets a class derived from its own with the traced forward:
-    attributes of its own that forward reads, but for tensors and modules, cannot be set afterwards
-    without :func:`unfuse`; what lists among them hold and what forward reads of other modules must
-    not change; and a method that forward took such a call from raises when it is called by itself.
-    Only what forward runs is followed: a method that it does not call, but that by its source runs
-    some of the replaced layers, warns when it is called.
-
-    A chain is left alone, with a reason in the report, when a value in between is used elsewhere or
-    kept; a method that forward calls, and others may call, runs only a part of it; hooks sit on an
-    inner module or on one that the value in between enters or leaves; the pool returns indices; the
-    weights are shared, called twice or parametrised; or a type is derived from these and may
-    compute something else. So is a near miss: another activation, a Dropout or anything else in
-    between, another pool.
+    docs/fuse.md says what is found, what is left alone and why, and docs/compatibility.md what
+    changes around a fused chain: attributes that forward reads, for one, are fixed where a function
+    call had to go.
 
     Args:
         model: any module, in training or evaluation mode.
@@ -153,14 +123,7 @@ class StockConvReLUMaxPool2d(ConvReLUMaxPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the pooled output [N, OC, OH, OW] (or [OC, OH, OW])."""
-        return F.max_pool2d(
-            F.relu(self._conv_forward(input, self.weight, self.bias)),
-            self.pool_kernel_size,
-            self.pool_stride,
-            self.pool_padding,
-            self.pool_dilation,
-            self.ceil_mode,
-        )
+        return self._stock_forward(input)
 
 
 def _check(function: str, model: nn.Module, **flags: bool) -> None:
@@ -201,6 +164,9 @@ class _Candidate:
     chains: dict[int, Chain] = field(default_factory=dict)
     reason: str = ""
 
+    def refuse(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
     @property
     def chain(self) -> Chain:
         return next(iter(self.chains.values()))
@@ -214,9 +180,7 @@ class _Plan:
         self.analysis = analysis
         self.candidates: dict[str, _Candidate] = {}
         self.places: dict[int, list[tuple[str, str]]] = defaultdict(list)
-        self.paths: dict[int, str] = {}
         for path, module in model.named_modules():
-            self.paths[id(module)] = path
             for name, child in module._modules.items():
                 self.places[id(child)].append((path, name))
         self.identities: set[tuple[str, str]] = set()  # (parent, name) that become Identity
@@ -231,19 +195,19 @@ class _Plan:
         for i, trace in enumerate(self.analysis.traces):
             for chain in trace.chains:
                 candidate = self.candidates.setdefault(chain.name, _Candidate())
-                candidate.reason = candidate.reason or chain.reason
+                candidate.refuse(chain.reason)
                 candidate.chains.setdefault(i, chain)
         for name, candidate in self.candidates.items():
             conv = candidate.chain.steps[0].module
             for i, trace in enumerate(self.analysis.traces):
-                if conv is not None and trace.calls[conv] and i not in candidate.chains:
+                if conv is not None and trace.tracer.calls[conv] and i not in candidate.chains:
                     mode = "training" if trace.training else "evaluation"
-                    candidate.reason = candidate.reason or f"not followed by both in {mode} mode"
+                    candidate.refuse(f"not followed by both in {mode} mode")
             pools = [chain.pool for chain in candidate.chains.values()]
             if any(pool != pools[0] for pool in pools):
-                candidate.reason = candidate.reason or "pooled differently in training mode"
+                candidate.refuse("pooled differently in training mode")
             if name != conv:
-                candidate.reason = candidate.reason or "no Conv2d"
+                candidate.refuse("no Conv2d")
 
     def _refuse_shared(self) -> None:
         owners: dict[int, list[str]] = defaultdict(list)
@@ -256,16 +220,16 @@ class _Plan:
                 if candidate.reason or step.module is None:
                     continue
                 module = self.model.get_submodule(step.module)
-                candidate.reason = self.analysis.in_parts.get(id(module), "")
+                candidate.refuse(self.analysis.in_parts.get(id(module), ""))
                 for parameter in module._parameters.values():
                     others = [p for p in owners[id(parameter)] if p != step.module]
                     if parameter is not None and others:
-                        candidate.reason = candidate.reason or (
+                        candidate.refuse(
                             f"the weights of '{step.module}' are shared with {name_of(others[0])}"
                         )
                 for parent, _ in self.places[id(module)]:
                     if step.kind in ("conv", "norm") and parent in self.analysis.untraceable:
-                        candidate.reason = candidate.reason or (
+                        candidate.refuse(
                             f"{name_of(parent)}, which torch.fx cannot follow, may call "
                             f"'{step.module}', too"
                         )
@@ -297,7 +261,7 @@ class _Plan:
             calls = {
                 (k, *call)
                 for k, trace in enumerate(self.analysis.traces)
-                for call in trace.module_calls.get(step.module, ())
+                for call in trace.tracer.module_calls.get(step.module, ())
             }
             places = self.places[id(module)]
             known = not any(parent in self.analysis.untraceable for parent, _ in places)
@@ -305,7 +269,7 @@ class _Plan:
                 self.identities.update(places)
                 return ""
         caller = self.model.get_submodule(step.caller)
-        if any(trace.calls[step.caller] > 1 for trace in self.analysis.traces):
+        if any(trace.tracer.calls[step.caller] > 1 for trace in self.analysis.traces):
             return f"{name_of(step.caller)}, whose forward calls {step}, is called several times"
         if type(caller).forward is nn.Sequential.forward and "forward" not in vars(caller):
             self.identities.add((step.caller, list(caller._modules)[step.index]))
@@ -352,7 +316,7 @@ class _Plan:
             identity = nn.Identity().train(replaced.training)
             vars(identity)["replaced"] = replaced  # not a child: no keys, no part in repr
             edits.set_child(modules[parent], name, identity)
-        ran = set().union(*(trace.methods for trace in self.analysis.traces))
+        ran = set().union(*(trace.tracer.methods for trace in self.analysis.traces))
         layers = {
             id(self.model.get_submodule(step.module))
             for candidate in self.candidates.values()
@@ -380,12 +344,7 @@ def _fused(conv: nn.Conv2d, norms: list[nn.Module], pool: dict[str, Any]) -> Con
 
 
 # What a fused block has and a Conv2d has not.
-_BLOCK_ATTRIBUTES = frozenset(
-    {
-        *("pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode"),
-        *("batch_norm", "from_fuse"),
-    }
-)
+_BLOCK_ATTRIBUTES = frozenset((*POOL_ARGUMENTS, "batch_norm", "from_fuse"))
 
 
 def _unfuse_children(parent: nn.Module, edits: _Edits, convs: dict[int, nn.Conv2d]) -> None:
@@ -401,13 +360,8 @@ def _unfuse_children(parent: nn.Module, edits: _Edits, convs: dict[int, nn.Conv2
                 conv = convs.setdefault(id(child), _conv_of(child))
                 edits.set_child(parent, name, conv)
             elif type(parent) is nn.Sequential and identities == [True, True]:
-                pool = nn.MaxPool2d(
-                    child.pool_kernel_size,
-                    child.pool_stride,
-                    child.pool_padding,
-                    child.pool_dilation,
-                    ceil_mode=child.ceil_mode,
-                )
+                *pool, ceil_mode = (getattr(child, argument) for argument in POOL_ARGUMENTS)
+                pool = nn.MaxPool2d(*pool, ceil_mode=ceil_mode)
                 stock = (convs.setdefault(id(child), _conv_of(child)), nn.ReLU(), pool)
                 for (place, _), module in zip(children[i : i + 3], stock, strict=True):
                     edits.set_child(parent, place, module.train(child.training))
@@ -416,18 +370,7 @@ def _unfuse_children(parent: nn.Module, edits: _Edits, convs: dict[int, nn.Conv2
 
 
 def _conv_of(fused: ConvReLUMaxPool2d) -> nn.Conv2d:
-    conv = nn.Conv2d(
-        fused.in_channels,
-        fused.out_channels,
-        fused.kernel_size,
-        fused.stride,
-        fused.padding,
-        fused.dilation,
-        fused.groups,
-        fused.bias is not None,
-        fused.padding_mode,
-        device="meta",  # the parameters are replaced; no random numbers are drawn
-    )
+    conv = nn.Conv2d(*conv_arguments(fused), device="meta")
     conv.weight = fused.weight
     conv.bias = fused.bias
     for name, value in vars(fused).items():
@@ -436,35 +379,27 @@ def _conv_of(fused: ConvReLUMaxPool2d) -> nn.Conv2d:
     return conv.train(fused.training)
 
 
-class _Edits:
+class _Edits(contextlib.ExitStack):
     """Changes of a model that are undone when one of them fails."""
 
-    def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
-
-    def __enter__(self) -> _Edits:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
-            for undo in reversed(self._undo):
-                undo()
+    def __exit__(self, kind: object, *details: Any) -> bool | None:
+        """Undo what was done where there is an error."""
+        if kind is None:
+            self.pop_all()
+        return super().__exit__(kind, *details)
 
     def set_child(self, parent: nn.Module, name: str, module: nn.Module) -> None:
-        before = parent._modules[name]
-        self._undo.append(lambda: parent._modules.__setitem__(name, before))
+        self.callback(parent._modules.__setitem__, name, parent._modules[name])
         parent._modules[name] = module
 
     def set_method(self, module: nn.Module, name: str, method: NotedMethod) -> None:
-        self._undo.append(lambda: vars(module).pop(name))
+        self.callback(vars(module).pop, name)
         vars(module)[name] = method
 
     def reset_method(self, module: nn.Module, name: str) -> None:
-        method = vars(module).pop(name)
-        self._undo.append(lambda: vars(module).__setitem__(name, method))
+        self.callback(vars(module).__setitem__, name, vars(module).pop(name))
 
     def set_class(self, module: nn.Module, cls: type[nn.Module]) -> None:
-        before = type(module)
         # Past __setattr__, which modules override.
-        self._undo.append(lambda: object.__setattr__(module, "__class__", before))
+        self.callback(object.__setattr__, module, "__class__", type(module))
         object.__setattr__(module, "__class__", cls)

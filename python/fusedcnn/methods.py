@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
 import types
 import warnings
 from typing import Any
 
 from torch import nn
+
+from fusedcnn.parts import is_torchs, source_of
 
 _WALKS = frozenset({"children", "modules", "named_children", "named_modules", "_modules"})
 
@@ -48,17 +49,14 @@ def methods_that_run(module: nn.Module, layers: set[int]) -> set[str]:
     for name in dir(type(module)) if holders else ():
         method = inspect.getattr_static(type(module), name)
         own = isinstance(method, types.FunctionType) and name != "forward" and name[:2] != "__"
-        if own and not (method.__module__ or "").startswith("torch."):
-            try:
-                tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-            except (OSError, TypeError, SyntaxError):
-                continue
-            if _runs(tree, holders, layers):
+        if own and not is_torchs(method):
+            tree = source_of(method)
+            if tree is not None and _runs(tree, holders, layers):
                 found.add(name)
     return found
 
 
-def _runs(tree: ast.Module, holders: dict[str, nn.Module], layers: set[int]) -> bool:
+def _runs(tree: ast.stmt, holders: dict[str, nn.Module], layers: set[int]) -> bool:
     """Whether a function calls one of the layers, or takes apart what holds some and calls that."""
     nodes = list(ast.walk(tree))
     attributes = [n for n in nodes if isinstance(n, ast.Attribute)]

@@ -9,7 +9,27 @@ from torch import Tensor, nn
 from fusedcnn.modules import ConvReLUMaxPool2d
 
 
-class SimpleCNN(nn.Module):
+class _Network(nn.Module):
+    """What the two have in common; ``_block`` makes the three layers of a convolution block."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        num_classes = _check_num_classes(num_classes)
+        super().__init__()
+        self.features = nn.Sequential(*self._block(3, 16), *self._block(16, 32))
+        self.classifier = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(32 * 8 * 8, 128),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Linear(128, num_classes),
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map images [N, 3, 32, 32] to logits [N, num_classes]."""
+        return self.classifier(self.features(input))
+
+
+class SimpleCNN(_Network):
     """Two convolution blocks and two linear layers, from stock layers: the reference.
 
     Args:
@@ -20,54 +40,22 @@ class SimpleCNN(nn.Module):
         ValueError: num_classes is less than 1.
     """
 
-    def __init__(self, num_classes: int = 10) -> None:
-        num_classes = _check_num_classes(num_classes)
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(3, 16, kernel_size=3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2, 2),
-            nn.Conv2d(16, 32, kernel_size=3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2, 2),
-        )
-        self.classifier = _classifier(num_classes)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map images [N, 3, 32, 32] to logits [N, num_classes]."""
-        return self.classifier(self.features(input))
+    def _block(self, in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        return conv, nn.ReLU(), nn.MaxPool2d(2, 2)
 
 
-class FusedSimpleCNN(nn.Module):
+class FusedSimpleCNN(_Network):
     """Drop-in for :class:`SimpleCNN`, its convolution blocks fused.
 
-    Equivalent to ``SimpleCNN(num_classes)``: the same ``state_dict`` keys (``nn.Identity`` stands
-    where ReLU and MaxPool2d stood) and, under one seed, the same initial values to the bit.
-
-    Args:
-        num_classes: size of the output, at least 1.
-
-    Raises:
-        TypeError: num_classes is no int.
-        ValueError: num_classes is less than 1.
+    Equivalent to ``SimpleCNN(num_classes)``: the same arguments, the same ``state_dict`` keys
+    (``nn.Identity`` stands where ReLU and MaxPool2d stood) and, under one seed, the same initial
+    values to the bit.
     """
 
-    def __init__(self, num_classes: int = 10) -> None:
-        num_classes = _check_num_classes(num_classes)
-        super().__init__()
-        self.features = nn.Sequential(
-            ConvReLUMaxPool2d(3, 16, kernel_size=3, padding=1, pool_kernel_size=2, pool_stride=2),
-            nn.Identity(),
-            nn.Identity(),
-            ConvReLUMaxPool2d(16, 32, kernel_size=3, padding=1, pool_kernel_size=2, pool_stride=2),
-            nn.Identity(),
-            nn.Identity(),
-        )
-        self.classifier = _classifier(num_classes)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map images [N, 3, 32, 32] to logits [N, num_classes]."""
-        return self.classifier(self.features(input))
+    def _block(self, in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:
+        conv = ConvReLUMaxPool2d(in_channels, out_channels, kernel_size=3, padding=1)
+        return conv, nn.Identity(), nn.Identity()
 
 
 def _check_num_classes(num_classes: int) -> int:
@@ -81,13 +69,3 @@ def _check_num_classes(num_classes: int) -> int:
     if count < 1:
         raise ValueError(f"num_classes: expected at least 1, got {count}")
     return count
-
-
-def _classifier(num_classes: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(32 * 8 * 8, 128),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Linear(128, num_classes),
-    )

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from fusedcnn import _stock
+from fusedcnn._geometry import Geometry, pack_geometry
 from fusedcnn.functional import conv_relu_max_pool2d
 from fusedcnn.tools import KnownByItsType
+
+POOL_ARGUMENTS = (
+    "pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode",
+)  # fmt: skip
+
+
+def conv_arguments(conv: nn.Conv2d) -> tuple[Any, ...]:
+    """Those that make a convolution like this one."""
+    return (
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
+        conv.dilation, conv.groups, conv.bias is not None, conv.padding_mode,
+    )  # fmt: skip
 
 
 class ConvReLUMaxPool2d(KnownByItsType, nn.Conv2d):
@@ -26,24 +41,9 @@ class ConvReLUMaxPool2d(KnownByItsType, nn.Conv2d):
     It is a :class:`torch.nn.Conv2d`: the same parameters under the same names, the same
     initialisation from the same random numbers, so its ``state_dict`` is the convolution's.
 
-    Args:
-        in_channels: C of the input [N, C, H, W] or [C, H, W].
-        out_channels: channels of the output.
-        kernel_size: of the convolution; an int or (h, w), like all sizes here.
-        stride: of the convolution.
-        padding: zeros on both sides, or ``"same"`` or ``"valid"``.
-        dilation: of the convolution.
-        groups: blocks of channels convolved apart.
-        bias: whether there is a learnable bias.
-        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``; all but the
-            first pad the input in a step of its own.
-        pool_kernel_size: of the pool.
-        pool_stride: default: ``pool_kernel_size``.
-        pool_padding: at most half a window.
-        pool_dilation: of the pool.
-        ceil_mode: round the pooled size up instead of down.
-        device: of the parameters.
-        dtype: of the parameters.
+    The arguments are those of :class:`torch.nn.Conv2d`, and with ``pool_`` in front of their names
+    those of :class:`torch.nn.MaxPool2d`; ``pool_stride`` is by default ``pool_kernel_size``. Other
+    padding modes than ``"zeros"`` pad the input in a step of its own.
 
     Raises:
         ValueError: what :class:`torch.nn.Conv2d` refuses.
@@ -72,25 +72,13 @@ class ConvReLUMaxPool2d(KnownByItsType, nn.Conv2d):
         dtype: Any = None,
     ) -> None:
         super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device=device,
-            dtype=dtype,
-        )
-        self._set_pool(pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
-
-    def _set_pool(self, kernel_size, stride, padding, dilation, ceil_mode) -> None:
-        self.pool_kernel_size = kernel_size
-        self.pool_stride = kernel_size if stride is None else stride
-        self.pool_padding = padding
-        self.pool_dilation = dilation
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device=device, dtype=dtype,
+        )  # fmt: skip
+        self.pool_kernel_size = pool_kernel_size
+        self.pool_stride = pool_kernel_size if pool_stride is None else pool_stride
+        self.pool_padding = pool_padding
+        self.pool_dilation = pool_dilation
         self.ceil_mode = ceil_mode
 
     @classmethod
@@ -125,23 +113,10 @@ class ConvReLUMaxPool2d(KnownByItsType, nn.Conv2d):
                 )
         if pool.return_indices:
             raise ValueError("pool: expected return_indices=False, got True")
-        fused = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,
-            pool_kernel_size=pool.kernel_size,
-            pool_stride=pool.stride,
-            pool_padding=pool.padding,
-            pool_dilation=pool.dilation,
-            ceil_mode=pool.ceil_mode,
-            device="meta",  # the parameters are replaced; no random numbers are drawn
-        )
+        pooling = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+        pooling = dict(zip(POOL_ARGUMENTS, pooling, strict=True))
+        # On meta: the parameters are replaced, and no random numbers are drawn.
+        fused = cls(*conv_arguments(conv), **pooling, device="meta")
         fused.weight = conv.weight
         fused.bias = conv.bias
         return fused.train(conv.training)
@@ -157,27 +132,25 @@ class ConvReLUMaxPool2d(KnownByItsType, nn.Conv2d):
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         return conv_relu_max_pool2d(
-            input,
-            weight,
-            bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            pool_kernel_size=self.pool_kernel_size,
-            pool_stride=self.pool_stride,
-            pool_padding=self.pool_padding,
-            pool_dilation=self.pool_dilation,
+            input, weight, bias, self.stride, padding, self.dilation, self.groups,
+            pool_kernel_size=self.pool_kernel_size, pool_stride=self.pool_stride,
+            pool_padding=self.pool_padding, pool_dilation=self.pool_dilation,
             ceil_mode=self.ceil_mode,
-        )
+        )  # fmt: skip
+
+    def _stock_forward(
+        self, input: Tensor, norm: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """The block from stock layers, with a normalisation behind the convolution if given."""
+        plane = self._conv_forward(input, self.weight, self.bias)
+        pool = {name: getattr(self, name) for name in POOL_ARGUMENTS}
+        geometry = Geometry(*pack_geometry(self.kernel_size, **pool))
+        return _stock.relu_max_pool(plane if norm is None else norm(plane), geometry)
 
     def extra_repr(self) -> str:
         """Conv2d's line with the pool's arguments behind it."""
-        return (
-            f"{super().extra_repr()}, pool_kernel_size={self.pool_kernel_size}, "
-            f"pool_stride={self.pool_stride}, pool_padding={self.pool_padding}, "
-            f"pool_dilation={self.pool_dilation}, ceil_mode={self.ceil_mode}"
-        )
+        pool = (f"{name}={getattr(self, name)}" for name in POOL_ARGUMENTS)
+        return ", ".join((super().extra_repr(), *pool))
 
 
 def _check_computes(argument: str, module: nn.Module, base: type[nn.Module], *names: str) -> None:

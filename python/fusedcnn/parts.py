@@ -45,7 +45,7 @@ def used_in_parts(module: nn.Module) -> dict[str, str]:
     try:
         if isinstance(module, fx.GraphModule):
             raise _UnknownError("it is a GraphModule")
-        if _is_torchs(type(module)):
+        if is_torchs(type(module)):
             return {}
         if "forward" in vars(module):
             raise _UnknownError("its forward was replaced on the instance")
@@ -58,8 +58,17 @@ def used_in_parts(module: nn.Module) -> dict[str, str]:
         return dict.fromkeys(module._modules, str(why))
 
 
-def _is_torchs(value: type | types.FunctionType) -> bool:
+def is_torchs(value: type | types.FunctionType) -> bool:
+    """Whether a class or function is torch's own."""
     return (value.__module__ or "").partition(".")[0] == "torch"
+
+
+def source_of(function: types.FunctionType) -> ast.stmt | None:
+    """A function's source; None where it cannot be read."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return None
 
 
 def _functions(cls: type) -> Iterator[tuple[types.FunctionType, str, ast.FunctionDef]]:
@@ -69,12 +78,11 @@ def _functions(cls: type) -> Iterator[tuple[types.FunctionType, str, ast.Functio
         for base in cls.__mro__:
             value = vars(base).get(name)
             function = getattr(value, "fget", getattr(value, "__func__", value))
-            if _is_torchs(base) or not isinstance(function, types.FunctionType):
+            if is_torchs(base) or not isinstance(function, types.FunctionType):
                 continue
-            try:
-                tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-            except (OSError, TypeError, SyntaxError):
-                raise _UnknownError(f"the source of its {name} cannot be read") from None
+            tree = source_of(function)
+            if tree is None:
+                raise _UnknownError(f"the source of its {name} cannot be read")
             if not isinstance(tree, ast.FunctionDef):
                 raise _UnknownError(f"its {name} is no def")
             for decorator in map(ast.unparse, tree.decorator_list):
@@ -135,7 +143,7 @@ def _holds_no_module(module: nn.Module, name: str, tree: ast.FunctionDef) -> boo
     for base in type(module).__mro__:
         if name in vars(base):
             value = vars(base)[name]
-            if _is_torchs(base) or base is object:
+            if is_torchs(base) or base is object:
                 return name in _HARMLESS
             read = (types.FunctionType, property, staticmethod, classmethod)
             return isinstance(value, read) or _is_plain(value)
@@ -155,7 +163,7 @@ def _is_plain(value: Any, seen: frozenset[int] = frozenset()) -> bool:
         return all(_is_plain(v, seen) for v in value)
     if isinstance(value, types.FunctionType):
         held = (value.__defaults__, value.__kwdefaults__, value.__closure__)
-        return _is_torchs(value) or _is_plain(held, seen)
+        return is_torchs(value) or _is_plain(held, seen)
     if isinstance(value, types.BuiltinFunctionType):
         return isinstance(value.__self__, (types.ModuleType, type, type(None)))
     if isinstance(value, nn.Module) or hasattr(type(value), "__get__"):

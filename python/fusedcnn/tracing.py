@@ -110,17 +110,20 @@ class Tracer(fx.Tracer):
     Args:
         opaque: paths of modules whose forward is not entered; None enters no child at all. A
             call has the same index in both cases.
+        root: the path of the module that is traced; all paths noted are the whole model's.
     """
 
     proxy_buffer_attributes = True  # an in-place update while tracing must not reach a buffer
 
-    def __init__(self, opaque: set[str] | None) -> None:
+    def __init__(self, opaque: set[str] | None, root: str = "") -> None:
         super().__init__()
         self.opaque = opaque
-        self.callers: list[str] = [""]
+        self.path = root
+        self.callers: list[str] = [root]
         self.made: Counter[str] = Counter()
-        self.module_calls: dict[str, set[tuple[str, int]]] = {}
-        self.calls: Counter[str] = Counter({"": 1})
+        self.module_calls: dict[str, set[tuple[str, int]]] = {}  # by module: caller, index
+        self.calls: Counter[str] = Counter({root: 1})
+        self.methods: set[Method] = set()  # that ran
         self._next: tuple[str, int] = ("", 0)
         self._modes = _modes()
         self.switched = False
@@ -139,9 +142,13 @@ class Tracer(fx.Tracer):
             gc.collect()  # cycles keep nothing for anybody
         return kept and any(symbol() is not None for symbol in self._symbols[node])
 
+    def whole(self, path: str) -> str:
+        """A path in the traced module as one in the whole model."""
+        return ".".join(part for part in (self.path, path) if part)
+
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         """Whether the call is one node, not entered."""
-        if self.opaque is None or path in self.opaque or isinstance(module, LEAVES):
+        if self.opaque is None or self.whole(path) in self.opaque or isinstance(module, LEAVES):
             return True
         return super().is_leaf_module(module, path)
 
@@ -152,7 +159,7 @@ class Tracer(fx.Tracer):
 
     def call_module(self, m, forward, args, kwargs):
         """Enter or record a call, with its place."""
-        path = self.path_of_module(m)
+        path = self.whole(self.path_of_module(m))
         self._next = self._count()
         self.module_calls.setdefault(path, set()).add(self._next)
         self.calls[path] += 1
@@ -174,6 +181,7 @@ class Tracer(fx.Tracer):
             code, name = frame.f_code, frame.f_code.co_name
             owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
             path = self.submodule_paths.get(owner) if isinstance(owner, nn.Module) else None
+            path = path if path is None else self.whole(path)
             if name == "forward":
                 if path == self.callers[-1]:
                     within |= running
@@ -194,6 +202,7 @@ class Tracer(fx.Tracer):
             node.meta["call"], node.meta["callers"] = self._count(), tuple(self.callers)
         if kind in ("call_module", "call_function", "call_method"):
             node.meta["methods"], node.meta["methods_within"] = self._methods()
+            self.methods |= node.meta["methods"]
             node.meta["modes"] = _modes()
             self.switched |= node.meta["modes"] != self._modes
         return node
@@ -209,7 +218,9 @@ def optional_parameters(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def trace(module: nn.Module, opaque: set[str] | None, defaults: bool) -> tuple[Tracer, fx.Graph]:
+def trace(
+    module: nn.Module, opaque: set[str] | None, root: str, defaults: bool
+) -> tuple[Tracer, fx.Graph]:
     """Run a module on symbols, in its mode; ``defaults``: with its optional parameters as set."""
     concrete = None
     if defaults:
@@ -219,5 +230,5 @@ def trace(module: nn.Module, opaque: set[str] | None, defaults: bool) -> tuple[T
             if value is not inspect.Parameter.empty
         }
     with surroundings(plain=module.training):  # each mode once: both are traced
-        tracer = Tracer(opaque)
+        tracer = Tracer(opaque, root)
         return tracer, tracer.trace(module, concrete)
