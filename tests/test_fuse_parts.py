@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+import linecache
 import types
 from collections.abc import Callable
+from typing import Any
 
 import fusedcnn
 import pytest
 import torch
 from fusing import LeNet, Net, assert_equal, block, blocks, integers, net, run, with_integers
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint_sequential
 
 pytestmark = [
     pytest.mark.usefixtures("exact"),
@@ -54,115 +55,37 @@ class Runner(nn.Module):
 # ---- parts ---------------------------------------------------------------------------------------
 
 
-class Idioms:
-    """Each is `run` of a class derived from Base: fuse reads their source."""
-
-    def slice(self, images):
-        return self.features[:2](images)
-
-    def index(self, images):
-        return self.features[1](self.features[0](images))
-
-    def name_of_a_layer(self, images):
-        return getattr(self.features, "1")(getattr(self.features, "0")(images))
-
-    def iteration(self, images):
-        kept = []
-        for layer in self.features:
-            images = layer(images)
-            kept.append(images.mean())
-        return torch.stack(kept)
-
-    def enumeration(self, images):
-        for i, layer in enumerate(self.features):
-            images = layer(images)
-            if i == 1:
-                break
-        return images
-
-    def unpacking(self, images):
-        conv, relu, *_ = self.features
-        return relu(conv(images))
-
-    def name(self, images):
-        layers = self.features
-        return layers[1](layers[0](images))
-
-    def walrus(self, images):
-        return (layers := self.features)[1](layers[0](images))
-
-    def children(self, images):
-        for _, layer in zip(range(2), self.features.children(), strict=False):
-            images = layer(images)
-        return images
-
-    def own_children(self, images):
-        return first_two(next(iter(self.children())), images)
-
-    def modules(self, images):
-        relu = next(m for m in self.modules() if isinstance(m, nn.ReLU))
-        conv = next(m for m in self.modules() if isinstance(m, nn.Conv2d))
-        return relu(conv(images))
-
-    def table(self, images):
-        return first_two(list(self._modules["features"]._modules.values()), images)
-
-    def dict(self, images):
-        return first_two(self.__dict__["_modules"]["features"], images)
-
-    def getattr(self, images):
-        return first_two(getattr(self, "features"), images)  # noqa: B009
-
-    def locals(self, images):
-        me = locals()["self"]
-        return first_two(me.features, images)
-
-    def submodule(self, images):
-        return self.get_submodule("features.1")(self.get_submodule("features.0")(images))
-
-    def forward_of_the_class(self, images):
-        return nn.Sequential.forward(self.features[:2], images)
-
-    def argument(self, images):
-        return first_two(self.features, images)
-
-    def self_as_argument(self, images):
-        return outer_two(self, images)
-
-    def keyword(self, images):
-        return first_two(layers=self.features, images=images)
-
-    def checkpoint(self, images):
-        return checkpoint_sequential(self.features, 4, images, use_reentrant=False)
-
-    def nested_function(self, images):
-        def layer(i):
-            return self.features[i]
-
-        return layer(1)(layer(0)(images))
+# What `run` of a class derived from Base returns; fuse reads it in the source.
+IDIOMS = {
+    "slice": "self.features[:2](images)",
+    "index": "self.features[1](self.features[0](images))",
+    "name of a layer": "getattr(self.features, '1')(getattr(self.features, '0')(images))",
+    "iteration": "torch.stack([images := layer(images) for layer in list(self.features)[:2]])",
+    "unpacking": "(lambda conv, relu, *_: relu(conv(images)))(*self.features)",
+    "name": "(layers := self.features)[1](layers[0](images))",
+    "children": "first_two(list(self.features.children()), images)",
+    "own children": "first_two(next(iter(self.children())), images)",
+    "modules": "first_two(list(self.modules())[2:], images)",
+    "table": "first_two(list(self._modules['features']._modules.values()), images)",
+    "dict": "first_two(self.__dict__['_modules']['features'], images)",
+    "getattr": "first_two(getattr(self, 'features'), images)",
+    "locals": "first_two(locals()['self'].features, images)",
+    "submodule": "self.get_submodule('features.1')(self.get_submodule('features.0')(images))",
+    "forward of the class": "nn.Sequential.forward(self.features[:2], images)",
+    "argument": "first_two(self.features, images)",
+    "self as argument": "outer_two(self, images)",
+    "keyword": "first_two(layers=self.features, images=images)",
+    "nested function": "(lambda i: self.features[i])(slice(2))(images)",
+}
 
 
-class WithMore(Idioms):
-    """The same of models that hold more than `features`."""
-
-    def attribute(self, images):
-        return self.use(self.held, images)
-
-    def submodule_of_a_child(self, images):
-        return first_two(self.inner.features, images)
-
-    def module_list(self, images):
-        return self.stages[:1][0][:2](images)
-
-    def argument_of_a_module(self, images):
-        return self.runner(self.features, images)
-
-    def both_ways(self, images):
-        return self.unit(images).mean() + self.unit.conv(images)
-
-
-def derived(idiom: str) -> type[Base]:
-    return type(idiom, (Base,), {"run": getattr(WithMore, idiom)})
+def derived(expression: str) -> type[Base]:
+    """A class whose `run` returns the expression, its source where `inspect` looks for it."""
+    source, file = f"def run(self, images):\n    return {expression}\n", f"<{expression}>"
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
+    namespace: dict[str, Any] = {}
+    exec(compile(source, file, "exec"), globals(), namespace)
+    return type("Derived", (Base,), namespace)
 
 
 class Helper(Base):
@@ -257,7 +180,7 @@ HELD = {
 def held(how: str) -> nn.Module:
     """A model that holds the layers of its `features` once more."""
     hold, use = HELD[how]
-    model = derived("attribute")(use=use)
+    model = derived("self.use(self.held, images)")(use=use)
     model.held = hold(model.features)
     return model
 
@@ -265,17 +188,12 @@ def held(how: str) -> nn.Module:
 def grandchild() -> nn.Module:
     inner = nn.Module()
     inner.features = two_blocks()
-    return derived("submodule_of_a_child")(features=None, inner=inner)
+    return derived("first_two(self.inner.features, images)")(features=None, inner=inner)
 
 
 def called_by_two() -> nn.Module:
     """A Sequential in two places, taken apart in one of them."""
-
-    class Both(Base):
-        def run(self, images):
-            return self.whole(images).mean() + first_two(self.features, images)
-
-    model = Both()
+    model = derived("self.whole(images).mean() + first_two(self.features, images)")()
     model.whole = net(lambda self, images: self.layers(images), layers=model.features)
     return model
 
@@ -304,25 +222,25 @@ def followed_slice(self: Net, images: Tensor) -> Tensor:
 
 
 IN_PARTS = {
-    **{name: derived(name) for name in vars(Idioms) if not name.startswith("__")},
+    **{name: derived(expression) for name, expression in IDIOMS.items()},
     **{
         cls.__name__: cls
         for cls in (Helper, Property, Super, OldSuper, SuperChildren, Decorated, OverriddenGetattr)
     },
     **{f"held: {how}": functools.partial(held, how) for how in HELD},
-    "argument of a module": lambda: derived("argument_of_a_module")(runner=Runner()),
-    "called and in parts": lambda: derived("both_ways")(
+    "argument of a module": lambda: derived("self.runner(self.features, images)")(runner=Runner()),
+    "called and in parts": lambda: derived("self.unit(images).mean() + self.unit.conv(images)")(
         features=None, unit=net(lambda self, images: self.pool(self.relu(self.conv(images))))),
     "grandchild": grandchild,
-    "ModuleList": lambda: derived("module_list")(
+    "ModuleList": lambda: derived("self.stages[:1][0][:2](images)")(
         features=None, stages=nn.ModuleList([nn.Sequential(*block())])),
     "on self": lambda: OnSelf(*block()),
     "called by two": called_by_two,
     "followed slice": lambda: net(followed_slice, features=two_blocks()),
     "followed": followed,
     "convolution in a table": conv_in_a_table,
-    "in a traced model": lambda: nn.Sequential(derived("index")(), nn.Flatten()),
-    "in an untraced model": lambda: nn.DataParallel(derived("index")()),
+    "in a traced model": lambda: nn.Sequential(derived(IDIOMS["index"])(), nn.Flatten()),
+    "in an untraced model": lambda: nn.DataParallel(derived(IDIOMS["index"])()),
 }  # fmt: skip
 
 

@@ -173,7 +173,7 @@ REFUSED = {
         lambda: net(lambda self, x: F.max_pool2d(F.relu(F.conv2d(x, self.conv.weight)), 2)),
         "no Conv2d to replace"),
     "optional argument": (
-        lambda: net(lambda self, x, scale=None: by_functions(self, x) * (scale or 1)),
+        lambda: net(lambda self, x, scale=None: by_functions(self, x if scale is None else scale)),
         "optional arguments (scale)"),
     "forward with a side effect": (lambda: net(counting, calls=0), "sets attributes"),
     "forward that makes tensors": (noisy, "would freeze"),
