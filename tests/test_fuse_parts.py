@@ -54,7 +54,6 @@ class Runner(nn.Module):
 
 # ---- parts ---------------------------------------------------------------------------------------
 
-
 # What `run` of a class derived from Base returns; fuse reads it in the source.
 IDIOMS = {
     "slice": "self.features[:2](images)",
@@ -311,20 +310,18 @@ class WholeByMethods(Base):
         return self.features(images)
 
 
-class WholeUnit(Base):
-    def __init__(self):
-        super().__init__(features=LeNet())
-
-    def run(self, images):
-        return self.features(images)
-
-
 @pytest.mark.parametrize(
-    ("cls", "shape"),
-    [(Whole, (2, 3, 12, 12)), (WholeByMethods, (2, 3, 12, 12)), (WholeUnit, (2, 1, 28, 28))],
+    ("make", "shape"),
+    [
+        (derived("self.features(images)"), (2, 3, 12, 12)),
+        (Whole, (2, 3, 12, 12)),
+        (WholeByMethods, (2, 3, 12, 12)),
+        (lambda: derived("self.features(images)")(features=LeNet()), (2, 1, 28, 28)),
+    ],
+    ids=["expression", "much around it", "methods", "LeNet"],
 )
-def test_modules_that_are_called_as_a_whole_are_fused(cls, shape):
-    model = with_integers(cls())
+def test_modules_that_are_called_as_a_whole_are_fused(make, shape):
+    model = with_integers(make())
     fused = fusedcnn.fuse(model)
     assert blocks(fused) == 2
     images = integers(shape)
