@@ -38,26 +38,6 @@ def images_of(n: int) -> torch.Tensor:
     return torch.randn(n, 3, 32, 32)
 
 
-def as_function(block: Block):
-    """A block of the test geometries as a function of input, weight and bias."""
-    return lambda *tensors: conv_relu_max_pool2d(
-        *tensors, *block.conv_arguments, **block.fused_keywords
-    )
-
-
-class ExactModel(nn.Module):
-    """The same as a module, with the block's weight and bias."""
-
-    def __init__(self, block: Block, weight: torch.Tensor, bias: torch.Tensor | None):
-        super().__init__()
-        self.function = as_function(block)
-        self.weight = nn.Parameter(weight)
-        self.bias = None if bias is None else nn.Parameter(bias)
-
-    def forward(self, input):
-        return self.function(input, self.weight, self.bias)
-
-
 def count(program: torch.export.ExportedProgram) -> int:
     return sum(node.target == FORWARD for node in program.graph.nodes)
 
@@ -110,10 +90,10 @@ def test_export_of_a_joint_training_graph():
     """Forward, loss and backward in one program, the fused backward as one operator a block."""
     from torch._functorch.aot_autograd import aot_export_joint_simple
 
-    block = by_name("simplecnn2_n2")
-    operands, _ = exact_case(block.name, torch.float32)
-    leaves = [t.detach().requires_grad_() for t in operands[:3]]
-    graph = aot_export_joint_simple(lambda *t: (as_function(block)(*t),), leaves, trace_joint=True)
+    leaves = [torch.randn(s, requires_grad=True) for s in ((2, 3, 8, 8), (4, 3, 3, 3), (4,))]
+    graph = aot_export_joint_simple(
+        lambda *tensors: (conv_relu_max_pool2d(*tensors),), leaves, trace_joint=True
+    )
     targets = [node.target for node in graph.graph.nodes]
     assert targets.count(torch.ops.fusedcnn.conv_relu_max_pool2d_backward.default) == 1
     assert targets.count(FORWARD) == 1
@@ -279,8 +259,17 @@ def test_onnx_of_an_exported_program(tmp_path, model):
 )
 def test_onnx_geometries(name, tmp_path, exact):
     """Arguments arrive in the ONNX nodes: exact on integers."""
-    operands, expected = exact_case(name, torch.float32)
-    model = ExactModel(by_name(name), operands.weight, operands.bias)
+    block, (operands, expected) = by_name(name), exact_case(name, torch.float32)
+    model = fusedcnn.ConvReLUMaxPool2d(
+        block.input[-3],
+        block.out_channels,
+        block.kernel,
+        *block.conv_arguments,
+        block.bias,
+        **block.fused_keywords,
+    )
+    parameters = {"weight": operands.weight, "bias": operands.bias}
+    model.load_state_dict({k: v for k, v in parameters.items() if v is not None})
     run, operators = onnx_session(model, (operands.input,), tmp_path / "m.onnx")
     assert {"Conv", "Relu", "MaxPool"} <= set(operators) <= {"Conv", "Relu", "MaxPool", "Pad"}
     assert torch.equal(run(operands.input), expected.output)

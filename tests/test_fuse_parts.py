@@ -303,6 +303,9 @@ class Whole(Base):
 
 
 class WholeByMethods(Base):
+    def forward(self, images):
+        return super().forward(images)
+
     def run(self, images):
         return sum(self.step(images) for _ in range(2))
 
