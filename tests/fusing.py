@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import fusedcnn
 import pytest
 import torch
@@ -100,6 +102,26 @@ def assert_left_alone(model: nn.Module, expected: str, inplace: bool) -> fusedcn
 
 def block(*between: nn.Module, channels: tuple[int, int] = (3, 4)) -> list[nn.Module]:
     return [nn.Conv2d(*channels, 3, padding=1), *between, nn.ReLU(), nn.MaxPool2d(2)]
+
+
+class Net(nn.Module):
+    """The layers of a block as attributes, with others beside them; no forward yet."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        self.conv, self.relu, self.pool = block(channels=(3, 3))
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+def net(forward: Callable[..., Tensor], **attributes) -> Net:
+    """An instance of a class of its own with this forward."""
+    return type("Net", (Net,), {"forward": forward})(**attributes)
+
+
+def by_functions(self: Net, images: Tensor) -> Tensor:
+    """A forward: the convolution, and the rest of the block as function calls."""
+    return F.max_pool2d(F.relu(self.conv(images)), 2)
 
 
 class LeNet(nn.Module):

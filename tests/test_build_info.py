@@ -13,7 +13,11 @@ import fusedcnn
 import pytest
 import torch
 from fusedcnn import _ops, _stock, build_info, conv_relu_max_pool2d
+from fusedcnn.__main__ import main
 from fusedcnn.functional import pack_geometry
+
+PASSES = ("forward", "grad_weight", "grad_input")
+SUPPORTED = [isa["name"] for isa in build_info()["isas"] if isa["supported"]]
 
 
 def run_python(*arguments: str) -> str:
@@ -40,23 +44,24 @@ def test_isas():
     isas = build_info()["isas"]
     names = [isa["name"] for isa in isas]
     assert len(set(names)) == len(names)
-    assert names[-1] == "baseline"
-    assert isas[-1]["supported"]
-    supported = [isa["name"] for isa in isas if isa["supported"]]
-    assert [isa["name"] for isa in isas if isa["selected"]] == supported[:1]
+    assert names[-1] == SUPPORTED[-1] == "baseline"
+    assert [isa["name"] for isa in isas if isa["selected"]] == SUPPORTED[:1]
 
 
 @pytest.mark.parametrize("isa", [isa["name"] for isa in build_info()["isas"]])
 def test_every_isa_has_a_kernel_for_everything(isa):
     """ "general" covers every call; it stands last in its pass, to leave the others any."""
-    kernels = [row for row in build_info()["kernels"] if row["isa"] == isa]
-    for pass_name in ("forward", "grad_weight", "grad_input"):
-        names = [row["name"] for row in kernels if row["pass"] == pass_name]
+    for pass_name in PASSES:
+        names = [
+            row["name"]
+            for row in build_info()["kernels"]
+            if (row["isa"], row["pass"]) == (isa, pass_name)
+        ]
         assert len(set(names)) == len(names)
         assert names[-1] == "general"
 
 
-@pytest.mark.parametrize("isa", [i["name"] for i in build_info()["isas"] if i["supported"]])
+@pytest.mark.parametrize("isa", SUPPORTED)
 def test_last_selected_is_what_ran(isa):
     rows = [row for row in build_info()["kernels"] if row["isa"] == isa]
     geometry = pack_geometry((3, 3), padding=1)
@@ -66,9 +71,7 @@ def test_last_selected_is_what_ran(isa):
         with _ops.force(isa, "general"):  # so that nothing of the row before is left
             output, code = _ops.forward_op(input, weight, None, geometry, True)
             _ops.backward_op(output, input, weight, code, geometry, 7)
-        assert _ops._C.last_selected() == dict.fromkeys(
-            ("forward", "grad_weight", "grad_input"), "general"
-        )
+        assert _ops._C.last_selected() == dict.fromkeys(PASSES, "general")
         expected = "general"  # still, where the kernel does not cover the call
         with _ops.force(isa, row["name"]), contextlib.suppress(RuntimeError):
             if row["pass"] == "forward":
@@ -82,35 +85,29 @@ def test_last_selected_is_what_ran(isa):
     assert {"general", "winograd_f2x2"} <= ran
 
 
-def test_command_line():
-    info = json.loads(run_python("-m", "fusedcnn", "info", "--json"))
-    here = build_info()
-    assert info["version"] == here["version"]
-    assert info["kernels"] == here["kernels"]
-    text = run_python("-m", "fusedcnn", "info")
+def test_command_line(capsys):
+    info, here = json.loads(run_python("-m", "fusedcnn", "info", "--json")), build_info()
+    assert (info["version"], info["kernels"]) == (here["version"], here["kernels"])
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for row in (*here["isas"], *here["kernels"]):
+        assert row["name"] in text
     assert fusedcnn.__version__ in text
-    for isa in here["isas"]:
-        assert isa["name"] in text
-    for kernel in here["kernels"]:
-        assert kernel["name"] in text
     assert "selected on this machine" in text
+
+
+def selected() -> str:
+    return next(isa["name"] for isa in build_info()["isas"] if isa["selected"])
 
 
 def test_force_selects_and_restores():
     """Nested, and after an exception: what was forced before is forced again."""
-    isas = [isa["name"] for isa in build_info()["isas"] if isa["supported"]]
-
-    def selected():
-        return next(isa["name"] for isa in build_info()["isas"] if isa["selected"])
-
     first = selected()
-    for isa in isas:
+    for isa in SUPPORTED:
         with _ops.force(isa, "general"):
-            assert selected() == isa
             with _ops.force("baseline"):
                 assert selected() == "baseline"
             assert selected() == isa
-    assert selected() == first
     with pytest.raises(KeyError), _ops.force("baseline", "general"):
         raise KeyError
     assert selected() == first
@@ -118,16 +115,15 @@ def test_force_selects_and_restores():
 
 def test_force_errors():
     """A name that is unknown is an error that lists the known ones, and changes nothing."""
+    before = _ops._C.forced()
     with pytest.raises(ValueError, match=r"isa: .*baseline.*got 'mmx'"), _ops.force("mmx"):
         pass
     with pytest.raises(ValueError, match=r"kernel: .*general.*got 'no'"), _ops.force("", "no"):
         pass
-    for isa in build_info()["isas"]:
-        if not isa["supported"]:
-            with pytest.raises(ValueError, match="isa"), _ops.force(isa["name"]):
-                pass
-    input, weight = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3)
-    assert conv_relu_max_pool2d(input, weight).item() == 9
+    for isa in {isa["name"] for isa in build_info()["isas"]}.difference(SUPPORTED):
+        with pytest.raises(ValueError, match="isa"), _ops.force(isa):
+            pass
+    assert _ops._C.forced() == before
 
 
 @pytest.mark.parametrize(
@@ -171,10 +167,13 @@ def test_winograd_switch():
 
 
 def test_stock_calls_are_counted_and_logged_once(caplog):
-    """What the stock layers compute instead is never silent."""
-    # A meta tensor stands for any device without a kernel.
-    input, weight = torch.ones(1, 1, 4, 4, device="meta"), torch.ones(1, 1, 3, 3, device="meta")
+    """What the stock layers compute instead is never silent, what the kernels do is not listed."""
     _stock.calls.clear()
+    input, weight = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3, requires_grad=True)
+    conv_relu_max_pool2d(input, weight).sum().backward()
+    assert build_info()["stock_calls"] == {}
+    # A meta tensor stands for any device without a kernel.
+    input, weight = input.to("meta"), weight.to("meta")
     with caplog.at_level(logging.DEBUG, logger="fusedcnn"):
         for _ in range(3):
             assert conv_relu_max_pool2d(input, weight).shape == (1, 1, 1, 1)
@@ -186,20 +185,13 @@ def test_stock_calls_are_counted_and_logged_once(caplog):
     assert reason in record.getMessage()
 
 
-def test_fused_calls_are_not_counted_as_stock():
-    _stock.calls.clear()
-    weight = torch.ones(2, 1, 3, 3, requires_grad=True)
-    conv_relu_max_pool2d(torch.ones(1, 1, 4, 4), weight).sum().backward()
-    assert build_info()["stock_calls"] == {}
-
-
 def test_import_time():
-    """`import fusedcnn` adds less than 100 ms to `import torch`; the fastest of five tries."""
+    """`import fusedcnn` adds less than 100 ms to `import torch`, in one of five tries."""
     program = (
         "import time, torch\nstart = time.perf_counter()\nimport fusedcnn\n"
         "print(time.perf_counter() - start)"
     )
-    assert min(float(run_python("-c", program)) for _ in range(5)) < 0.1
+    assert any(float(run_python("-c", program)) < 0.1 for _ in range(5))
 
 
 def test_import_prints_nothing_and_pulls_in_nothing_heavy():

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fusedcnn import conv_relu_max_pool2d
+from fusing import block
 from geometries import BLOCKS, Block, by_name
 from reference import exact_case, with_layout
 from torch import nn
@@ -28,43 +29,35 @@ CLOSE = {"rtol": 0, "atol": 3 * 2049 * 2.0**-24}
 batch_of_any_size = ({0: Dim("batch", min=1)},)
 
 
-class ExactModel(nn.Module):
-    """One block of test geometries as a module."""
-
-    def __init__(self, block: Block):
-        super().__init__()
-        operands, _ = exact_case(block.name, torch.float32)
-        self.block = block
-        self.weight = nn.Parameter(operands.weight)
-        self.bias = None if operands.bias is None else nn.Parameter(operands.bias)
-
-    def forward(self, input):
-        block = self.block
-        return conv_relu_max_pool2d(
-            input, self.weight, self.bias, *block.conv_arguments, **block.fused_keywords
-        )
+@pytest.fixture
+def model() -> nn.Module:
+    return fusedcnn.FusedSimpleCNN().eval()
 
 
-def count(program: torch.export.ExportedProgram, target=FORWARD) -> int:
-    return sum(node.target == target for node in program.graph.nodes)
+def images_of(n: int) -> torch.Tensor:
+    return torch.randn(n, 3, 32, 32)
+
+
+def count(program: torch.export.ExportedProgram) -> int:
+    return sum(node.target == FORWARD for node in program.graph.nodes)
+
+
+def assert_agree(ours, model: nn.Module, *batch_sizes: int) -> None:
+    for n in batch_sizes:
+        images = images_of(n)
+        torch.testing.assert_close(ours(images), model(images), **CLOSE)
 
 
 # ---- torch.export --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_export_with_a_batch_of_any_size(grad):
-    """One operator a block; the program takes other batch sizes, and trains where grad was on."""
-    model = fusedcnn.FusedSimpleCNN().eval()
+def test_export_with_a_batch_of_any_size(grad, model):
+    """One operator a block; the program takes other batch sizes."""
     with torch.set_grad_enabled(grad):
-        program = torch.export.export(
-            model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=batch_of_any_size
-        )
+        program = torch.export.export(model, (images_of(2),), dynamic_shapes=batch_of_any_size)
     assert count(program) == 2
-    exported = program.module()
-    for n in (1, 2, 5):
-        images = torch.randn(n, 3, 32, 32)
-        torch.testing.assert_close(exported(images), model(images), **CLOSE)
+    assert_agree(program.module(), model, 1, 2, 5)
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch 2.10 ties a pool to a parity")
@@ -83,41 +76,32 @@ def test_export_for_training():
     """The exported model trains: the same gradients as the model's, to the bit."""
     model = fusedcnn.FusedSimpleCNN()
     model.classifier[3] = nn.Identity()  # dropout draws its own numbers
-    program = torch.export.export(
-        model, (torch.randn(4, 3, 32, 32),), dynamic_shapes=batch_of_any_size
-    )
-    exported = program.module()
-    images, labels = torch.randn(6, 3, 32, 32), torch.randint(10, (6,))
-    F.cross_entropy(model(images), labels).backward()
-    parameters = dict(model.named_parameters())
-    expected = {name: p.grad.clone() for name, p in parameters.items()}
-    model.zero_grad()
-    F.cross_entropy(exported(images), labels).backward()
-    for name, parameter in exported.named_parameters():
-        assert torch.equal(parameter.grad, expected[name]), name
+    program = torch.export.export(model, (images_of(4),), dynamic_shapes=batch_of_any_size)
+    images, labels = images_of(6), torch.randint(10, (6,))
+    gradients = []
+    for trained in (program.module(), model):
+        loss = F.cross_entropy(trained(images), labels)
+        names, parameters = zip(*trained.named_parameters(), strict=True)
+        gradients.append(dict(zip(names, torch.autograd.grad(loss, parameters), strict=True)))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
 def test_export_of_a_joint_training_graph():
     """Forward, loss and backward in one program, the fused backward as one operator a block."""
     from torch._functorch.aot_autograd import aot_export_joint_simple
 
-    block = by_name("simplecnn2_n2")
-    operands, _ = exact_case(block.name, torch.float32)
-    leaves = [t.detach().requires_grad_() for t in operands[:3]]
+    leaves = [torch.randn(s, requires_grad=True) for s in ((2, 3, 8, 8), (4, 3, 3, 3), (4,))]
     graph = aot_export_joint_simple(
-        lambda *t: (conv_relu_max_pool2d(*t, *block.conv_arguments, **block.fused_keywords),),
-        leaves,
-        trace_joint=True,
+        lambda *tensors: (conv_relu_max_pool2d(*tensors),), leaves, trace_joint=True
     )
     targets = [node.target for node in graph.graph.nodes]
     assert targets.count(torch.ops.fusedcnn.conv_relu_max_pool2d_backward.default) == 1
     assert targets.count(FORWARD) == 1
 
 
-def test_export_to_a_file(tmp_path):
+def test_export_to_a_file(tmp_path, model):
     """Saved and loaded in another process, which has to import fusedcnn and nothing else."""
-    model = fusedcnn.FusedSimpleCNN().eval()
-    images = torch.randn(3, 3, 32, 32)
+    images = images_of(3)
     torch.export.save(torch.export.export(model, (images,)), tmp_path / "model.pt2")
     torch.save((images, model(images)), tmp_path / "case.pt")
     code = """
@@ -140,37 +124,30 @@ def test_the_decomposition_is_the_operator(block, layout, exact):
     operands, _ = exact_case(block.name, torch.float32)
     tensors = operands.map(lambda t: with_layout(t, layout))[:3]
     geometry = list(block.pack())
-    output, code = FORWARD(*tensors, geometry, True)
-    ours, our_code = decomposition(*tensors, geometry, True)
-    assert torch.equal(ours, output)
-    assert torch.equal(our_code, code)
-    assert our_code.dtype == code.dtype
-    assert ours.stride() == output.stride() or output.numel() <= 1 or 1 in output.shape
-    assert our_code.stride() == code.stride() or code.numel() <= 1 or 1 in code.shape
+    theirs, ours = (f(*tensors, geometry, True) for f in (FORWARD, decomposition))
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
+        assert one.dtype == other.dtype
+        assert one.stride() == other.stride() or one.numel() <= 1 or 1 in one.shape
     assert decomposition(*tensors, geometry, False)[1].shape == (0,)
 
 
 def test_the_decomposition_with_nan():
     """A NaN wins its window and is on."""
-    input = torch.tensor([[1.0, torch.nan, 2.0, 3.0], [torch.nan, 5.0, -1.0, -1.0]])
-    weight = torch.ones(1, 1, 1, 1)
+    input = torch.tensor([[[[1.0, torch.nan, 2.0, 3.0], [torch.nan, 5.0, -1.0, -1.0]]]])
     geometry = list(Block("nan", (1, 1, 2, 4), 1, kernel=1).pack())
-    arguments = (input.view(1, 1, 2, 4), weight, None, geometry, True)
-    output, code = FORWARD(*arguments)
-    ours, our_code = fusedcnn.decompositions()[FORWARD](*arguments)
-    torch.testing.assert_close(ours, output, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(our_code, code)
+    arguments = (input, torch.ones(1, 1, 1, 1), None, geometry, True)
+    ours, theirs = fusedcnn.decompositions()[FORWARD](*arguments), FORWARD(*arguments)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-def test_export_decomposes_when_asked():
+def test_export_decomposes_when_asked(model):
     """run_decompositions with our table: stock operators alone, the same result."""
-    model = fusedcnn.FusedSimpleCNN().eval()
-    images = torch.randn(2, 3, 32, 32)
-    program = torch.export.export(model, (images,))
+    program = torch.export.export(model, (images_of(2),))
     assert count(program.run_decompositions()) == 2
     stock = program.run_decompositions(fusedcnn.decompositions())
     assert not any("fusedcnn" in str(node.target) for node in stock.graph.nodes)
-    torch.testing.assert_close(stock.module()(images), model(images), **CLOSE)
+    assert_agree(stock.module(), model, 2)
 
 
 # ---- AOTInductor ---------------------------------------------------------------------------------
@@ -190,10 +167,7 @@ def package(tmp_path_factory):
 
 def test_aot_inductor_from_python(package):
     path, model = package
-    compiled = torch._inductor.aoti_load_package(str(path))
-    for n in (1, 4, 9):
-        images = torch.randn(n, 3, 32, 32)
-        torch.testing.assert_close(compiled(images), model(images), **CLOSE)
+    assert_agree(torch._inductor.aoti_load_package(str(path)), model, 1, 4, 9)
 
 
 def test_aot_inductor_from_cpp(package, tmp_path):
@@ -216,7 +190,7 @@ def test_aot_inductor_from_cpp(package, tmp_path):
     run(cmake, "--build", build)
     program, library = build / "run_simple_cnn", fusedcnn.build_info()["library"]
     for n in (1, 6):
-        images = torch.randn(n, 3, 32, 32)
+        images = images_of(n)
         (tmp_path / "images").write_bytes(images.numpy().tobytes())
         # LD_DEBUG lists every library that is loaded, those that dlopen brings included.
         environ |= {"LD_DEBUG": "files", "LD_DEBUG_OUTPUT": str(tmp_path / "loaded")}
@@ -241,13 +215,12 @@ def test_aot_inductor_from_cpp(package, tmp_path):
 # ---- ONNX ----------------------------------------------------------------------------------------
 
 
-def onnx_session(model, input: torch.Tensor | None, path: Path, **options):
+def onnx_session(model, arguments: tuple[torch.Tensor, ...], path: Path, **options):
     """What ONNX Runtime makes of a plain export, and the operators in it."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     import onnxruntime
 
-    arguments = () if input is None else (input,)
     program = torch.onnx.export(model, arguments, dynamo=True, verbose=False, **options)
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -260,29 +233,25 @@ def onnx_session(model, input: torch.Tensor | None, path: Path, **options):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_onnx(training, tmp_path):
+def test_onnx(training, tmp_path, model):
     """Conv, Relu and MaxPool, once a block, without any table given to the exporter."""
-    model = fusedcnn.FusedSimpleCNN().train(training)
+    model.train(training)
     if training:
         model.classifier[3] = nn.Identity()
-    run, operators = onnx_session(
-        model, torch.randn(2, 3, 32, 32), tmp_path / "m.onnx", dynamic_shapes=batch_of_any_size
-    )
+    path = tmp_path / "m.onnx"
+    run, operators = onnx_session(model, (images_of(2),), path, dynamic_shapes=batch_of_any_size)
     assert operators[:6] == ["Conv", "Relu", "MaxPool"] * 2
     assert set(operators[6:]) <= {"Reshape", "Shape", "Concat", "Gemm", "Relu", "Flatten"}
-    for n in (1, 2, 7):
-        images = torch.randn(n, 3, 32, 32)
-        torch.testing.assert_close(run(images), model(images), **CLOSE)
+    assert_agree(run, model, 1, 2, 7)
 
 
-def test_onnx_of_an_exported_program(tmp_path):
+def test_onnx_of_an_exported_program(tmp_path, model):
     """Taken apart first, for the exporter does not see the module any more."""
-    model = fusedcnn.FusedSimpleCNN().eval()
-    images = torch.randn(2, 3, 32, 32)
-    program = torch.export.export(model, (images,)).run_decompositions(fusedcnn.decompositions())
-    run, operators = onnx_session(program, None, tmp_path / "m.onnx")
+    program = torch.export.export(model, (images_of(2),))
+    program = program.run_decompositions(fusedcnn.decompositions())
+    run, operators = onnx_session(program, (), tmp_path / "m.onnx")
     assert operators[:6] == ["Conv", "Relu", "MaxPool"] * 2
-    torch.testing.assert_close(run(images), model(images), **CLOSE)
+    assert_agree(run, model, 2)
 
 
 @pytest.mark.parametrize(
@@ -290,23 +259,28 @@ def test_onnx_of_an_exported_program(tmp_path):
 )
 def test_onnx_geometries(name, tmp_path, exact):
     """Arguments arrive in the ONNX nodes: exact on integers."""
-    block = by_name(name)
-    operands, _ = exact_case(name, torch.float32)
-    model = ExactModel(block)
-    run, operators = onnx_session(model, operands.input, tmp_path / "m.onnx")
+    block, (operands, expected) = by_name(name), exact_case(name, torch.float32)
+    model = fusedcnn.ConvReLUMaxPool2d(
+        block.input[-3],
+        block.out_channels,
+        block.kernel,
+        *block.conv_arguments,
+        block.bias,
+        **block.fused_keywords,
+    )
+    parameters = {"weight": operands.weight, "bias": operands.bias}
+    model.load_state_dict({k: v for k, v in parameters.items() if v is not None})
+    run, operators = onnx_session(model, (operands.input,), tmp_path / "m.onnx")
     assert {"Conv", "Relu", "MaxPool"} <= set(operators) <= {"Conv", "Relu", "MaxPool", "Pad"}
-    assert torch.equal(run(operands.input), model(operands.input))
+    assert torch.equal(run(operands.input), expected.output)
 
 
 def test_onnx_of_a_fused_model(tmp_path):
     """A stranger's model, fused with its normalisation folded."""
-    stock = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()
-    ).eval()
+    stock = nn.Sequential(*block(nn.BatchNorm2d(4)), nn.Flatten()).eval()
     stock[1].running_mean.uniform_(-1, 1)
     model = fusedcnn.fuse(stock)
     assert isinstance(model[0], fusedcnn.ConvReLUMaxPool2d)
-    images = torch.randn(2, 3, 12, 12)
-    run, operators = onnx_session(model, images, tmp_path / "m.onnx")
+    run, operators = onnx_session(model, (images_of(2),), tmp_path / "m.onnx")
     assert {"Conv", "Relu", "MaxPool"} <= set(operators)
-    torch.testing.assert_close(run(images), stock(images), **CLOSE)
+    assert_agree(run, stock, 2)

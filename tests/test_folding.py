@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+
 import fusedcnn
 import pytest
 import torch
 from fusedcnn.folding import ConvBatchNormReLUMaxPool2d
+from fusing import block
 from torch import nn
 
 
-def model(dtype: torch.dtype) -> nn.Sequential:
-    torch.manual_seed(1)
+def both(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """A model and its fused copy, which share no tensors."""
     norm = nn.BatchNorm2d(4)
     for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
         nn.init.uniform_(tensor, 0.5, 2)
-    layers = nn.Conv2d(3, 4, 3, padding=1), norm, nn.ReLU(), nn.MaxPool2d(2)
-    return nn.Sequential(*layers).eval().to(dtype)
+    stock = nn.Sequential(*block(norm)).eval().to(dtype)
+    fused = fusedcnn.fuse(copy.deepcopy(stock))
+    assert isinstance(fused[0], ConvBatchNormReLUMaxPool2d)
+    return stock, fused
 
 
 def setting(name, value):
@@ -85,8 +90,7 @@ TOLERANCES = {torch.float64: 1e-12, torch.bfloat16: 28 * 4 / 5 * 3 * 2 * 2.0**-9
 @pytest.mark.parametrize("state", STATES)
 def test_follows_the_stock_layer(state, dtype):
     """Brought into a state after fusing, in evaluation mode, then training, then evaluation."""
-    stock, fused = model(dtype), fusedcnn.fuse(model(dtype))
-    assert isinstance(fused[0], ConvBatchNormReLUMaxPool2d)
+    stock, fused = both(dtype)
     images = torch.randn(2, 3, 8, 8, dtype=dtype)
     for module in (stock, fused):
         STATES[state](module[1])
@@ -102,8 +106,7 @@ def test_follows_the_stock_layer(state, dtype):
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (8, 8), (1, 1, 3, 8, 8), (2, 5, 8, 8)])
 def test_inputs_of_other_ranks(shape):
-    stock = model(torch.float32)
-    fused = fusedcnn.fuse(stock)
+    stock, fused = both(torch.float32)
     with pytest.raises((RuntimeError, ValueError)) as theirs:
         stock(torch.ones(shape))
     with pytest.raises(theirs.type):
@@ -111,9 +114,7 @@ def test_inputs_of_other_ranks(shape):
 
 
 def test_a_bias_that_conv2d_refuses():
-    stock = model(torch.float32)
-    fused = fusedcnn.fuse(stock)
-    for module in (stock, fused):
+    for module in both(torch.float32):
         module[0].bias = nn.Parameter(torch.ones(1))
         with pytest.raises(RuntimeError, match="bias"):
             module(torch.ones(1, 3, 8, 8))
@@ -121,9 +122,7 @@ def test_a_bias_that_conv2d_refuses():
 
 def test_statistics_given_back():
     """As test-time adaptation takes them away and restores them."""
-    stock = model(torch.float64)
-    fused = fusedcnn.fuse(stock)
-    images = torch.randn(2, 3, 8, 8).double()
+    fused, images = both(torch.float64)[1], torch.randn(2, 3, 8, 8).double()
     expected, kept = fused(images), fused[1].running_mean
     fused[1].running_mean = None
     with pytest.raises(RuntimeError, match="running_mean"):

@@ -10,29 +10,23 @@ import fusedcnn
 import pytest
 import torch
 import torch.nn.functional as F
+from fusing import Net, block, blocks
 from torch import nn
 
-
-class Base(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3, padding=1)
-        self.relu = nn.ReLU()
-        self.pool = nn.MaxPool2d(2)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, input):
-        return self.head(self.features(input).mean((2, 3)))
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-class Modules(Base):
+class Modules(Net):
     """A method that runs the whole chain of modules."""
 
     def features(self, input):
         return self.pool(self.relu(self.conv(input)))
 
+    def forward(self, input):
+        return self.features(input).mean((2, 3))
 
-class Functions(Base):
+
+class Functions(Modules):
     """A method whose functions stay in it when forward is rewritten."""
 
     def features(self, input):
@@ -42,67 +36,56 @@ class Functions(Base):
         return self.features(input).mean()
 
 
-class BeforeThePool(Base):
+class BeforeThePool(Net):
     """A method that runs a part of the chain."""
 
     def features(self, input):
         return self.relu(self.conv(input))
 
     def forward(self, input):
-        return self.head(self.pool(self.features(input)).mean((2, 3)))
+        return self.pool(self.features(input))
 
 
-class BehindTheConvolution(Base):
+class BehindTheConvolution(Net):
     """A method that runs the modules that would be nn.Identity."""
 
     def reduce(self, input):
         return self.pool(self.relu(input))
 
     def forward(self, input):
-        return self.head(self.reduce(self.conv(input)).mean((2, 3)))
+        return self.reduce(self.conv(input))
 
 
-class FunctionsBehind(Base):
+class FunctionsBehind(BehindTheConvolution):
     """A method of nothing but functions, which mean the same to whoever calls it."""
 
     def reduce(self, input):
         return F.max_pool2d(F.relu(input), 2)
 
-    def forward(self, input):
-        return self.head(self.reduce(self.conv(input)).mean((2, 3)))
 
-
-class Another(Base):
+class Another(Net):
     """A method of a module inside that is no forward, with a function that stays in it."""
 
     def __init__(self):
-        super().__init__()
-        self.inner = Functions()
+        super().__init__(inner=Functions())
 
     def forward(self, input):
-        return self.head(self.inner.features(input).mean((2, 3)))
+        return self.inner.features(input)
 
 
-class OfTheParent(Base):
+class ConvReLU(Net):
+    def forward(self, input):
+        return F.relu(self.conv(input))
+
+
+class OfTheParent(Modules):
     """Methods around a child's forward: what they call is the rewritten forward."""
 
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3, padding=1)
-
-        def forward(self, input):
-            return F.relu(self.conv(input))
-
     def __init__(self):
-        super().__init__()
-        self.block = self.Block()
+        super().__init__(block=ConvReLU())
 
     def features(self, input):
         return self.pool(self.block(input))
-
-
-IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 def fused(cls):
@@ -121,9 +104,8 @@ def fused(cls):
 def test_methods_that_still_compute_the_same(cls, method):
     model, other, reason = fused(cls)
     assert not reason
-    assert any(isinstance(m, fusedcnn.ConvReLUMaxPool2d) for m in other.modules())
-    images = IMAGES if method == "features" else torch.randn(2, 4, 8, 8)
-    torch.testing.assert_close(getattr(other, method)(images), getattr(model, method)(images))
+    assert blocks(other) == 1
+    torch.testing.assert_close(getattr(other, method)(IMAGES), getattr(model, method)(IMAGES))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +119,7 @@ def test_methods_that_still_compute_the_same(cls, method):
 def test_chains_that_methods_share(cls, reason):
     _, other, given = fused(cls)
     assert given.startswith(reason)
-    assert not any(isinstance(m, fusedcnn.ConvReLUMaxPool2d) for m in other.modules())
+    assert blocks(other) == 0
 
 
 def test_a_method_that_would_pool_twice_is_an_error():
@@ -154,13 +136,11 @@ def test_a_method_that_would_pool_twice_is_an_error():
 # ---- methods that forward does not call ----------------------------------------------------------
 
 
-class Unseen(nn.Module):
+class Unseen(Net):
     """Each method but the last ones runs a part of what is fused."""
 
     def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
-        self.conv, self.relu, self.pool = nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(2)
+        super().__init__(features=nn.Sequential(*block(channels=(3, 3))))
 
     def forward(self, input):
         return self.pool(self.relu(self.conv(self.features(input))))
@@ -181,7 +161,7 @@ class Unseen(nn.Module):
         return input
 
     def walked(self, input):
-        for layer in list(self.modules())[2:4]:
+        for layer in list(self.modules())[1:3]:
             input = layer(input)
         return input
 
@@ -214,7 +194,7 @@ def test_methods_that_forward_does_not_call_warn(method, inplace):
     model = Unseen().eval()
     expected = getattr(model, method)(IMAGES)
     other = fusedcnn.fuse(model, inplace=inplace)
-    assert sum(isinstance(m, fusedcnn.ConvReLUMaxPool2d) for m in other.modules()) == 2
+    assert blocks(other) == 2
     for twin in (other, copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
         with pytest.warns(UserWarning, match=rf"Unseen\.{method} .* call fusedcnn\.unfuse") as seen:
             getattr(twin, method)(IMAGES)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import linecache
 import types
+from collections.abc import Callable
+from typing import Any
 
 import fusedcnn
 import pytest
 import torch
-from fusing import LeNet, assert_equal, block, blocks, integers, run, with_integers
-from torch import nn
-from torch.utils.checkpoint import checkpoint_sequential
+from fusing import LeNet, Net, assert_equal, block, blocks, integers, net, run, with_integers
+from torch import Tensor, nn
 
 pytestmark = [
     pytest.mark.usefixtures("exact"),
@@ -18,25 +20,23 @@ pytestmark = [
 ]
 
 
+def two_blocks() -> nn.Sequential:
+    return nn.Sequential(*block(), *block(channels=(4, 4)))
+
+
 class Base(nn.Module):
     """Two chains in a Sequential, and a forward that torch.fx cannot follow."""
 
-    def __init__(self):
+    def __init__(self, **attributes):
         super().__init__()
-        self.features = nn.Sequential(*block(), *block(channels=(4, 4)))
+        self.features = two_blocks()
+        for name, value in attributes.items():
+            setattr(self, name, value)
 
     def forward(self, images):
         if images.sum() > 1e30:
             images = images + 1
         return self.run(images)
-
-    def run(self, images):
-        raise NotImplementedError
-
-
-def by_value(images):
-    """Not followed by torch.fx; 0 but for huge images."""
-    return 1 if images.sum() > 1e30 else 0
 
 
 def first_two(layers, images):
@@ -47,170 +47,44 @@ def outer_two(model, images):
     return first_two(model.features, images)
 
 
-# ---- parts ---------------------------------------------------------------------------------------
-
-
-class Sliced(nn.Module):
-    """Nothing else that torch.fx could not follow."""
-
-    def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential(*block(), *block(channels=(4, 4)))
-
-    def forward(self, images):
-        low = self.features[:2](images)
-        return low.mean() + self.features[2:](low)
-
-
-class SlicedInBase(Base):
-    def run(self, images):
-        return self.features[:2](images)
-
-
-class Indexed(Base):
-    def run(self, images):
-        return self.features[1](self.features[0](images))
-
-
-class IndexedByName(Base):
-    def run(self, images):
-        return getattr(self.features, "1")(getattr(self.features, "0")(images))
-
-
-class Iterated(Base):
-    def run(self, images):
-        kept = []
-        for layer in self.features:
-            images = layer(images)
-            kept.append(images.mean())
-        return torch.stack(kept)
-
-
-class Enumerated(Base):
-    def run(self, images):
-        for i, layer in enumerate(self.features):
-            images = layer(images)
-            if i == 1:
-                break
-        return images
-
-
-class Listed(Base):
-    def run(self, images):
-        layers = list(self.features)
-        return layers[1](layers[0](images))
-
-
-class Unpacked(Base):
-    def run(self, images):
-        conv, relu, *_ = self.features
-        return relu(conv(images))
-
-
-class Named(Base):
-    def run(self, images):
-        layers = self.features
-        return layers[1](layers[0](images))
-
-
-class NamedByWalrus(Base):
-    def run(self, images):
-        return (layers := self.features)[1](layers[0](images))
-
-
-class Children(Base):
-    def run(self, images):
-        for _, layer in zip(range(2), self.features.children(), strict=False):
-            images = layer(images)
-        return images
-
-
-class NamedChildren(Base):
-    def run(self, images):
-        for name, layer in self.features.named_children():
-            images = layer(images)
-            if name == "1":
-                break
-        return images
-
-
-class OwnChildren(Base):
-    def run(self, images):
-        return first_two(next(iter(self.children())), images)
-
-
-class Modules(Base):
-    def run(self, images):
-        relu = next(m for m in self.modules() if isinstance(m, nn.ReLU))
-        conv = next(m for m in self.modules() if isinstance(m, nn.Conv2d))
-        return relu(conv(images))
-
-
-class Table(Base):
-    def run(self, images):
-        return first_two(list(self._modules["features"]._modules.values()), images)
-
-
-class Attributes(Base):
-    def run(self, images):
-        return first_two(self.__dict__["_modules"]["features"], images)
-
-
-class ByGetattr(Base):
-    def run(self, images):
-        return first_two(getattr(self, "features"), images)  # noqa: B009
-
-
-class ByVars(Base):
-    def run(self, images):
-        me = locals()["self"]
-        return first_two(me.features, images)
-
-
-class BySubmodule(Base):
-    def run(self, images):
-        return self.get_submodule("features.1")(self.get_submodule("features.0")(images))
-
-
-class ForwardAlone(Base):
-    """Past __call__ of the Sequential: also a use that is no call of it."""
-
-    def run(self, images):
-        return nn.Sequential.forward(self.features[:2], images)
-
-
-class Handed(Base):
-    def run(self, images):
-        return first_two(self.features, images)
-
-
-class HandedWhole(Base):
-    def run(self, images):
-        return outer_two(self, images)
-
-
-class HandedByKeyword(Base):
-    def run(self, images):
-        return first_two(layers=self.features, images=images)
-
-
 class Runner(nn.Module):
     def forward(self, layers, images):
         return first_two(layers, images)
 
 
-class HandedToAModule(Base):
-    def __init__(self):
-        super().__init__()
-        self.runner = Runner()
+# ---- parts ---------------------------------------------------------------------------------------
 
-    def run(self, images):
-        return self.runner(self.features, images)
+# What `run` of a class derived from Base returns; fuse reads it in the source.
+IDIOMS = {
+    "slice": "self.features[:2](images)",
+    "index": "self.features[1](self.features[0](images))",
+    "name of a layer": "getattr(self.features, '1')(getattr(self.features, '0')(images))",
+    "iteration": "torch.stack([images := layer(images) for layer in list(self.features)[:2]])",
+    "unpacking": "(lambda conv, relu, *_: relu(conv(images)))(*self.features)",
+    "name": "(layers := self.features)[1](layers[0](images))",
+    "children": "first_two(list(self.features.children()), images)",
+    "own children": "first_two(next(iter(self.children())), images)",
+    "modules": "first_two(list(self.modules())[2:], images)",
+    "table": "first_two(list(self._modules['features']._modules.values()), images)",
+    "dict": "first_two(self.__dict__['_modules']['features'], images)",
+    "getattr": "first_two(getattr(self, 'features'), images)",
+    "locals": "first_two(locals()['self'].features, images)",
+    "submodule": "self.get_submodule('features.1')(self.get_submodule('features.0')(images))",
+    "forward of the class": "nn.Sequential.forward(self.features[:2], images)",
+    "argument": "first_two(self.features, images)",
+    "self as argument": "outer_two(self, images)",
+    "keyword": "first_two(layers=self.features, images=images)",
+    "nested function": "(lambda i: self.features[i])(slice(2))(images)",
+}
 
 
-class Checkpointed(Base):
-    def run(self, images):
-        return checkpoint_sequential(self.features, 4, images, use_reentrant=False)
+def derived(expression: str) -> type[Base]:
+    """A class whose `run` returns the expression, its source where `inspect` looks for it."""
+    source, file = f"def run(self, images):\n    return {expression}\n", f"<{expression}>"
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
+    namespace: dict[str, Any] = {}
+    exec(compile(source, file, "exec"), globals(), namespace)
+    return type("Derived", (Base,), namespace)
 
 
 class Helper(Base):
@@ -230,12 +104,12 @@ class Property(Base):
         return first_two(self.layers, images)
 
 
-class Super(Indexed):
+class Super(Helper):
     def run(self, images):
         return super().run(images) + 1
 
 
-class OldSuper(Indexed):
+class OldSuper(Helper):
     def run(self, images):
         return super(OldSuper, self).run(images) + 1  # noqa: UP008
 
@@ -243,123 +117,6 @@ class OldSuper(Indexed):
 class SuperChildren(Base):
     def run(self, images):
         return first_two(next(iter(super().children())), images)
-
-
-class NestedFunction(Base):
-    def run(self, images):
-        def layer(i):
-            return self.features[i]
-
-        return layer(1)(layer(0)(images))
-
-
-class OnSelf(nn.Sequential):
-    def forward(self, images):
-        if by_value(images):
-            return images
-        return first_two(self, images)
-
-
-class Grandchild(Base):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Module()
-        self.inner.features = self.features
-        del self.features
-
-    def run(self, images):
-        return first_two(self.inner.features, images)
-
-
-class BesideItself(Base):
-    """A unit that is called, and of which a layer is called."""
-
-    class Unit(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.relu, self.pool = block()
-
-        def forward(self, images):
-            return self.pool(self.relu(self.conv(images)))
-
-    def __init__(self):
-        super().__init__()
-        self.unit = self.Unit()
-        del self.features
-
-    def run(self, images):
-        return self.unit(images).mean() + self.unit.conv(images)
-
-
-class ListOfLayers(Base):
-    """Held beside the children."""
-
-    def __init__(self):
-        super().__init__()
-        self.taps = [self.features[0], self.features[1]]
-
-    def run(self, images):
-        return first_two(self.taps, images)
-
-
-class ObjectOfLayers(Base):
-    def __init__(self):
-        super().__init__()
-        self.taps = types.SimpleNamespace(deep={"layers": (self.features,)})
-
-    def run(self, images):
-        return first_two(self.taps.deep["layers"][0], images)
-
-
-class ListWithALayer(Base):
-    """Objects that hold more than what they list, and objects without __dict__."""
-
-    class Tagged(list):
-        pass
-
-    def __init__(self):
-        super().__init__()
-        self.taps = self.Tagged()
-        self.taps.layers = self.features
-
-    def run(self, images):
-        return first_two(self.taps.layers, images)
-
-
-class PartialOfLayers(Base):
-    def __init__(self):
-        super().__init__()
-        self.tap = functools.partial(first_two, self.features)
-
-    def run(self, images):
-        return self.tap(images)
-
-
-class FunctionOfLayers(Base):
-    def __init__(self):
-        super().__init__()
-        self.tap = lambda images: first_two(self.features, images)
-
-    def run(self, images):
-        return self.tap(images)
-
-
-class DefaultOfAFunction(Base):
-    def __init__(self):
-        super().__init__()
-        self.tap = lambda images, layers=self.features: first_two(layers, images)
-
-    def run(self, images):
-        return self.tap(images)
-
-
-class MethodList(Base):
-    def __init__(self):
-        super().__init__()
-        self.steps = [self.features.__getitem__]
-
-    def run(self, images):
-        return self.steps[0](slice(2))(images)
 
 
 class Decorated(Base):
@@ -384,84 +141,115 @@ class OverriddenGetattr(Base):
         return self.tapped(images)
 
 
-class InAModuleList(Base):
-    def __init__(self):
-        super().__init__()
-        self.stages = nn.ModuleList([self.features[:3], self.features[3:]])
-        del self.features
-
-    def run(self, images):
-        return self.stages[:1][0][:2](images)
+class OnSelf(nn.Sequential):
+    def forward(self, images):
+        if images.sum() > 1e30:
+            return images
+        return first_two(self, images)
 
 
-class SharedByTwo(Base):
+class Tagged(list):
+    """Holds more than what it lists."""
+
+
+def tagged(layers: nn.Sequential) -> Tagged:
+    result = Tagged()
+    result.layers = layers
+    return result
+
+
+def called(held: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    return held(images)
+
+
+# Layers held beside the children: what the attribute is, and how it is used.
+HELD = {
+    "list": (lambda layers: list(layers), first_two),
+    "object": (
+        lambda layers: types.SimpleNamespace(deep={"layers": (layers,)}),
+        lambda held, images: first_two(held.deep["layers"][0], images)),
+    "list with a layer": (tagged, lambda held, images: first_two(held.layers, images)),
+    "partial": (lambda layers: functools.partial(first_two, layers), called),
+    "closure": (lambda layers: lambda images: first_two(layers, images), called),
+    "default": (lambda layers: lambda images, layers=layers: first_two(layers, images), called),
+    "method": (lambda layers: [layers.__getitem__], lambda held, x: held[0](slice(2))(x)),
+}  # fmt: skip
+
+
+def held(how: str) -> nn.Module:
+    """A model that holds the layers of its `features` once more."""
+    hold, use = HELD[how]
+    model = derived("self.use(self.held, images)")(use=use)
+    model.held = hold(model.features)
+    return model
+
+
+def grandchild() -> nn.Module:
+    inner = nn.Module()
+    inner.features = two_blocks()
+    return derived("first_two(self.inner.features, images)")(features=None, inner=inner)
+
+
+def called_by_two() -> nn.Module:
     """A Sequential in two places, taken apart in one of them."""
-
-    class Whole(nn.Module):
-        def __init__(self, layers):
-            super().__init__()
-            self.layers = layers
-
-        def forward(self, images):
-            return self.layers(images)
-
-    def __init__(self):
-        super().__init__()
-        self.whole = self.Whole(self.features)
-
-    def run(self, images):
-        return self.whole(images).mean() + first_two(self.features, images)
+    model = derived("self.whole(images).mean() + first_two(self.features, images)")()
+    model.whole = net(lambda self, images: self.layers(images), layers=model.features)
+    return model
 
 
-class NotChildrenButFollowed(nn.Module):
+def followed() -> nn.Module:
     """torch.fx could follow this one, and would be told of other layers than those called."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(*block(nn.BatchNorm2d(4)))
-        self.held = tuple(self.layers)
 
     def forward(self, images):
         for layer in self.held:
             images = layer(images)
         return images
 
-
-class HeldConvolution(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.relu, self.pool = block()
-        self.table = {"conv": self.conv}
-
-    def forward(self, images):
-        return self.pool(self.relu(self.table["conv"](images)))
+    layers = nn.Sequential(*block(nn.BatchNorm2d(4)))
+    return net(forward, layers=layers, held=tuple(layers))
 
 
-IN_PARTS = [
-    Sliced, SlicedInBase, Indexed, IndexedByName, Iterated, Enumerated, Listed, Unpacked, Named,
-    NamedByWalrus, Children, NamedChildren, OwnChildren, Modules, Table, Attributes, ByGetattr,
-    ByVars, BySubmodule, ForwardAlone, Handed, HandedWhole, HandedByKeyword, HandedToAModule,
-    Checkpointed, Helper, Property, Super, OldSuper, SuperChildren, NestedFunction, Grandchild,
-    BesideItself, ListOfLayers, ObjectOfLayers,
-    ListWithALayer, PartialOfLayers, FunctionOfLayers, DefaultOfAFunction, MethodList,
-    Decorated, OverriddenGetattr, InAModuleList, SharedByTwo, NotChildrenButFollowed,
-    HeldConvolution,
-]  # fmt: skip
-MAKERS = {cls.__name__: cls for cls in IN_PARTS} | {
-    "OnSelf": lambda: OnSelf(*block()),
-    "in a traced model": lambda: nn.Sequential(Indexed(), nn.Flatten()),
-    "in an untraced model": lambda: nn.DataParallel(Indexed()),
-}
+def conv_in_a_table() -> nn.Module:
+    model = net(lambda self, images: self.pool(self.relu(self.table["conv"](images))))
+    model.table = {"conv": model.conv}
+    return model
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("name", MAKERS)
-def test_layers_that_may_run_apart_stay(name, inplace):
+def followed_slice(self: Net, images: Tensor) -> Tensor:
+    low = self.features[:2](images)
+    return low.mean() + self.features[2:](low)
+
+
+IN_PARTS = {
+    **{name: derived(expression) for name, expression in IDIOMS.items()},
+    **{
+        cls.__name__: cls
+        for cls in (Helper, Property, Super, OldSuper, SuperChildren, Decorated, OverriddenGetattr)
+    },
+    **{f"held: {how}": functools.partial(held, how) for how in HELD},
+    "argument of a module": lambda: derived("self.runner(self.features, images)")(runner=Runner()),
+    "called and in parts": lambda: derived("self.unit(images).mean() + self.unit.conv(images)")(
+        features=None, unit=net(lambda self, images: self.pool(self.relu(self.conv(images))))),
+    "grandchild": grandchild,
+    "ModuleList": lambda: derived("self.stages[:1][0][:2](images)")(
+        features=None, stages=nn.ModuleList([nn.Sequential(*block())])),
+    "on self": lambda: OnSelf(*block()),
+    "called by two": called_by_two,
+    "followed slice": lambda: net(followed_slice, features=two_blocks()),
+    "followed": followed,
+    "convolution in a table": conv_in_a_table,
+    "in a traced model": lambda: nn.Sequential(derived(IDIOMS["index"])(), nn.Flatten()),
+    "in an untraced model": lambda: nn.DataParallel(derived(IDIOMS["index"])()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_layers_that_may_run_apart_stay(name):
     """The outputs and gradients are the model's, and the report says what is in the way."""
-    model = with_integers(MAKERS[name]()).eval()
+    model = with_integers(IN_PARTS[name]()).eval()
     images = integers((2, 3, 12, 12))
     expected, before = run(model, images), repr(model)
-    fused, report = fusedcnn.fuse(model, inplace=inplace, report=True)
+    fused, report = fusedcnn.fuse(model, report=True)
     assert_equal(run(fused, images), expected)
     assert repr(fused) == before
     assert not any(row.fused for row in report)
@@ -489,12 +277,10 @@ class Whole(Base):
     scale = 1.0
 
     def __init__(self):
-        super().__init__()
-        self.head = nn.Conv2d(4, 4, 1)
-        self.act, self.config = torch.relu, Config()
-        self.kind = nn.ReLU
+        super().__init__(
+            head=nn.Conv2d(4, 4, 1), act=torch.relu, config=Config(), kind=nn.ReLU, seen=None
+        )
         self.register_buffer("mean", torch.zeros(1))
-        self.seen = None
 
     @property
     def twice(self):
@@ -517,6 +303,9 @@ class Whole(Base):
 
 
 class WholeByMethods(Base):
+    def forward(self, images):
+        return super().forward(images)
+
     def run(self, images):
         return sum(self.step(images) for _ in range(2))
 
@@ -524,24 +313,20 @@ class WholeByMethods(Base):
         return self.features(images)
 
 
-class WholeUnit(Base):
-    def __init__(self):
-        super().__init__()
-        self.unit = LeNet()
-        del self.features
-
-    def run(self, images):
-        return self.unit(images)
-
-
 @pytest.mark.parametrize(
-    ("cls", "count", "channels", "size"),
-    [(Whole, 2, 3, 12), (WholeByMethods, 2, 3, 12), (WholeUnit, 2, 1, 28)],
+    ("make", "shape"),
+    [
+        (derived("self.features(images)"), (2, 3, 12, 12)),
+        (Whole, (2, 3, 12, 12)),
+        (WholeByMethods, (2, 3, 12, 12)),
+        (lambda: derived("self.features(images)")(features=LeNet()), (2, 1, 28, 28)),
+    ],
+    ids=["expression", "much around it", "methods", "LeNet"],
 )
-def test_modules_that_are_called_as_a_whole_are_fused(cls, count, channels, size):
-    model = with_integers(cls())
+def test_modules_that_are_called_as_a_whole_are_fused(make, shape):
+    model = with_integers(make())
     fused = fusedcnn.fuse(model)
-    assert blocks(fused) == count
-    images = integers((2, channels, size, size))
+    assert blocks(fused) == 2
+    images = integers(shape)
     for training in (True, False):
         assert_equal(run(fused.train(training), images), run(model.train(training), images))

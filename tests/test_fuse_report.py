@@ -5,49 +5,21 @@ from __future__ import annotations
 import fusedcnn
 import pytest
 import torch.nn.functional as F
-from fusing import assert_left_alone, block
+from fusing import assert_left_alone, block, net
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("exact")
 
 
-class LeakyFunction(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3)
-
-    def forward(self, images):
-        return F.max_pool2d(F.leaky_relu(self.conv(images)), 2)
-
-
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3, padding=1)
-
-    def forward(self, images):
-        return F.max_pool2d(F.relu(self.conv(images) + images), 2)
-
-
-class DropoutInTraining(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3)
-
-    def forward(self, images):
-        images = F.relu(self.conv(images))
-        images = F.dropout(images) if self.training else images
-        return F.max_pool2d(images, 2)
+def by_dropout(self, images):
+    images = F.relu(self.conv(images))
+    images = F.dropout(images) if self.training else images
+    return F.max_pool2d(images, 2)
 
 
 class ActingNorm(nn.BatchNorm2d):
     def forward(self, images):
         return F.relu(super().forward(images))
-
-
-class ByValue(nn.Module):
-    def forward(self, images):
-        return images if images.sum() > 0 else -images
 
 
 def sequence(*layers: nn.Module) -> nn.Module:
@@ -58,18 +30,22 @@ NEAR_MISSES = {
     "leaky": (lambda: sequence(nn.LeakyReLU(), nn.MaxPool2d(2)), "'1' (LeakyReLU) stands where"),
     "leaky behind the norm": (
         lambda: sequence(nn.BatchNorm2d(4), nn.LeakyReLU(), nn.MaxPool2d(2)), "'2' (LeakyReLU)"),
-    "leaky function": (LeakyFunction, "leaky_relu stands where only BatchNorm2d and ReLU may"),
+    "leaky function": (
+        lambda: net(lambda self, x: F.max_pool2d(F.leaky_relu(self.conv(x)), 2)),
+        "leaky_relu stands where only BatchNorm2d and ReLU may"),
     "dropout before ReLU": (
         lambda: sequence(nn.Dropout(), nn.ReLU(), nn.MaxPool2d(2)), "'1' (Dropout) stands where"),
     "dropout behind ReLU": (
         lambda: sequence(nn.ReLU(), nn.Dropout2d(), nn.MaxPool2d(2)), "'2' (Dropout2d) stands"),
-    "dropout in training": (DropoutInTraining, "dropout stands where"),
+    "dropout in training": (lambda: net(by_dropout), "dropout stands where"),
     "group norm": (
         lambda: sequence(nn.GroupNorm(2, 4), nn.ReLU(), nn.MaxPool2d(2)), "'1' (GroupNorm) stands"),
     "norm behind ReLU": (
         lambda: sequence(nn.ReLU(), nn.BatchNorm2d(4), nn.MaxPool2d(2)),
         "'2' (BatchNorm2d) stands behind ReLU"),
-    "residual": (Residual, "add stands where"),
+    "residual": (
+        lambda: net(lambda self, x: F.max_pool2d(F.relu(self.conv(x) + x), 2)),
+        "add stands where"),
     "average pool": (lambda: sequence(nn.ReLU(), nn.AvgPool2d(2)), "'2' (AvgPool2d) is no max"),
     "adaptive max pool": (
         lambda: sequence(nn.ReLU(), nn.AdaptiveMaxPool2d(2)), "(AdaptiveMaxPool2d) is no max pool"),
@@ -90,7 +66,8 @@ def test_near_misses(case):
 
 
 def test_reports_print_as_lines(recwarn):
-    _, report = fusedcnn.fuse(nn.Sequential(*block(), ByValue()), report=True)
+    by_value = net(lambda self, x: x if x.sum() > 0 else -x)
+    _, report = fusedcnn.fuse(nn.Sequential(*block(), by_value), report=True)
     assert str(report).splitlines() == [str(row) for row in report]
     assert str(report[0]) == "0 -> 1 -> 2: fused"
     assert str(report[-1]).startswith("'3': left alone: torch.fx cannot follow its forward: ")

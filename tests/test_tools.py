@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 
 import fusedcnn
 import pytest
 import torch
+from fusing import block
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils import mkldnn
@@ -17,13 +19,11 @@ IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
 def stock(norm: bool = False) -> nn.Sequential:
-    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-    if norm:
-        layers.insert(1, nn.BatchNorm2d(8))
+    layers = block(*[nn.BatchNorm2d(8)] * norm, channels=(3, 8))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 5)).eval()
 
 
-MODELS = {
+MODELS: dict[str, Callable[[], nn.Sequential]] = {
     "fused": lambda: fusedcnn.fuse(stock()),
     "fused with its norm": lambda: fusedcnn.fuse(stock(norm=True)),
     "written": lambda: nn.Sequential(fusedcnn.ConvReLUMaxPool2d(3, 8, 3), nn.Flatten()).eval(),

@@ -36,26 +36,23 @@ def build(library: str, name: str) -> nn.Module:
     The wide linear layers of AlexNet and VGG, 120 million parameters behind the last pool, are made
     narrow: they say nothing about the convolutions, and would take most of the time.
     """
+    import_or_skip("torchvision")
+    # With init_weights it would draw numbers for parameters that have no memory yet.
+    options = {"aux_logits": True, "init_weights": False} if name == "googlenet" else {}
     with torch.device("meta"):
         if library == "timm":
-            import_or_skip("torchvision")
             model = import_or_skip("timm").create_model(name, num_classes=10)
             if name.startswith("vgg"):
                 model.pre_logits = type(model.pre_logits)(512, 32, 7)
                 model.head.fc = nn.Linear(32, 10)
         else:
-            import_or_skip("torchvision")
             models = importlib.import_module("torchvision.models")
-            # Without, it draws numbers for parameters that have no memory yet.
-            options = {"aux_logits": True, "init_weights": False} if name == "googlenet" else {}
             model = getattr(models, name)(num_classes=10, **options)
-        if library == "torchvision" and name.startswith(("alexnet", "vgg")):
-            inputs = None
-            for i, layer in enumerate(model.classifier):
-                if isinstance(layer, nn.Linear):
-                    outputs = min(layer.out_features, 32)
-                    model.classifier[i] = nn.Linear(inputs or layer.in_features, outputs)
-                    inputs = outputs
+            if name.startswith(("alexnet", "vgg")):
+                places = [i for i, m in enumerate(model.classifier) if isinstance(m, nn.Linear)]
+                widths = [model.classifier[places[0]].in_features, 32, 32, 10]
+                for place, inputs, outputs in zip(places, widths, widths[1:], strict=False):
+                    model.classifier[place] = nn.Linear(inputs, outputs)
     model = model.to_empty(device="cpu").double()
     with torch.no_grad():
         for module in model.modules():
