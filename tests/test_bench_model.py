@@ -62,6 +62,10 @@ class Wrong(nn.Module):
         factor = 1 + any(type(m).__name__ == "ConvReLUMaxPool2d" for m in self.modules())
         return self.net(x)["logits"] * factor
 
+class Detached(Net):
+    def forward(self, x):
+        return super().forward(x)["logits"].detach()
+
 made = Net()
 number = 3
 '''
@@ -143,6 +147,7 @@ def test_different_results_are_said_and_not_timed(models, capsys):
         (("zoo:Net", "--input", "1,5,24,24"), "model takes, got [1, 5, 24, 24]"),
         (("zoo:Net", "--input", "1,3,2,2"), "model takes, got [1, 3, 2, 2]"),
         (("zoo:Plain", "--input", "1,3,24,24"), "expected something to fuse"),
+        (("zoo:Detached", "--input", "1,3,24,24", "--train"), "backward run in float64 too, got Ru"),
         (("zoo:Net", "--input", "1,x"), "--input"),
         (("zoo:Net", "--input", "1,-3,24,24"), "--input"),
         (("zoo:Net", "--input", "1,3,24,24", "--threads", "0"), "--threads"),
