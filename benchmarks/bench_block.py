@@ -30,10 +30,10 @@ import torch
 from blocks import CASES, SIMPLECNN_1, SIMPLECNN_2, Case, Problem
 from contenders import contenders_on, race
 from fusedcnn._ops import _C
+from fusedcnn.bench import kept_bytes
 from options import Options, Parser, Run
 from report import Report
 from timing import at_best, force_kernel
-from torch import Tensor, nn
 
 BATCH_SIZES = {"cpu": [4, 64], "cuda": [4, 1024, 4096]}
 SMALL_BATCH = 4
@@ -51,13 +51,11 @@ def parse(arguments: list[str] | None) -> Options:
     parser.add_argument(
         "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="see --list"
     )
-
-    def finish(options: Options) -> None:
-        options.runs = options.pair_runs(BATCH_SIZES[options.device.type], SMALL_BATCH)
-        options.contenders = options.contenders or contenders_on(options.device.type)
-        options.expect_one("isa", "kernel")
-
-    return parser.read(arguments, finish)
+    options = parser.read(arguments)
+    options.contenders = options.contenders or contenders_on(options.device.type)
+    parser.expect_one(options, "isa", "kernel")
+    parser.pair_runs(options, BATCH_SIZES[options.device.type], SMALL_BATCH)
+    return options
 
 
 def run(options: Options) -> Report:
@@ -110,31 +108,11 @@ def measure_saved_bytes(
         images = torch.randn(batch, *image, dtype=dtype, device=device)
         images.requires_grad_(what == "block 2")  # whose input is an activation
         stock, fused = (
-            saved_bytes(model().features[part].to(device, dtype), images)
+            kept_bytes(model().features[part].to(device, dtype), [images])
             for model in (fusedcnn.SimpleCNN, fusedcnn.FusedSimpleCNN)
         )
         rows.append({"what": what, "batch": batch, "stock": stock, "fused": fused})
     return rows
-
-
-def saved_bytes(module: nn.Module, input: Tensor) -> int:
-    """Count the bytes of the distinct storages that autograd saves in a forward.
-
-    These are the input, the activations between the layers, indices and codes. Parameters are left
-    out: they live on whoever computes.
-    """
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor  # keeps the storage alive, so that no address comes twice
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = module(input)
-    for parameter in module.parameters():
-        saved.pop(parameter.untyped_storage().data_ptr(), None)
-    del output
-    return sum(saved.values())
 
 
 if __name__ == "__main__":
