@@ -22,6 +22,7 @@ arguments.
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,9 +32,9 @@ from blocks import CASES, SIMPLECNN_1, SIMPLECNN_2, Case, Problem
 from contenders import contenders_on, race
 from fusedcnn._ops import _C
 from fusedcnn.bench import kept_bytes
-from options import Options, Parser, Run
+from options import Parser, Run
 from report import Report
-from timing import at_best, force_kernel
+from timing import Clock, at_best, force_kernel
 
 BATCH_SIZES = {"cpu": [4, 64], "cuda": [4, 1024, 4096]}
 SMALL_BATCH = 4
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     return run(parse(arguments)).finish()
 
 
-def parse(arguments: list[str] | None) -> Options:
+def parse(arguments: list[str] | None) -> Namespace:
     """Read the command line."""
     parser = Parser("Time the fused block beside its peers.", min_time=0.2, rounds=10)
     parser.add_kernels()
@@ -54,11 +55,11 @@ def parse(arguments: list[str] | None) -> Options:
     options = parser.read(arguments)
     options.contenders = options.contenders or contenders_on(options.device.type)
     parser.expect_one(options, "isa", "kernel")
-    parser.pair_runs(options, BATCH_SIZES[options.device.type], SMALL_BATCH)
+    options.runs = parser.pair_runs(options, BATCH_SIZES[options.device.type], SMALL_BATCH)
     return options
 
 
-def run(options: Options) -> Report:
+def run(options: Namespace) -> Report:
     """Measure everything that the options ask for."""
     cases = [CASES[name] for name in options.cases]
     report = race_all(options, [(run, case) for run in options.runs for case in cases])
@@ -68,7 +69,7 @@ def run(options: Options) -> Report:
     return report
 
 
-def race_all(options: Options, works: Iterable[tuple[Run, Case]]) -> Report:
+def race_all(options: Namespace, works: Iterable[tuple[Run, Case]]) -> Report:
     """Race the contenders at each piece of work and precision."""
     torch.backends.cudnn.benchmark = True  # for everybody; the CPU does not ask
     device = options.device
@@ -84,7 +85,12 @@ def race_all(options: Options, works: Iterable[tuple[Run, Case]]) -> Report:
         limits = report.limits(run.threads, precision, isa)
         with force_kernel(device, kernel or "", isa):
             problem = Problem(case, run.batch, precision, device)
-            result = race(problem, options.contenders, options.clock(run.threads), report.say)
+            result = race(
+                problem,
+                options.contenders,
+                Clock(run.threads, options.min_time, options.rounds),
+                report.say,
+            )
         timed = {row["name"] for row in result["rows"] if row["status"] == "timed"}
         if case.passes and device.type == "cpu" and "fused" in timed:
             used = _C.last_selected()  # nobody else calls fusedcnn after the timing

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,9 +44,9 @@ from fusedcnn._ops import (
     below_autograd,
     forward_op,
 )
-from options import Options, Parser
+from options import Parser
 from report import Report
-from timing import Precision, at_best, force_kernel, time_rows
+from timing import Clock, Precision, at_best, force_kernel, time_rows
 from torch import Tensor
 
 SMALL_BATCH = 1
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     return run(parse(arguments)).finish()
 
 
-def parse(arguments: list[str] | None) -> Options:
+def parse(arguments: list[str] | None) -> Namespace:
     """Read the command line."""
     parser = Parser("Time kernels by name, or real blocks.", min_time=0.1, rounds=5)
     parser.add_kernels()
@@ -118,7 +119,7 @@ def parse(arguments: list[str] | None) -> Options:
     return options
 
 
-def run(options: Options) -> Report:
+def run(options: Namespace) -> Report:
     """Measure everything that the options ask for."""
     if options.whole:
         works = [
@@ -249,7 +250,7 @@ def time_kernels(
     calls: Calls,
     name: str,
     isa: str | None,
-    options: Options,
+    options: Namespace,
     threads: int,
     say: Callable[[str], object],
 ) -> dict[str, Any]:
@@ -290,7 +291,7 @@ def time_kernels(
     say("timing")
     steps = {row["name"]: step for row in rows if row["status"] == "right"}
     with torch.no_grad(), below_autograd():
-        time_rows(rows, steps, options.clock(threads), force)
+        time_rows(rows, steps, Clock(threads, options.min_time, options.rounds), force)
         if options.launches and not isa:
             for row in rows:
                 if row["status"] == "timed":

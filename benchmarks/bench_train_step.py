@@ -21,15 +21,16 @@ import itertools
 import statistics
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
 import fusedcnn
 import torch
 from blocks import CASES, Batch, Problem, make_optimizer
-from options import Options, Parser, Run
+from options import Parser, Run
 from report import Report
-from timing import PRECISIONS, rest_after, time_rows
+from timing import PRECISIONS, Clock, rest_after, time_rows
 from torch import nn
 
 OPTIMIZERS = {"fused": {"fused": True}, "default": {}, "foreach": {"foreach": True}}
@@ -44,15 +45,15 @@ def main(arguments: list[str] | None = None) -> int:
     return run(parse(arguments)).finish()
 
 
-def parse(arguments: list[str] | None) -> Options:
+def parse(arguments: list[str] | None) -> Namespace:
     """Read the command line."""
     parser = Parser("Split a training step's time.", min_time=0.5, rounds=10)
     options = parser.read(arguments)
-    parser.pair_runs(options, [4, 64], SMALL_BATCH)
+    options.runs = parser.pair_runs(options, [4, 64], SMALL_BATCH)
     return options
 
 
-def run(options: Options) -> Report:
+def run(options: Namespace) -> Report:
     """Measure everything that the options ask for."""
     report = Report(options, len(options.runs))
     for run in options.runs:
@@ -62,7 +63,7 @@ def run(options: Options) -> Report:
     return report
 
 
-def _split(run: Run, options: Options, say: Callable[[str], object]) -> dict[str, Any]:
+def _split(run: Run, options: Namespace, say: Callable[[str], object]) -> dict[str, Any]:
     """Time each model alone, and its step with each optimizer, whole and in parts."""
     torch.set_num_threads(run.threads)
     problem = Problem(CASES["training"], run.batch, PRECISIONS["float32"], options.device)
@@ -79,7 +80,12 @@ def _split(run: Run, options: Options, say: Callable[[str], object]) -> dict[str
             parts[f"{model} {name}"] = functools.partial(_step_in_parts, *training)
     rows = [{"name": name, "status": "right"} for name in steps]
     say("timing")
-    time_rows(rows, steps, options.clock(run.threads), lambda _: rest_after(options.device, REST))
+    time_rows(
+        rows,
+        steps,
+        Clock(run.threads, options.min_time, options.rounds),
+        lambda _: rest_after(options.device, REST),
+    )
     medians = {row["name"]: row["median_us"] for row in rows if row["status"] == "timed"}
     for row in rows:
         name = row["name"]

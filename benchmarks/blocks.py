@@ -183,7 +183,7 @@ class Case:
 
 
 def block_case(
-    block: Block, name: str = "", *, backward: bool, input_grad: bool | None = None
+    block: Block, name: str = "", title: str = "", *, backward: bool, input_grad: bool | None = None
 ) -> Case:
     """Return the case of one block: its forward, or its forward and backward.
 
@@ -195,7 +195,7 @@ def block_case(
     image, output = math.prod(block.image), math.prod(block.output)
     return Case(
         name or f"{block.name} {'forward+backward' if backward else 'forward'}",
-        f"{block.title}: {', '.join(passes)}",
+        title,
         block.stock,
         block.fused,
         block.image,
@@ -212,24 +212,28 @@ _BETWEEN = _POOLED1 + _POOLED2 + _HIDDEN
 _LINEAR_FLOPS = 2 * (_POOLED2 * _HIDDEN + _HIDDEN * _LOGITS)
 _SIMPLECNN = (fusedcnn.SimpleCNN, fusedcnn.FusedSimpleCNN, SIMPLECNN_1.image)
 
+# fmt: off
 CASES = {case.name: case for case in (
-    block_case(SIMPLECNN_1, "block1-forward", backward=False),
-    block_case(SIMPLECNN_1, "block1-backward", backward=True),
-    block_case(SIMPLECNN_2, "block2-forward", backward=False),
-    block_case(SIMPLECNN_2, "block2-backward", backward=True),
+    block_case(SIMPLECNN_1, "block1-forward", "block 3->16 at 32x32, forward", backward=False),
+    block_case(SIMPLECNN_1, "block1-backward", "block 3->16, forward + backward (weight, bias)",
+               backward=True),
+    block_case(SIMPLECNN_2, "block2-forward", "block 16->32 at 16x16, forward", backward=False),
+    block_case(SIMPLECNN_2, "block2-backward", "block 16->32, forward + backward (all gradients)",
+               backward=True),
     Case(
         "inference", "SimpleCNN, inference", *_SIMPLECNN, "forward",
         flops=SIMPLECNN_1.flops + SIMPLECNN_2.flops + _LINEAR_FLOPS,
         elements=_IMAGE + 2 * _BETWEEN + _LOGITS,
     ),
     Case(
-        "training", "SimpleCNN, training step (Adam)", *_SIMPLECNN, "training",
+        "training", "SimpleCNN, training step (Adam, fused=True for all)", *_SIMPLECNN, "training",
         flops=2 * SIMPLECNN_1.flops + 3 * (SIMPLECNN_2.flops + _LINEAR_FLOPS),
         elements=2 * _IMAGE + 5 * _BETWEEN + 3 * _LOGITS,
         # Adam reads parameter, gradient and two moments, and writes all but the gradient.
         elements_per_call=7 * sum(p.numel() for p in fusedcnn.SimpleCNN().parameters()),
     ),
-)}  # fmt: skip
+)}
+# fmt: on
 
 
 # ---- problems ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Before anybody is timed, all must be right: see :func:`what_is_wrong`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -74,17 +75,17 @@ class Contender:
 
 _EVERYWHERE = (
     Contender("fused", "fusedcnn", fused=True),
-    Contender("eager", "stock layers"),
-    Contender("eager-cl", "stock layers, channels_last", channels_last=True),
-    Contender("compile", "stock layers, torch.compile", compiled=True),
-    Contender("compile-cl", "stock layers, channels_last, torch.compile", False, True, True),
+    Contender("eager", "eager"),
+    Contender("eager-cl", "eager channels_last", channels_last=True),
+    Contender("compile", "torch.compile", compiled=True),
+    Contender("compile-cl", "torch.compile channels_last", channels_last=True, compiled=True),
 )
 _GRAPHED = (
     replace(one, name=f"{one.name}-graph", title=f"{one.title}, as CUDA graphs", graphed=True)
     for one in _EVERYWHERE
 )
-_ONNX = Contender("onnxruntime", "ONNX Runtime, forward passes only", onnx=True)
-CONTENDERS = {one.name: one for one in (*_EVERYWHERE, *_GRAPHED, _ONNX)}
+_ONNX = Contender("onnxruntime", "ONNX Runtime", onnx=True)
+CONTENDERS = {one.name: one for one in (*_EVERYWHERE, _ONNX, *_GRAPHED)}
 
 
 def contenders_on(device_type: str) -> list[str]:
@@ -276,24 +277,21 @@ def record_calls(call: Call, batches: list[Batch]) -> list[Callable[[], tuple[Te
         for _ in range(WARM_UP_CALLS):
             call(batches[0])
     torch.cuda.current_stream().wait_stream(stream)
-    pool = None
-
-    def record(batch: Batch) -> Callable[[], tuple[Tensor, ...]]:
-        nonlocal pool
+    replays, pool = [], None
+    for batch in batches:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             # Detached: the results' history would keep the graph's intermediates from being the
             # next graph's memory.
             results = tuple(result.detach() for result in call(batch))
         pool = pool or graph.pool()
+        replays.append(functools.partial(_replay, graph, results))
+    return replays
 
-        def replay() -> tuple[Tensor, ...]:
-            graph.replay()
-            return results
 
-        return replay
-
-    return [record(batch) for batch in batches]
+def _replay(graph: torch.cuda.CUDAGraph, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    graph.replay()
+    return results
 
 
 def record_training(module: nn.Module, own: nn.Module, batches: list[Batch]) -> Call:

@@ -6,7 +6,7 @@ import argparse
 import ast
 import os
 import re
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import torch
 from blocks import BLOCKS, CASES, Block
 from contenders import CONTENDERS
 from fusedcnn.bench import one_line
-from timing import PRECISIONS, Clock, force_kernel
+from timing import PRECISIONS, force_kernel
 
 NAMES = {"cases": CASES, "blocks": BLOCKS, "contenders": CONTENDERS, "precisions": PRECISIONS}
 # The images of a case are drawn, copied and computed in float64 too: some gigabytes at this size.
@@ -29,14 +29,6 @@ class Run(NamedTuple):
 
     batch: int
     threads: int
-
-
-class Options(argparse.Namespace):
-    """The checked arguments under their names, ``device`` and ``precisions`` as objects."""
-
-    def clock(self, threads: int) -> Clock:
-        """How long each contender of a race is timed."""
-        return Clock(threads, self.min_time, self.rounds)
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,9 +89,9 @@ class Parser(argparse.ArgumentParser):
             metavar="ARGUMENTS", help="of torch.nn.MaxPool2d (default: 2)")
         # fmt: on
 
-    def read(self, arguments: list[str] | None) -> Options:
+    def read(self, arguments: list[str] | None) -> Namespace:
         """Read the command line; None stands for sys.argv's."""
-        options = self.parse_args(arguments, namespace=Options())
+        options = self.parse_args(arguments)
         if options.list:
             for title, entries in NAMES.items():
                 print(f"{title}:")
@@ -130,14 +122,14 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"argument --contenders: {name} cannot run on {device}: {why_not}")
         return options
 
-    def expect_one(self, options: Options, *names: str) -> None:
+    def expect_one(self, options: Namespace, *names: str) -> None:
         """Refuse several values of options of which the script takes one."""
         for name in names:
             if len(getattr(options, name)) > 1:
                 self.error(f"argument --{name}: expected one here, got {getattr(options, name)}")
 
-    def pair_runs(self, options: Options, batch_sizes: list[int], small_batch: int) -> list[Run]:
-        """Put --batch-sizes and --threads together, each pair once, as ``options.runs``.
+    def pair_runs(self, options: Namespace, batch_sizes: list[int], small_batch: int) -> list[Run]:
+        """Put --batch-sizes and --threads together, each pair once.
 
         Args:
             options: of the command line.
@@ -157,10 +149,9 @@ class Parser(argparse.ArgumentParser):
                 f"argument --threads: expected 1 number or {len(batch_sizes)}, one for each of "
                 f"--batch-sizes, got {len(threads)}"
             )
-        options.runs = list(dict.fromkeys(map(Run, batch_sizes, threads)))
-        return options.runs
+        return list(dict.fromkeys(map(Run, batch_sizes, threads)))
 
-    def own_block(self, options: Options) -> Block:
+    def own_block(self, options: Namespace) -> Block:
         """Return the block that --shape, --conv and --pool describe.
 
         --shape may say how many images.

@@ -20,6 +20,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from blocks import CASES
+from contenders import CONTENDERS
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/bench_block.json"
 PAGES = [ROOT / "README.md", ROOT / "docs/benchmarks.md"]
@@ -29,21 +32,8 @@ END = "<!-- end of the {} -->"
 WIDTH = 120
 SUMMARY_BATCH = 64
 
-ROWS = {
-    "block1-forward": "block 3->16 at 32x32, forward",
-    "block1-backward": "block 3->16, forward + backward (weight, bias)",
-    "block2-forward": "block 16->32 at 16x16, forward",
-    "block2-backward": "block 16->32, forward + backward (all gradients)",
-    "inference": "SimpleCNN, inference",
-    "training": "SimpleCNN, training step (Adam, fused=True for all)",
-}
-PEERS = {
-    "eager": "eager",
-    "eager-cl": "eager channels_last",
-    "compile": "torch.compile",
-    "compile-cl": "torch.compile channels_last",
-    "onnxruntime": "ONNX Runtime",
-}
+TITLES = {name: case.title for name, case in CASES.items()}
+PEERS = {name: one.title for name, one in CONTENDERS.items() if not one.fused}
 # The chart. Greys have a contrast of 4.3 with white and with the near black of dark pages alike.
 STYLE = """\
 text { font: 13px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #797979 }
@@ -90,7 +80,7 @@ def refuse_untrustworthy(report: dict[str, Any]) -> None:
         raise ValueError(f"report: expected figures of a commit, got {commit!r}")
     if report["options"].get("isa") or report["options"].get("kernel"):
         raise ValueError("report: expected no forced ISA or kernel")
-    if missing := ROWS.keys() - cases:
+    if missing := TITLES.keys() - cases:
         raise ValueError(f"report: expected all cases, these are missing: {sorted(missing)}")
     if not all(result["speedups"] for result in report["results"]):
         raise ValueError("report: expected another contender than fused in every case")
@@ -130,11 +120,11 @@ def render_summary(report: dict[str, Any]) -> str:
 
 
 def summary(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results at SUMMARY_BATCH images, in the order of ROWS."""
+    """The results at SUMMARY_BATCH images, in the order of TITLES."""
     results = {r["case"]: r for r in report["results"] if r["batch"] == SUMMARY_BATCH}
-    if missing := ROWS.keys() - results.keys():
+    if missing := TITLES.keys() - results.keys():
         raise ValueError(f"report: expected batch {SUMMARY_BATCH} of {sorted(missing)}")
-    return [results[case] for case in ROWS]
+    return [results[case] for case in TITLES]
 
 
 def _preface(report: dict[str, Any]) -> str:
@@ -162,7 +152,7 @@ def _table(results: list[dict[str, Any]]) -> str:
         "| | batch | threads | fused | best other | | times as fast | of peak |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for case, title in ROWS.items():
+    for case, title in TITLES.items():
         for result in (r for r in results if r["case"] == case):
             medians, best = _medians(result), result["speedups"][0]
             cells = [title, str(result["batch"]), str(result["threads"])]
@@ -238,7 +228,7 @@ def draw(report: dict[str, Any]) -> str:
     shapes = [_text(20, 22, title)]
     for i, (bar, name) in enumerate(BARS.items()):
         shapes += [_rect(BARS_AT + 110 * i, 36, 12, bar), _text(BARS_AT + 18 + 110 * i, 48, name)]
-    for i, (name, row) in enumerate(zip(ROWS.values(), bars, strict=True)):
+    for i, (name, row) in enumerate(zip(TITLES.values(), bars, strict=True)):
         top = TOP + ROW * i
         name, _, note = name.partition(" (")
         shapes.append(_text(BARS_AT - 10, top + 22, name, "label"))

@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import time
+from argparse import Namespace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import fusedcnn
 import torch
-from options import CORES, Options
+from options import CORES
 from rich.console import Console
 from rich.table import Table
 from timing import Precision, force_kernel, measure_limits
@@ -39,7 +40,7 @@ class Report:
     come.
     """
 
-    def __init__(self, options: Options, total: int) -> None:
+    def __init__(self, options: Namespace, total: int) -> None:
         asked = {name: value for name, value in vars(options).items() if value and name != "json"}
         self.values: dict[str, Any] = {
             "status": "right",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
 import subprocess
 import sys
@@ -176,6 +178,42 @@ def test_the_comparison_sees_a_difference():
     with torch.no_grad():
         other.features[0].weight[0, 0, 0, 0] += 1e-4
     assert bench.difference(model, other, images, train=False) > bench.TOLERANCE
+
+
+def test_every_contender_has_a_turn_in_every_round():
+    turns = []
+
+    def fail():
+        if len(turns) > 22:  # after the estimates
+            raise RuntimeError("no more\nof this")
+
+    @contextlib.contextmanager
+    def turn(name):
+        turns.append(f"{name} begins")
+        yield
+        turns.append(f"{name} ends")
+
+    steps = {name: (lambda name=name: turns.append(name)) for name in "abc"} | {"d": fail}
+    times, errors = bench.time_by_turns(steps, threads=1, seconds=1e-9, rounds=4, turn=turn)
+    assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4, "c": 4}
+    assert errors == {"d": "RuntimeError: no more"}
+    assert turns.count("d begins") == turns.count("d ends") == 2  # not again after it has failed
+    # A turn is one call after two to warm up; the first turns of all only estimate.
+    turns = [one for one in turns if not one.startswith("d")][-4 * 15 :]
+    rounds = [turns[i : i + 15] for i in range(0, 60, 15)]
+    for one in rounds:
+        assert sorted(one[::5]) == ["a begins", "b begins", "c begins"]
+        for i in range(0, 15, 5):
+            name = one[i][0]
+            assert one[i : i + 5] == [f"{name} begins", name, name, name, f"{name} ends"]
+    assert len({tuple(one) for one in rounds}) > 1  # in other orders
+
+
+def test_a_slow_machine_ends_early_but_not_before_the_quartiles_mean_something(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(bench.time, "monotonic", lambda: 1000 * next(clock))
+    times, _ = bench.time_by_turns({"a": lambda: None}, threads=1, seconds=1e-3, rounds=20)
+    assert len(times["a"]) == bench.ENOUGH_ROUNDS
 
 
 def test_kept_bytes():
