@@ -41,12 +41,10 @@ SMALL_BATCH = 4
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
     return run(parse(arguments)).finish()
 
 
 def parse(arguments: list[str] | None) -> Namespace:
-    """Read the command line."""
     parser = Parser("Time the fused block beside its peers.", min_time=0.2, rounds=10)
     parser.add_kernels()
     parser.add_argument(
@@ -60,9 +58,8 @@ def parse(arguments: list[str] | None) -> Namespace:
 
 
 def run(options: Namespace) -> Report:
-    """Measure everything that the options ask for."""
-    cases = [CASES[name] for name in options.cases]
-    report = race_all(options, [(run, case) for run in options.runs for case in cases])
+    works = [(run, CASES[name]) for run in options.runs for name in options.cases]
+    report = race_all(options, works)
     batch = max(run.batch for run in options.runs)
     dtype = options.precisions[0].dtype
     report.values["saved_bytes"] = measure_saved_bytes(batch, dtype, options.device)
@@ -102,22 +99,17 @@ def race_all(options: Namespace, works: Iterable[tuple[Run, Case]]) -> Report:
 def measure_saved_bytes(
     batch: int, dtype: torch.dtype, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Count what autograd keeps between forward and backward, by each block and by both in a row.
-
-    Returns:
-        One row each: ``what``, ``batch``, and bytes of ``stock`` and ``fused``.
-    """
+    """Count what autograd keeps for the backward, by each block and by both in a row."""
     parts = {"block 1": slice(0, 3), "block 2": slice(3, 6), "both blocks": slice(0, 6)}
     rows = []
     for what, part in parts.items():
         image = (SIMPLECNN_2 if what == "block 2" else SIMPLECNN_1).image
         images = torch.randn(batch, *image, dtype=dtype, device=device)
         images.requires_grad_(what == "block 2")  # whose input is an activation
-        stock, fused = (
-            kept_bytes(model().features[part].to(device, dtype), [images])
-            for model in (fusedcnn.SimpleCNN, fusedcnn.FusedSimpleCNN)
-        )
-        rows.append({"what": what, "batch": batch, "stock": stock, "fused": fused})
+        row = {"what": what, "batch": batch}
+        for name, model in (("stock", fusedcnn.SimpleCNN), ("fused", fusedcnn.FusedSimpleCNN)):
+            row[name] = kept_bytes(model().features[part].to(device, dtype), [images])
+        rows.append(row)
     return rows
 
 

@@ -65,12 +65,10 @@ PROFILED_CALLS = 10
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
     return run(parse(arguments)).finish()
 
 
 def parse(arguments: list[str] | None) -> Namespace:
-    """Read the command line."""
     parser = Parser("Time kernels by name, or real blocks.", min_time=0.1, rounds=5)
     parser.add_kernels()
     # fmt: off
@@ -120,7 +118,6 @@ def parse(arguments: list[str] | None) -> Namespace:
 
 
 def run(options: Namespace) -> Report:
-    """Measure everything that the options ask for."""
     if options.whole:
         works = [
             (run, block_case(block, backward=backward))
@@ -135,16 +132,16 @@ def run(options: Namespace) -> Report:
         precision.use(options.device)
         torch.set_num_threads(run.threads)
         head = {"block": block.name, **run._asdict(), "precision": precision.name, "layout": layout}
+        clock = Clock(run.threads, options.min_time, options.rounds)
         calls = None  # made for the first pass that there is time for
         for isa, name in itertools.product(isas, options.passes):
             one = head | {"pass": name} | ({"isa": isa} if isa else {})
             if report.begin(one):
                 limits = report.limits(run.threads, precision, isa)
                 calls = calls or Calls(block, run.batch, precision, options.device, layout)
-                result = time_kernels(calls, name, isa, options, run.threads, report.say)
-                report.add(
-                    one, result | at_best(block.flops * run.batch, calls.bytes(name), limits)
-                )
+                result = time_kernels(calls, name, isa, options, clock, report.say)
+                best = at_best(block.flops * run.batch, calls.bytes(name), limits)
+                report.add(one, result | best)
         if options.device.type == "cuda":
             del calls
             torch.cuda.empty_cache()
@@ -196,13 +193,12 @@ class Calls:
 
     def step(self, name: str) -> Callable[[], tuple[Tensor, ...]]:
         """Return the function that calls a pass on the next operands: what is timed."""
-        rotating, weight = itertools.cycle(self._operands), self.weight
-        bias, geometry = self.bias, self.geometry
-        with_code, mask = name == "forward+code", PASSES[name]
+        rotating = itertools.cycle(self._operands)
+        weight, bias, geometry, mask = self.weight, self.bias, self.geometry, PASSES[name]
 
         def forward() -> tuple[Tensor, ...]:
             input, _, _ = next(rotating)
-            return forward_op(input, weight, bias, geometry, with_code)
+            return forward_op(input, weight, bias, geometry, name == "forward+code")
 
         def backward() -> tuple[Tensor, ...]:
             input, grad_output, code = next(rotating)
@@ -251,7 +247,7 @@ def time_kernels(
     name: str,
     isa: str | None,
     options: Namespace,
-    threads: int,
+    clock: Clock,
     say: Callable[[str], object],
 ) -> dict[str, Any]:
     """Check each kernel of a pass, then time those that cover the block and are right.
@@ -291,7 +287,7 @@ def time_kernels(
     say("timing")
     steps = {row["name"]: step for row in rows if row["status"] == "right"}
     with torch.no_grad(), below_autograd():
-        time_rows(rows, steps, Clock(threads, options.min_time, options.rounds), force)
+        time_rows(rows, steps, clock, force)
         if options.launches and not isa:
             for row in rows:
                 if row["status"] == "timed":

@@ -41,12 +41,10 @@ REST = 0.01  # seconds: see timing.rest_after
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
     return run(parse(arguments)).finish()
 
 
 def parse(arguments: list[str] | None) -> Namespace:
-    """Read the command line."""
     parser = Parser("Split a training step's time.", min_time=0.5, rounds=10)
     options = parser.read(arguments)
     options.runs = parser.pair_runs(options, [4, 64], SMALL_BATCH)
@@ -54,7 +52,6 @@ def parse(arguments: list[str] | None) -> Namespace:
 
 
 def run(options: Namespace) -> Report:
-    """Measure everything that the options ask for."""
     report = Report(options, len(options.runs))
     for run in options.runs:
         head = {"case": "training", **run._asdict()}

@@ -93,9 +93,6 @@ def contenders_on(device_type: str) -> list[str]:
     return [one.name for one in CONTENDERS.values() if not one.why_not_on(device_type)]
 
 
-# ---- a race --------------------------------------------------------------------------------------
-
-
 def race(
     problem: Problem, names: list[str], clock: Clock, say: Callable[[str], object]
 ) -> dict[str, Any]:
@@ -121,21 +118,22 @@ def race(
             continue
         if wrong := what_is_wrong(results, *problem.references):
             row |= {"status": "wrong", "reason": wrong}
-    if any(row["status"] == "wrong" for row in rows):
-        return {"status": "wrong", "rows": rows, "speedups": []}
+    wrong = any(row["status"] == "wrong" for row in rows)
+    seconds = {}
+    if not wrong:
+        say("timing")
 
-    def turn(name: str) -> contextlib.AbstractContextManager[None]:
-        return rest_after(problem.device, 0.05 if CONTENDERS[name].onnx else 0.01)
+        def turn(name: str) -> contextlib.AbstractContextManager[None]:
+            return rest_after(problem.device, 0.05 if CONTENDERS[name].onnx else 0.01)
 
-    say("timing")
-    with torch.set_grad_enabled(problem.case.kind != "forward"):
-        seconds = time_rows(rows, steps, clock, turn)
+        with torch.set_grad_enabled(problem.case.kind != "forward"):
+            seconds = time_rows(rows, steps, clock, turn)
     torch._dynamo.reset()  # compiled code of this problem is of no use to the next
     steps.clear()
     if problem.device.type == "cuda":
         torch.cuda.empty_cache()  # nor are the memory pools of its graphs
-    own = (row["status"] for row in rows if CONTENDERS[row["name"]].fused)
-    status = "timed" if set(own) <= {"timed"} else "incomplete"
+    timed = all(row["status"] == "timed" for row in rows if CONTENDERS[row["name"]].fused)
+    status = "wrong" if wrong else "timed" if timed else "incomplete"
     return {"status": status, "rows": rows, "speedups": speedups(seconds)}
 
 
@@ -201,9 +199,6 @@ def largest_error(result: Tensor, reference: Tensor) -> float:
         return math.inf
     error = (result.double() - reference).abs().max().item()
     return math.inf if math.isnan(error) else error
-
-
-# ---- setting up ----------------------------------------------------------------------------------
 
 
 # What does the work on the next of the rotated batches and is timed; and the first one's results.

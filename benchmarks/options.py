@@ -174,9 +174,6 @@ class Parser(argparse.ArgumentParser):
         return block
 
 
-# ---- types and checks ----------------------------------------------------------------------------
-
-
 def _integer(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not re.fullmatch(r"\d+", text) or not low <= int(text) <= high:

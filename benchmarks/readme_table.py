@@ -46,7 +46,6 @@ ROW, BAR, TOP = 66, 16, 64  # heights
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description="Write the tables and the chart of results.")
     parser.add_argument("--check", action="store_true", help="write nothing, tell whether it fits")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE")

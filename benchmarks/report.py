@@ -63,7 +63,6 @@ class Report:
         if time.monotonic() < self._end:
             return True
         self.values["not_run"].append(head)
-        self._worsen("incomplete")
         self._bar.update()
         return False
 
@@ -85,10 +84,8 @@ class Report:
     def add(self, head: dict[str, Any], result: dict[str, Any]) -> None:
         """Take a result in, and write what there is so far."""
         self.values["results"].append(head | result)
-        self._worsen(result["status"])
         self._bar.update()
-        if self._options.json:
-            write_json(self.values, self._options.json)
+        self._write()
 
     def finish(self) -> int:
         """Write and print everything; return the exit status."""
@@ -98,14 +95,18 @@ class Report:
             f"fused: {count} calls were computed by the stock layers: {reason}"
             for reason, count in info["stock_calls"].items()
         ]
-        if self._options.json:
-            write_json(self.values, self._options.json)
+        self._write()
         print_report(self.values)
         return 0 if self.values["status"] == "right" else 1
 
-    def _worsen(self, status: str) -> None:
-        if status == "wrong" or (status == "incomplete" and self.values["status"] == "right"):
-            self.values["status"] = status
+    def _write(self) -> None:
+        statuses = {result["status"] for result in self.values["results"]}
+        if "wrong" in statuses:
+            self.values["status"] = "wrong"
+        elif "incomplete" in statuses or self.values["not_run"]:
+            self.values["status"] = "incomplete"
+        if self._options.json:
+            write_json(self.values, self._options.json)
 
 
 def _plain(value: Any) -> Any:
