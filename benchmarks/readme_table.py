@@ -238,7 +238,13 @@ def draw(report: dict[str, Any]) -> str:
             shapes += [_rect(BARS_AT, y, width, bar), _text(BARS_AT + width + 6, y + 12, words)]
     size = f'viewBox="0 0 {WIDE} {TOP + ROW * len(bars)}" width="{WIDE}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
-    lines = [head, f"<title>{title}</title>", f"<style>\n{STYLE}\n</style>", *shapes, "</svg>"]
+    lines = [
+        head,
+        f"<title>{html.escape(title)}</title>",
+        f"<style>\n{STYLE}\n</style>",
+        *shapes,
+        "</svg>",
+    ]
     return "\n".join(lines) + "\n"
 
 

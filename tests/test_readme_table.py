@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from xml.etree import ElementTree
@@ -35,6 +36,15 @@ def main(arguments, *more):
 
 def test_published_figures_are_the_committed_ones():
     assert table.main(["--check"]) == 0
+
+
+def test_results_are_written_with_a_record_to_a_line(module, report, tmp_path):
+    module("report").write_json(report, tmp_path / "out.json")
+    text = (tmp_path / "out.json").read_text()
+    assert text == table.RESULTS.read_text()
+    records = [line.strip().removesuffix(",") for line in text.splitlines() if line[:2] == "  "]
+    listed = (report[name] for name in ("limits", "results", "saved_bytes", "notes"))
+    assert list(map(json.loads, records)) == list(itertools.chain(*listed))
 
 
 def test_rows_are_the_results(report):
