@@ -22,6 +22,7 @@ arguments.
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,47 +31,42 @@ import torch
 from blocks import CASES, SIMPLECNN_1, SIMPLECNN_2, Case, Problem
 from contenders import contenders_on, race
 from fusedcnn._ops import _C
-from options import Options, Parser, Run
+from fusedcnn.bench import kept_bytes
+from options import Parser, Run
 from report import Report
-from timing import at_best, force_kernel
-from torch import Tensor, nn
+from timing import Clock, at_best, force_kernel
 
 BATCH_SIZES = {"cpu": [4, 64], "cuda": [4, 1024, 4096]}
 SMALL_BATCH = 4
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
     return run(parse(arguments)).finish()
 
 
-def parse(arguments: list[str] | None) -> Options:
-    """Read the command line."""
+def parse(arguments: list[str] | None) -> Namespace:
     parser = Parser("Time the fused block beside its peers.", min_time=0.2, rounds=10)
     parser.add_kernels()
     parser.add_argument(
         "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="see --list"
     )
-
-    def finish(options: Options) -> None:
-        options.runs = options.pair_runs(BATCH_SIZES[options.device.type], SMALL_BATCH)
-        options.contenders = options.contenders or contenders_on(options.device.type)
-        options.expect_one("isa", "kernel")
-
-    return parser.read(arguments, finish)
+    options = parser.read(arguments)
+    options.contenders = options.contenders or contenders_on(options.device.type)
+    parser.expect_one(options, "isa", "kernel")
+    options.runs = parser.pair_runs(options, BATCH_SIZES[options.device.type], SMALL_BATCH)
+    return options
 
 
-def run(options: Options) -> Report:
-    """Measure everything that the options ask for."""
-    cases = [CASES[name] for name in options.cases]
-    report = race_all(options, [(run, case) for run in options.runs for case in cases])
+def run(options: Namespace) -> Report:
+    works = [(run, CASES[name]) for run in options.runs for name in options.cases]
+    report = race_all(options, works)
     batch = max(run.batch for run in options.runs)
     dtype = options.precisions[0].dtype
     report.values["saved_bytes"] = measure_saved_bytes(batch, dtype, options.device)
     return report
 
 
-def race_all(options: Options, works: Iterable[tuple[Run, Case]]) -> Report:
+def race_all(options: Namespace, works: Iterable[tuple[Run, Case]]) -> Report:
     """Race the contenders at each piece of work and precision."""
     torch.backends.cudnn.benchmark = True  # for everybody; the CPU does not ask
     device = options.device
@@ -86,7 +82,12 @@ def race_all(options: Options, works: Iterable[tuple[Run, Case]]) -> Report:
         limits = report.limits(run.threads, precision, isa)
         with force_kernel(device, kernel or "", isa):
             problem = Problem(case, run.batch, precision, device)
-            result = race(problem, options.contenders, options.clock(run.threads), report.say)
+            result = race(
+                problem,
+                options.contenders,
+                Clock(run.threads, options.min_time, options.rounds),
+                report.say,
+            )
         timed = {row["name"] for row in result["rows"] if row["status"] == "timed"}
         if case.passes and device.type == "cpu" and "fused" in timed:
             used = _C.last_selected()  # nobody else calls fusedcnn after the timing
@@ -98,43 +99,18 @@ def race_all(options: Options, works: Iterable[tuple[Run, Case]]) -> Report:
 def measure_saved_bytes(
     batch: int, dtype: torch.dtype, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Count what autograd keeps between forward and backward, by each block and by both in a row.
-
-    Returns:
-        One row each: ``what``, ``batch``, and bytes of ``stock`` and ``fused``.
-    """
+    """Count what autograd keeps for the backward, by each block and by both in a row."""
     parts = {"block 1": slice(0, 3), "block 2": slice(3, 6), "both blocks": slice(0, 6)}
     rows = []
     for what, part in parts.items():
         image = (SIMPLECNN_2 if what == "block 2" else SIMPLECNN_1).image
         images = torch.randn(batch, *image, dtype=dtype, device=device)
         images.requires_grad_(what == "block 2")  # whose input is an activation
-        stock, fused = (
-            saved_bytes(model().features[part].to(device, dtype), images)
-            for model in (fusedcnn.SimpleCNN, fusedcnn.FusedSimpleCNN)
-        )
-        rows.append({"what": what, "batch": batch, "stock": stock, "fused": fused})
+        row = {"what": what, "batch": batch}
+        for name, model in (("stock", fusedcnn.SimpleCNN), ("fused", fusedcnn.FusedSimpleCNN)):
+            row[name] = kept_bytes(model().features[part].to(device, dtype), [images])
+        rows.append(row)
     return rows
-
-
-def saved_bytes(module: nn.Module, input: Tensor) -> int:
-    """Count the bytes of the distinct storages that autograd saves in a forward.
-
-    These are the input, the activations between the layers, indices and codes. Parameters are left
-    out: they live on whoever computes.
-    """
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor  # keeps the storage alive, so that no address comes twice
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = module(input)
-    for parameter in module.parameters():
-        saved.pop(parameter.untyped_storage().data_ptr(), None)
-    del output
-    return sum(saved.values())
 
 
 if __name__ == "__main__":

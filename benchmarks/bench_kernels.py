@@ -20,9 +20,10 @@ was over; 2 for bad arguments.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import itertools
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,9 +44,9 @@ from fusedcnn._ops import (
     below_autograd,
     forward_op,
 )
-from options import Options, Parser, own_block
+from options import Parser
 from report import Report
-from timing import Precision, at_best, force_kernel, time_rows
+from timing import Clock, Precision, at_best, force_kernel, time_rows
 from torch import Tensor
 
 SMALL_BATCH = 1
@@ -64,12 +65,10 @@ PROFILED_CALLS = 10
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
     return run(parse(arguments)).finish()
 
 
-def parse(arguments: list[str] | None) -> Options:
-    """Read the command line."""
+def parse(arguments: list[str] | None) -> Namespace:
     parser = Parser("Time kernels by name, or real blocks.", min_time=0.1, rounds=5)
     parser.add_kernels()
     # fmt: off
@@ -86,43 +85,39 @@ def parse(arguments: list[str] | None) -> Options:
         help="do not split a GPU's calls into launches; for runs under another profiler")
     # fmt: on
     parser.add_own_block()
-    return parser.read(arguments, _finish)
-
-
-def _finish(options: Options) -> None:
-    """Put the defaults in, and refuse what the chosen mode would ignore."""
+    options = parser.read(arguments)
     for name in ("kernel", "passes", "layout") if options.whole else ("contenders",):
         if getattr(options, name):
             mode = "with" if options.whole else "without"
-            raise ValueError(f"argument --{name}: not allowed {mode} --blocks")
+            parser.error(f"argument --{name}: not allowed {mode} --blocks")
     on_cpu = options.device.type == "cpu"
     if options.whole:
-        options.expect_one("isa")
+        parser.expect_one(options, "isa")
         options.contenders = options.contenders or ["fused", "eager", "eager-cl"]
     elif not on_cpu and _cuda.reason is not None:
-        raise ValueError(f"argument --device: no CUDA kernels to time: {_cuda.reason}")
+        parser.error(f"argument --device: no CUDA kernels to time: {_cuda.reason}")
     if options.shape:
-        blocks = [own_block(options)]
+        blocks = [parser.own_block(options)]
     elif options.conv or options.pool:
-        raise ValueError("argument --shape: needed with --conv and --pool")
+        parser.error("argument --shape: needed with --conv and --pool")
     else:
         names = options.names or (BLOCKS if options.whole else ["simplecnn-1", "simplecnn-2"])
         if unknown := [name for name in names if name not in BLOCKS]:
-            raise ValueError(f"argument BLOCK: expected one of {', '.join(BLOCKS)}, got {unknown}")
+            parser.error(f"argument BLOCK: expected one of {', '.join(BLOCKS)}, got {unknown}")
         blocks = [BLOCKS[name] for name in dict.fromkeys(names)]
-    options.blocks = [
-        (run, block)
-        for block in blocks
-        for run in options.pair_runs([1, block.batch] if on_cpu else [BATCH_ON_GPU], SMALL_BATCH)
-    ]
+    options.blocks = []
+    for block in blocks:
+        batch_sizes = [1, block.batch] if on_cpu else [BATCH_ON_GPU]
+        runs = parser.pair_runs(options, batch_sizes, SMALL_BATCH)
+        options.blocks += [(run, block) for run in runs]
     options.passes = options.passes or list(PASSES)
     options.layout = options.layout or ["contiguous"]
     if on_cpu and not options.isa:
         options.isa = [i["name"] for i in fusedcnn.build_info()["isas"] if i["selected"]]
+    return options
 
 
-def run(options: Options) -> Report:
-    """Measure everything that the options ask for."""
+def run(options: Namespace) -> Report:
     if options.whole:
         works = [
             (run, block_case(block, backward=backward))
@@ -137,16 +132,16 @@ def run(options: Options) -> Report:
         precision.use(options.device)
         torch.set_num_threads(run.threads)
         head = {"block": block.name, **run._asdict(), "precision": precision.name, "layout": layout}
+        clock = Clock(run.threads, options.min_time, options.rounds)
         calls = None  # made for the first pass that there is time for
         for isa, name in itertools.product(isas, options.passes):
             one = head | {"pass": name} | ({"isa": isa} if isa else {})
             if report.begin(one):
                 limits = report.limits(run.threads, precision, isa)
                 calls = calls or Calls(block, run.batch, precision, options.device, layout)
-                result = time_kernels(calls, name, isa, options, run.threads, report.say)
-                report.add(
-                    one, result | at_best(block.flops * run.batch, calls.bytes(name), limits)
-                )
+                result = time_kernels(calls, name, isa, options, clock, report.say)
+                best = at_best(block.flops * run.batch, calls.bytes(name), limits)
+                report.add(one, result | best)
         if options.device.type == "cuda":
             del calls
             torch.cuda.empty_cache()
@@ -198,13 +193,12 @@ class Calls:
 
     def step(self, name: str) -> Callable[[], tuple[Tensor, ...]]:
         """Return the function that calls a pass on the next operands: what is timed."""
-        rotating, weight = itertools.cycle(self._operands), self.weight
-        bias, geometry = self.bias, self.geometry
-        with_code, mask = name == "forward+code", PASSES[name]
+        rotating = itertools.cycle(self._operands)
+        weight, bias, geometry, mask = self.weight, self.bias, self.geometry, PASSES[name]
 
         def forward() -> tuple[Tensor, ...]:
             input, _, _ = next(rotating)
-            return forward_op(input, weight, bias, geometry, with_code)
+            return forward_op(input, weight, bias, geometry, name == "forward+code")
 
         def backward() -> tuple[Tensor, ...]:
             input, grad_output, code = next(rotating)
@@ -252,8 +246,8 @@ def time_kernels(
     calls: Calls,
     name: str,
     isa: str | None,
-    options: Options,
-    threads: int,
+    options: Namespace,
+    clock: Clock,
     say: Callable[[str], object],
 ) -> dict[str, Any]:
     """Check each kernel of a pass, then time those that cover the block and are right.
@@ -264,58 +258,44 @@ def time_kernels(
         selection chooses; ``status``: ``"wrong"`` where any is, ``"incomplete"`` where any failed,
         else ``"timed"``.
     """
-    device, of_pass = options.device, name.removesuffix("+code")
-    force = functools.partial(_force_kernel, isa)
-    step = calls.step(name)
+    of_pass, step = name.removesuffix("+code"), calls.step(name)
+
+    def force(kernel: str) -> contextlib.AbstractContextManager[None]:
+        return force_kernel(options.device, kernel if kernel != CHOSEN else "", isa)
+
+    selected, listed = CHOSEN, _cuda.info()["kernels"]
     if isa:
-        listed = [k for k in fusedcnn.build_info()["kernels"] if k["isa"] == isa]
-        with force_kernel(device, "", isa), torch.no_grad(), below_autograd():
+        with force(CHOSEN), torch.no_grad(), below_autograd():
             step()
         selected = _C.last_selected()[of_pass]
-    else:
-        listed = _cuda.info()["kernels"]
-        selected = CHOSEN
+        listed = [k for k in fusedcnn.build_info()["kernels"] if k["isa"] == isa]
     names = options.kernel or [k["name"] for k in listed if k["pass"] == of_pass]
-    names = names if isa else [CHOSEN, *names]
-    rows = []
-    with force_kernel(device, "", isa):
-        for kernel in names:
-            say(kernel)
-            row = {"name": kernel, "status": "right"}
-            rows.append(row)
-            force(kernel)
-            try:
+    rows = [{"name": kernel, "status": "right"} for kernel in [CHOSEN] * (not isa) + names]
+    for row in rows:
+        say(row["name"])
+        try:
+            with force(row["name"]):
                 wrong = calls.check(name)
-            except RuntimeError as error:
-                reason = str(error).partition("kernel covers this call: ")[2]
-                if not reason:
-                    raise
-                row |= {"status": "not covered", "reason": reason.removeprefix(f"{kernel}: ")}
-                continue
-            if wrong:
-                row |= {"status": "wrong", "reason": wrong}
-        say("timing")
-        right = [row["name"] for row in rows if row["status"] == "right"]
-        with torch.no_grad(), below_autograd():
-            time_rows(rows, dict.fromkeys(right, step), options.clock(threads), before_turn=force)
-            if options.launches and not isa:
-                for row in rows:
-                    if row["status"] == "timed":
-                        force(row["name"])
+        except RuntimeError as error:
+            reason = str(error).partition("kernel covers this call: ")[2]
+            if not reason:
+                raise
+            row |= {"status": "not covered", "reason": reason.removeprefix(f"{row['name']}: ")}
+            continue
+        if wrong:
+            row |= {"status": "wrong", "reason": wrong}
+    say("timing")
+    steps = {row["name"]: step for row in rows if row["status"] == "right"}
+    with torch.no_grad(), below_autograd():
+        time_rows(rows, steps, clock, force)
+        if options.launches and not isa:
+            for row in rows:
+                if row["status"] == "timed":
+                    with force(row["name"]):
                         row["launches_us"] = _launches(step)
-        force(CHOSEN)
     statuses = {row["status"] for row in rows}
     status = "wrong" if "wrong" in statuses else "incomplete" if "failed" in statuses else "timed"
     return {"status": status, "rows": rows, "selected": selected}
-
-
-def _force_kernel(isa: str | None, kernel: str) -> None:
-    """Force a kernel of the ISA, or of the GPU for None, until something else is forced."""
-    kernel = "" if kernel == CHOSEN else kernel
-    if isa:
-        _C.force(isa, kernel)
-    else:
-        _cuda._library.fusedcnn_cuda_force(kernel.encode())
 
 
 def _launches(step: Callable[[], object]) -> dict[str, float]:

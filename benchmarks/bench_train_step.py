@@ -16,46 +16,42 @@ arguments.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
 import fusedcnn
 import torch
 from blocks import CASES, Batch, Problem, make_optimizer
-from options import Options, Parser, Run
+from options import Parser, Run
 from report import Report
-from timing import PRECISIONS, time_rows
+from timing import PRECISIONS, Clock, rest_after, time_rows
 from torch import nn
 
 OPTIMIZERS = {"fused": {"fused": True}, "default": {}, "foreach": {"foreach": True}}
 PARTS = ("zero_grad", "forward", "loss", "backward", "optimizer", "rest")
 MODELS = {"SimpleCNN": False, "FusedSimpleCNN": True}
 SMALL_BATCH = 4
-# Torch's idle threads stop spinning after some 4 ms: see contenders.py.
-REST = 0.01
+REST = 0.01  # seconds: see timing.rest_after
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
     return run(parse(arguments)).finish()
 
 
-def parse(arguments: list[str] | None) -> Options:
-    """Read the command line."""
+def parse(arguments: list[str] | None) -> Namespace:
     parser = Parser("Split a training step's time.", min_time=0.5, rounds=10)
-
-    def finish(options: Options) -> None:
-        options.runs = options.pair_runs([4, 64], SMALL_BATCH)
-
-    return parser.read(arguments, finish)
+    options = parser.read(arguments)
+    options.runs = parser.pair_runs(options, [4, 64], SMALL_BATCH)
+    return options
 
 
-def run(options: Options) -> Report:
-    """Measure everything that the options ask for."""
+def run(options: Namespace) -> Report:
     report = Report(options, len(options.runs))
     for run in options.runs:
         head = {"case": "training", **run._asdict()}
@@ -64,23 +60,29 @@ def run(options: Options) -> Report:
     return report
 
 
-def _split(run: Run, options: Options, say: Callable[[str], object]) -> dict[str, Any]:
+def _split(run: Run, options: Namespace, say: Callable[[str], object]) -> dict[str, Any]:
     """Time each model alone, and its step with each optimizer, whole and in parts."""
     torch.set_num_threads(run.threads)
     problem = Problem(CASES["training"], run.batch, PRECISIONS["float32"], options.device)
     batches = problem.batches()
+    criterion = nn.CrossEntropyLoss()
     steps: dict[str, Callable[[], object]] = {}
     parts: dict[str, Callable[[], list[int]]] = {}
     for model, fused in MODELS.items():
         steps[f"{model} alone"] = _model_alone(problem.module(fused=fused), batches)
         for name, how in OPTIMIZERS.items():
             module = problem.module(fused=fused)
-            optimizer = make_optimizer(module, **how)
-            steps[f"{model} {name}"] = _train_step(module, optimizer, batches)
-            parts[f"{model} {name}"] = _step_in_parts(module, optimizer, batches)
+            training = (module, criterion, make_optimizer(module, **how), itertools.cycle(batches))
+            steps[f"{model} {name}"] = functools.partial(_whole_step, *training)
+            parts[f"{model} {name}"] = functools.partial(_step_in_parts, *training)
     rows = [{"name": name, "status": "right"} for name in steps]
     say("timing")
-    time_rows(rows, steps, options.clock(run.threads), rests=dict.fromkeys(steps, REST))
+    time_rows(
+        rows,
+        steps,
+        Clock(run.threads, options.min_time, options.rounds),
+        lambda _: rest_after(options.device, REST),
+    )
     medians = {row["name"]: row["median_us"] for row in rows if row["status"] == "timed"}
     for row in rows:
         name = row["name"]
@@ -101,38 +103,28 @@ def _model_alone(module: nn.Module, batches: list[Batch]) -> Callable[[], object
     return lambda: torch.autograd.grad(module(next(rotating).input), parameters, grad_logits)
 
 
-def _train_step(
-    module: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch]
-) -> Callable[[], object]:
-    criterion, rotating = nn.CrossEntropyLoss(), itertools.cycle(batches)
-    return lambda: fusedcnn.train_step(module, criterion, optimizer, *next(rotating))
+def _whole_step(module, criterion, optimizer, rotating) -> None:
+    fusedcnn.train_step(module, criterion, optimizer, *next(rotating))
 
 
-def _step_in_parts(
-    module: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch]
-) -> Callable[[], list[int]]:
-    """Return the calls of fusedcnn.train_step, one by one: nanoseconds of each of PARTS."""
-    criterion, rotating = nn.CrossEntropyLoss(), itertools.cycle(batches)
+def _step_in_parts(module, criterion, optimizer, rotating) -> list[int]:
+    """The calls of fusedcnn.train_step, one by one: nanoseconds of each of PARTS."""
+    images, labels = next(rotating)
     clock = time.perf_counter_ns
-
-    def step() -> list[int]:
-        batch = next(rotating)
-        times = [clock()]
-        optimizer.zero_grad(set_to_none=True)
-        times.append(clock())
-        logits = module(batch.input)
-        times.append(clock())
-        loss = criterion(logits, batch.target)
-        times.append(clock())
-        loss.backward()
-        times.append(clock())
-        optimizer.step()
-        times.append(clock())
-        loss.detach()
-        times.append(clock())
-        return [after - before for before, after in itertools.pairwise(times)]
-
-    return step
+    times = [clock()]
+    optimizer.zero_grad(set_to_none=True)
+    times.append(clock())
+    logits = module(images)
+    times.append(clock())
+    loss = criterion(logits, labels)
+    times.append(clock())
+    loss.backward()
+    times.append(clock())
+    optimizer.step()
+    times.append(clock())
+    loss.detach()
+    times.append(clock())
+    return [after - before for before, after in itertools.pairwise(times)]
 
 
 def _median_parts(step: Callable[[], list[int]], min_time: float) -> dict[str, float]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +22,9 @@ from timing import Precision, with_tf32_operands
 from torch import Tensor, nn
 
 SEED = 0
+
+# Of a network's first block, whose input is data: it needs no gradient, and is no activation.
+DATA_CHANNELS = (1, 3)
 
 # A batch of 64 images fits in a core's second-level cache, and timing it over and over would
 # flatter everybody: real batches come from memory. So calls rotate over copies whose sum is larger
@@ -50,8 +54,7 @@ class Block:
 
     Attributes:
         name: on the command line and in the JSON; ``title`` is for people.
-        image: (C, H, W) of the input. A block of 1 or 3 channels is a network's first: its input is
-            data, which needs no gradient, and no activation.
+        image: (C, H, W) of the input.
         conv: arguments of nn.Conv2d after in_channels.
         pool: arguments of nn.MaxPool2d.
         batch: images of a training step, no more than keeps a call within some 100 ms.
@@ -63,11 +66,6 @@ class Block:
     conv: dict[str, Any]
     pool: dict[str, Any]
     batch: int = 64
-
-    @property
-    def reads_images(self) -> bool:
-        """Whether the input is data."""
-        return self.image[0] in (1, 3)
 
     def stock(self) -> nn.Sequential:
         """The block from stock layers; its fused form has the same state_dict keys."""
@@ -81,20 +79,9 @@ class Block:
 
     def geometry(self) -> tuple[int, ...]:
         """The operators' ``geometry``."""
-        with torch.device("meta"):
-            conv, _, pool = self.stock()
-        return pack_geometry(
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-            pool_kernel_size=pool.kernel_size,
-            pool_stride=pool.stride,
-            pool_padding=pool.padding,
-            pool_dilation=pool.dilation,
-            ceil_mode=pool.ceil_mode,
-        )
+        block = self.fused()[0]
+        names = inspect.signature(pack_geometry).parameters
+        return pack_geometry(**{name: getattr(block, name) for name in names})
 
     @functools.cached_property
     def flops(self) -> int:
@@ -105,13 +92,12 @@ class Block:
 
     @functools.cached_property
     def output(self) -> torch.Size:
-        """(out_channels, H, W) after the pool.
-
-        Raises:
-            RuntimeError, ValueError: the sizes do not go together.
-        """
+        """(out_channels, H, W) after the pool."""
         with torch.device("meta"):
             return self.stock()(torch.empty(self.image)).shape
+
+
+_SIZES = ("kernel_size", "stride", "padding")
 
 
 def _block(
@@ -119,17 +105,14 @@ def _block(
     title: str,
     channels: tuple[int, int],
     size: int,
-    kernel: int,
-    padding: int = 0,
-    stride: int = 1,
+    conv: tuple[int, int, int],
     pool: tuple[int, int, int] = (2, 2, 0),
     batch: int = 64,
 ) -> Block:
-    """A block of square sizes; ``pool`` is kernel size, stride and padding."""
-    conv = {"out_channels": channels[1], "kernel_size": kernel, "stride": stride}
-    pooling = dict(zip(("kernel_size", "stride", "padding"), pool, strict=True))
-    image = (channels[0], size, size)
-    return Block(name, title, image, conv | {"padding": padding}, pooling, batch)
+    """A block of square sizes; ``conv`` and ``pool`` are kernel size, stride and padding."""
+    convolution = {"out_channels": channels[1]} | dict(zip(_SIZES, conv, strict=True))
+    pooling = dict(zip(_SIZES, pool, strict=True))
+    return Block(name, title, (channels[0], size, size), convolution, pooling, batch)
 
 
 # Overlapping windows, as in AlexNet.
@@ -137,24 +120,24 @@ POOL3 = (3, 2, 0)
 
 # fmt: off
 BLOCKS = {block.name: block for block in (
-    _block("simplecnn-1", "SimpleCNN, first block", (3, 16), 32, 3, 1),
-    _block("simplecnn-2", "SimpleCNN, second block", (16, 32), 16, 3, 1),
-    _block("lenet-1", "LeNet-5, first block", (1, 6), 32, 5),
-    _block("lenet-2", "LeNet-5, second block", (6, 16), 14, 5),
-    _block("alexnet-1", "AlexNet, first convolution", (3, 64), 224, 11, 2, 4, POOL3, 16),
-    _block("alexnet-2", "AlexNet, second convolution", (64, 192), 27, 5, 2, 1, POOL3, 16),
-    _block("alexnet-5", "AlexNet, fifth convolution", (256, 256), 13, 3, 1, 1, POOL3, 16),
-    _block("stem", "7x7 stem of a ResNet", (3, 64), 224, 7, 3, 2, (3, 2, 1), 8),
-    _block("vgg11-1", "VGG-11, stage 1", (3, 64), 224, 3, 1, batch=4),
-    _block("vgg11-2", "VGG-11, stage 2", (64, 128), 112, 3, 1, batch=4),
-    _block("vgg11-3", "VGG-11, last of stage 3", (256, 256), 56, 3, 1, batch=4),
-    _block("vgg11-4", "VGG-11, last of stage 4", (512, 512), 28, 3, 1, batch=4),
-    _block("vgg11-5", "VGG-11, last of stage 5", (512, 512), 14, 3, 1, batch=4),
-    _block("cifar-1", "CIFAR net, first block", (3, 64), 32, 3, 1),
-    _block("cifar-2", "CIFAR net, second block", (64, 128), 16, 3, 1),
-    _block("cifar-3", "CIFAR net, third block", (128, 256), 8, 3, 1),
-    _block("gray-1", "28x28 grayscale net, first block", (1, 32), 28, 3, 1),
-    _block("gray-2", "28x28 grayscale net, second block", (32, 64), 14, 3, 1),
+    _block("simplecnn-1", "SimpleCNN, first block", (3, 16), 32, (3, 1, 1)),
+    _block("simplecnn-2", "SimpleCNN, second block", (16, 32), 16, (3, 1, 1)),
+    _block("lenet-1", "LeNet-5, first block", (1, 6), 32, (5, 1, 0)),
+    _block("lenet-2", "LeNet-5, second block", (6, 16), 14, (5, 1, 0)),
+    _block("alexnet-1", "AlexNet, first convolution", (3, 64), 224, (11, 4, 2), POOL3, 16),
+    _block("alexnet-2", "AlexNet, second convolution", (64, 192), 27, (5, 1, 2), POOL3, 16),
+    _block("alexnet-5", "AlexNet, fifth convolution", (256, 256), 13, (3, 1, 1), POOL3, 16),
+    _block("stem", "7x7 stem of a ResNet", (3, 64), 224, (7, 2, 3), (3, 2, 1), 8),
+    _block("vgg11-1", "VGG-11, stage 1", (3, 64), 224, (3, 1, 1), batch=4),
+    _block("vgg11-2", "VGG-11, stage 2", (64, 128), 112, (3, 1, 1), batch=4),
+    _block("vgg11-3", "VGG-11, last of stage 3", (256, 256), 56, (3, 1, 1), batch=4),
+    _block("vgg11-4", "VGG-11, last of stage 4", (512, 512), 28, (3, 1, 1), batch=4),
+    _block("vgg11-5", "VGG-11, last of stage 5", (512, 512), 14, (3, 1, 1), batch=4),
+    _block("cifar-1", "CIFAR net, first block", (3, 64), 32, (3, 1, 1)),
+    _block("cifar-2", "CIFAR net, second block", (64, 128), 16, (3, 1, 1)),
+    _block("cifar-3", "CIFAR net, third block", (128, 256), 8, (3, 1, 1)),
+    _block("gray-1", "28x28 grayscale net, first block", (1, 32), 28, (3, 1, 1)),
+    _block("gray-2", "28x28 grayscale net, second block", (32, 64), 14, (3, 1, 1)),
 )}
 # fmt: on
 SIMPLECNN_1, SIMPLECNN_2 = BLOCKS["simplecnn-1"], BLOCKS["simplecnn-2"]
@@ -200,19 +183,19 @@ class Case:
 
 
 def block_case(
-    block: Block, name: str = "", *, backward: bool, input_grad: bool | None = None
+    block: Block, name: str = "", title: str = "", *, backward: bool, input_grad: bool | None = None
 ) -> Case:
     """Return the case of one block: its forward, or its forward and backward.
 
     The input's gradient is computed where ``input_grad`` says so, or else unless it is images.
     """
-    passes = ("forward", "grad_weight", "grad_input")
-    passes = passes[: 2 + (not block.reads_images if input_grad is None else input_grad)]
-    passes = passes if backward else passes[:1]
+    if input_grad is None:
+        input_grad = block.image[0] not in DATA_CHANNELS
+    passes = ("forward", "grad_weight", "grad_input")[: 1 + backward * (1 + input_grad)]
     image, output = math.prod(block.image), math.prod(block.output)
     return Case(
         name or f"{block.name} {'forward+backward' if backward else 'forward'}",
-        f"{block.title}: {', '.join(passes)}",
+        title,
         block.stock,
         block.fused,
         block.image,
@@ -229,24 +212,28 @@ _BETWEEN = _POOLED1 + _POOLED2 + _HIDDEN
 _LINEAR_FLOPS = 2 * (_POOLED2 * _HIDDEN + _HIDDEN * _LOGITS)
 _SIMPLECNN = (fusedcnn.SimpleCNN, fusedcnn.FusedSimpleCNN, SIMPLECNN_1.image)
 
+# fmt: off
 CASES = {case.name: case for case in (
-    block_case(SIMPLECNN_1, "block1-forward", backward=False),
-    block_case(SIMPLECNN_1, "block1-backward", backward=True),
-    block_case(SIMPLECNN_2, "block2-forward", backward=False),
-    block_case(SIMPLECNN_2, "block2-backward", backward=True),
+    block_case(SIMPLECNN_1, "block1-forward", "block 3->16 at 32x32, forward", backward=False),
+    block_case(SIMPLECNN_1, "block1-backward", "block 3->16, forward + backward (weight, bias)",
+               backward=True),
+    block_case(SIMPLECNN_2, "block2-forward", "block 16->32 at 16x16, forward", backward=False),
+    block_case(SIMPLECNN_2, "block2-backward", "block 16->32, forward + backward (all gradients)",
+               backward=True),
     Case(
         "inference", "SimpleCNN, inference", *_SIMPLECNN, "forward",
         flops=SIMPLECNN_1.flops + SIMPLECNN_2.flops + _LINEAR_FLOPS,
         elements=_IMAGE + 2 * _BETWEEN + _LOGITS,
     ),
     Case(
-        "training", "SimpleCNN, training step (Adam)", *_SIMPLECNN, "training",
+        "training", "SimpleCNN, training step (Adam, fused=True for all)", *_SIMPLECNN, "training",
         flops=2 * SIMPLECNN_1.flops + 3 * (SIMPLECNN_2.flops + _LINEAR_FLOPS),
         elements=2 * _IMAGE + 5 * _BETWEEN + 3 * _LOGITS,
         # Adam reads parameter, gradient and two moments, and writes all but the gradient.
         elements_per_call=7 * sum(p.numel() for p in fusedcnn.SimpleCNN().parameters()),
     ),
-)}  # fmt: skip
+)}
+# fmt: on
 
 
 # ---- problems ------------------------------------------------------------------------------------
@@ -278,11 +265,15 @@ class Problem:
         torch.manual_seed(SEED)
         self._stock = case.stock().to(device, dtype)
         self._batches: dict[bool, list[Batch]] = {}
+        eps = torch.finfo(precision.measured).eps
+        self._margin = MARGIN_EPSILONS * eps
+        if precision.coarse:
+            self._margin = COARSE_MARGIN_EPSILONS * max(eps, TF32_EPSILON * precision.tf32)
         images = self._draw_images()
         target = None
         if case.kind == "gradients":
+            clear = self._margins(images)[0] >= self._margin
             # Drawn in float32 like everything, so that each dtype's values fit the wider ones.
-            clear = self._window_margins(images) >= self._margin
             target = clear * torch.randn(clear.shape).to(device, dtype)
         elif case.kind == "training":
             target = torch.randint(10, (batch,), device=device)
@@ -302,8 +293,11 @@ class Problem:
         All images and gradients are in the asked memory format before the clock starts.
         """
         if channels_last not in self._batches:
-            size = sum(t.nbytes for t in self._first if t is not None)
-            copies = min(MAX_COPIES, max(2, -(-_rotated_bytes(self.device) // size)))
+            wanted, size = ROTATED_BYTES, sum(t.nbytes for t in self._first if t is not None)
+            if self.device.type == "cuda":
+                cache = torch.cuda.get_device_properties(self.device).L2_cache_size
+                wanted = ROTATED_CACHES * cache
+            copies = min(MAX_COPIES, max(2, -(-wanted // size)))
             self._batches[channels_last] = [self._copy(i, channels_last) for i in range(copies)]
         return self._batches[channels_last]
 
@@ -354,13 +348,6 @@ class Problem:
             names += [f"grad {name.removeprefix('0.')}" for name, _ in own.named_parameters()]
         return dict(zip(names, results, strict=True))
 
-    @property
-    def _margin(self) -> float:
-        eps = torch.finfo(self.precision.measured).eps
-        if self.precision.coarse:
-            return COARSE_MARGIN_EPSILONS * max(eps, TF32_EPSILON * self.precision.tf32)
-        return MARGIN_EPSILONS * eps
-
     def _draw_images(self) -> Tensor:
         """Images [N, C, H, W], for a training step without near ties."""
         if self.case.kind != "training" or self.precision.coarse:
@@ -368,25 +355,20 @@ class Problem:
         chosen = self._random_images()[:0]
         while len(chosen) < self.batch:
             images = self._random_images()
-            chosen = torch.cat([chosen, images[self._image_margins(images) >= self._margin]])
+            margins = [margin.flatten(1).amin(1) for margin in self._margins(images)]
+            chosen = torch.cat([chosen, images[torch.stack(margins).amin(0) >= self._margin]])
         return chosen[: self.batch].contiguous()
 
     def _random_images(self) -> Tensor:
         images = torch.randn(self.batch, *self.case.image)
-        if self.case.image[0] not in (1, 3):
+        if self.case.image[0] not in DATA_CHANNELS:
             images = images.abs()  # what the block before puts out is not negative
         return images.to(self.device, self.precision.dtype)
 
     @torch.no_grad()
-    def _window_margins(self, images: Tensor) -> Tensor:
-        """[N, C, H, W] of a block's output: how far each window is from another choice."""
-        conv, _, pool = copy.deepcopy(self._stock).double()
-        return window_margins(conv(images.double()), pool)
-
-    @torch.no_grad()
-    def _image_margins(self, images: Tensor) -> Tensor:
-        """[N]: how far each image is from another choice of any window or ReLU."""
-        layers = list(_leaves(copy.deepcopy(self._stock).double().eval()))
+    def _margins(self, images: Tensor) -> list[Tensor]:
+        """Of each ReLU: how far its windows, or values without a pool, are from another choice."""
+        layers = _leaves(copy.deepcopy(self._stock).double().eval())
         margins = []
         values = images.double()
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
@@ -394,15 +376,15 @@ class Problem:
                 pooled = isinstance(following, nn.MaxPool2d)
                 margins.append(window_margins(values, following) if pooled else values.abs())
             values = layer(values)
-        return torch.stack([margin.flatten(1).amin(1) for margin in margins]).amin(0)
+        return margins
 
     def _copy(self, index: int, channels_last: bool) -> Batch:
         """The first batch with its images in another order: new memory, the same work."""
 
         def copy_of(tensor: Tensor) -> Tensor:
-            rolled = tensor.roll(index, 0)
-            last = channels_last and rolled.dim() == 4
-            return rolled.contiguous(memory_format=torch.channels_last) if last else rolled
+            last = channels_last and tensor.dim() == 4
+            memory_format = torch.channels_last if last else torch.contiguous_format
+            return tensor.roll(index, 0).contiguous(memory_format=memory_format)
 
         images, target = self._first
         images = copy_of(images).requires_grad_(self.case.input_grad)
@@ -462,12 +444,6 @@ def window_margins(values: Tensor, pool: nn.MaxPool2d) -> Tensor:
     return torch.minimum(first.abs(), torch.where(first > 0, first - second, math.inf))
 
 
-def _rotated_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return ROTATED_BYTES
-    return ROTATED_CACHES * torch.cuda.get_device_properties(device).L2_cache_size
-
-
 class _Keep(nn.Module):
     """Dropout that keeps given elements."""
 
@@ -479,5 +455,5 @@ class _Keep(nn.Module):
         return input * self.kept * self.scale
 
 
-def _leaves(module: nn.Module) -> Iterator[nn.Module]:
-    return (m for m in module.modules() if not any(m.children()))
+def _leaves(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if not any(m.children())]

@@ -5,6 +5,8 @@ Before anybody is timed, all must be right: see :func:`what_is_wrong`.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -17,7 +19,8 @@ from typing import Any
 import fusedcnn
 import torch
 from blocks import Batch, Call, Problem, Results, make_call, make_optimizer
-from timing import Clock, against_best, first_line, time_rows
+from fusedcnn.bench import one_line
+from timing import Clock, against_best, rest_after, time_rows
 from torch import Tensor, nn
 
 # Tuned on the GPU, and without the compiler's own graphs: these are recorded like everybody's.
@@ -51,9 +54,6 @@ class Contender:
         compiled: through torch.compile.
         onnx: exported to ONNX Runtime, which serves forward passes only, and is timed on the CPU.
         graphed: recorded as CUDA graphs, which only a CUDA device has.
-        rest: seconds to wait after its turn, until its idle threads have stopped spinning; else
-            they would take a core from the next contender. Torch's threads spin for some 4 ms,
-            ONNX Runtime's for some 30.
     """
 
     name: str
@@ -63,7 +63,6 @@ class Contender:
     compiled: bool = False
     onnx: bool = False
     graphed: bool = False
-    rest: float = 0.01
 
     def why_not_on(self, device_type: str) -> str:
         """Why the contender cannot run on a type of device, or ""."""
@@ -76,25 +75,22 @@ class Contender:
 
 _EVERYWHERE = (
     Contender("fused", "fusedcnn", fused=True),
-    Contender("eager", "stock layers"),
-    Contender("eager-cl", "stock layers, channels_last", channels_last=True),
-    Contender("compile", "stock layers, torch.compile", compiled=True),
-    Contender("compile-cl", "stock layers, channels_last, torch.compile", False, True, True),
+    Contender("eager", "eager"),
+    Contender("eager-cl", "eager channels_last", channels_last=True),
+    Contender("compile", "torch.compile", compiled=True),
+    Contender("compile-cl", "torch.compile channels_last", channels_last=True, compiled=True),
 )
 _GRAPHED = (
     replace(one, name=f"{one.name}-graph", title=f"{one.title}, as CUDA graphs", graphed=True)
     for one in _EVERYWHERE
 )
-_ONNX = Contender("onnxruntime", "ONNX Runtime, forward passes only", onnx=True, rest=0.05)
-CONTENDERS = {one.name: one for one in (*_EVERYWHERE, *_GRAPHED, _ONNX)}
+_ONNX = Contender("onnxruntime", "ONNX Runtime", onnx=True)
+CONTENDERS = {one.name: one for one in (*_EVERYWHERE, _ONNX, *_GRAPHED)}
 
 
 def contenders_on(device_type: str) -> list[str]:
     """Names of the contenders that can run on a type of device."""
     return [one.name for one in CONTENDERS.values() if not one.why_not_on(device_type)]
-
-
-# ---- a race --------------------------------------------------------------------------------------
 
 
 def race(
@@ -109,49 +105,49 @@ def race(
         ``"wrong"`` where any is, and then nobody is timed, ``"incomplete"`` where a fused one has
         no time, else ``"timed"``.
     """
-    contenders = [CONTENDERS[name] for name in names]
     rows: list[dict[str, Any]] = []
     steps: dict[str, Callable[[], object]] = {}
-    for contender in contenders:
-        say(contender.name)
-        row = {"name": contender.name, "status": "right"}
+    for name in names:
+        say(name)
+        row = {"name": name, "status": "right"}
         rows.append(row)
         try:
-            steps[contender.name], results = prepare(contender, problem, clock.threads)
+            steps[name], results = prepare(CONTENDERS[name], problem, clock.threads)
         except Exception as error:  # compilers and exporters raise all sorts; the others go on
-            row |= {"status": "unavailable", "reason": first_line(error)}
+            row |= {"status": "unavailable", "reason": one_line(error)}
             continue
         if wrong := what_is_wrong(results, *problem.references):
             row |= {"status": "wrong", "reason": wrong}
+    wrong = any(row["status"] == "wrong" for row in rows)
     seconds = {}
-    on_cpu = problem.device.type == "cpu"
-    if not any(row["status"] == "wrong" for row in rows):
+    if not wrong:
         say("timing")
-        rests = {one.name: one.rest for one in contenders if on_cpu}  # a GPU spins for nobody
+
+        def turn(name: str) -> contextlib.AbstractContextManager[None]:
+            return rest_after(problem.device, 0.05 if CONTENDERS[name].onnx else 0.01)
+
         with torch.set_grad_enabled(problem.case.kind != "forward"):
-            seconds = time_rows(rows, steps, clock, rests=rests)
+            seconds = time_rows(rows, steps, clock, turn)
     torch._dynamo.reset()  # compiled code of this problem is of no use to the next
     steps.clear()
-    if not on_cpu:
+    if problem.device.type == "cuda":
         torch.cuda.empty_cache()  # nor are the memory pools of its graphs
-    own = [row for row in rows if CONTENDERS[row["name"]].fused]
-    status = "timed" if all(row["status"] == "timed" for row in own) else "incomplete"
-    if any(row["status"] == "wrong" for row in rows):
-        status = "wrong"
+    timed = all(row["status"] == "timed" for row in rows if CONTENDERS[row["name"]].fused)
+    status = "wrong" if wrong else "timed" if timed else "incomplete"
     return {"status": status, "rows": rows, "speedups": speedups(seconds)}
 
 
 def speedups(seconds: Mapping[str, list[float]]) -> list[dict[str, Any]]:
     """Fused against the others: the faster of its ways against all, and like against like."""
-    found = {name: CONTENDERS[name] for name in seconds}
-    ours = [name for name in found if found[name].fused]
-    best = min(ours, key=lambda name: statistics.median(seconds[name]), default=None)
-    pairs = [(best, set(ours))] * (best is not None)
-    if any(one.graphed for one in found.values()):
+    ours = [name for name in seconds if CONTENDERS[name].fused]
+    others = seconds.keys() - ours
+    best = sorted(ours, key=lambda name: statistics.median(seconds[name]))[:1]
+    pairs = [(name, others) for name in best]
+    if any(CONTENDERS[name].graphed for name in seconds):
         for own in ours:
-            unlike = {name for name in found if found[name].graphed != found[own].graphed}
-            pairs.append((own, {*ours, *unlike}))
-    return [one for pair in pairs if (one := against_best(seconds, *pair))]
+            graphed = CONTENDERS[own].graphed
+            pairs.append((own, {one for one in others if CONTENDERS[one].graphed == graphed}))
+    return [against_best(seconds, own, peers) for own, peers in pairs if peers]
 
 
 # ---- the rule ------------------------------------------------------------------------------------
@@ -205,9 +201,6 @@ def largest_error(result: Tensor, reference: Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
-# ---- setting up ----------------------------------------------------------------------------------
-
-
 # What does the work on the next of the rotated batches and is timed; and the first one's results.
 Prepared = tuple[Callable[[], object], Results]
 
@@ -239,10 +232,8 @@ def _prepare_torch(contender: Contender, problem: Problem, threads: int) -> Prep
         results = problem.results(lambda _batch: replays[0](), own, batches[0])
         rotating = itertools.cycle(replays)
         return lambda: next(rotating)(), results
-    if contender.graphed:
-        call = record_training(module, own, batches)
-    else:
-        call = make_call(case, module, own)
+    call = record_training(module, own, batches) if contender.graphed else None
+    call = call or make_call(case, module, own)
     results = problem.results(call, own, batches[0])
     rotating = itertools.cycle(batches)
     return lambda: call(next(rotating)), results
@@ -281,24 +272,21 @@ def record_calls(call: Call, batches: list[Batch]) -> list[Callable[[], tuple[Te
         for _ in range(WARM_UP_CALLS):
             call(batches[0])
     torch.cuda.current_stream().wait_stream(stream)
-    pool = None
-
-    def record(batch: Batch) -> Callable[[], tuple[Tensor, ...]]:
-        nonlocal pool
+    replays, pool = [], None
+    for batch in batches:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             # Detached: the results' history would keep the graph's intermediates from being the
             # next graph's memory.
             results = tuple(result.detach() for result in call(batch))
         pool = pool or graph.pool()
+        replays.append(functools.partial(_replay, graph, results))
+    return replays
 
-        def replay() -> tuple[Tensor, ...]:
-            graph.replay()
-            return results
 
-        return replay
-
-    return [record(batch) for batch in batches]
+def _replay(graph: torch.cuda.CUDAGraph, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    graph.replay()
+    return results
 
 
 def record_training(module: nn.Module, own: nn.Module, batches: list[Batch]) -> Call:

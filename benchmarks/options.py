@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import re
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fusedcnn
 import torch
 from blocks import BLOCKS, CASES, Block
 from contenders import CONTENDERS
-from timing import PRECISIONS, Clock, Precision, available_cores, first_line, force_kernel
+from fusedcnn.bench import one_line
+from timing import PRECISIONS, force_kernel
 
+NAMES = {"cases": CASES, "blocks": BLOCKS, "contenders": CONTENDERS, "precisions": PRECISIONS}
 # The images of a case are drawn, copied and computed in float64 too: some gigabytes at this size.
 MAX_BATCH = 65536
+CORES = len(os.sched_getaffinity(0))  # that this process may use
+DEFAULT_THREADS = min(torch.get_num_threads(), CORES)
 
 
 class Run(NamedTuple):
@@ -27,56 +31,22 @@ class Run(NamedTuple):
     threads: int
 
 
-class Options(argparse.Namespace):
-    """The checked arguments under their names, ``device`` and ``precisions`` as objects."""
-
-    def pair_runs(self, batch_sizes: list[int], small_batch: int) -> list[Run]:
-        """Put --batch-sizes and --threads together, each pair once.
-
-        Args:
-            batch_sizes: where none were asked for.
-            small_batch: up to so many images are computed on one thread unless asked otherwise, as
-                where requests are served one by one. On a GPU one thread launches any batch.
-        """
-        batch_sizes = self.batch_sizes or batch_sizes
-        threads = self.threads or [
-            1 if batch <= small_batch or self.device.type == "cuda" else _default_threads()
-            for batch in batch_sizes
-        ]
-        if len(threads) == 1:
-            threads = threads * len(batch_sizes)
-        if len(threads) != len(batch_sizes):
-            raise ValueError(
-                f"argument --threads: expected 1 number or {len(batch_sizes)}, one for each of "
-                f"--batch-sizes, got {len(threads)}"
-            )
-        return list(dict.fromkeys(map(Run, batch_sizes, threads)))
-
-    def clock(self, threads: int) -> Clock:
-        """How long each contender of a race is timed."""
-        return Clock(threads, self.rounds, self.min_time)
-
-    def expect_one(self, *names: str) -> None:
-        """Refuse several values of options of which the script takes one."""
-        for name in names:
-            if len(getattr(self, name)) > 1:
-                raise ValueError(f"argument --{name}: expected one here, got {getattr(self, name)}")
-
-
 class Parser(argparse.ArgumentParser):
-    """The options of all scripts, to which each adds its own."""
+    """The options of all scripts, to which each adds its own.
+
+    What is wrong is said in one line, and ends the program with status 2.
+    """
 
     def __init__(self, description: str, *, min_time: float, rounds: int) -> None:
         super().__init__(description=description, allow_abbrev=False)
-        cores = available_cores()
         # fmt: off
         add = self.add_argument
-        add("--list", action="store_true", help="print all names that can be asked for, and end")
+        add("--list", action="store_true", help=f"print all {', '.join(NAMES)}, and end")
         add("--batch-sizes", nargs="+", type=_integer(1, MAX_BATCH), metavar="N",
             help=f"images per call, 1 to {MAX_BATCH}")
-        add("--threads", nargs="+", type=_integer(1, cores), metavar="N",
-            help=f"1 to {cores} on this machine, for all batch sizes or one for each (default: 1 "
-                 f"for few images, {_default_threads()} for many)")
+        add("--threads", nargs="+", type=_integer(1, CORES), metavar="N",
+            help=f"1 to {CORES} on this machine, for all batch sizes or one for each (default: 1 "
+                 f"for few images, {DEFAULT_THREADS} for many)")
         add("--min-time", type=_seconds, default=min_time, metavar="S",
             help="seconds for which each contender is timed, all rounds together "
                  "(default: %(default)s)")
@@ -84,27 +54,30 @@ class Parser(argparse.ArgumentParser):
             help="turns of each contender (default: %(default)s)")
         add("--time-limit", type=_seconds, metavar="S",
             help="begin nothing further after so many seconds; the report says what is missing")
-        add("--json", type=Path, metavar="FILE",
+        add("--json", type=_writable, metavar="FILE",
             help="write medians and quartiles as JSON, after every result")
         # fmt: on
-        self.set_defaults(device="cpu", precisions=["float32"], contenders=None, isa=[], kernel=[])
+        self.set_defaults(
+            device=torch.device("cpu"), precisions=["float32"], contenders=None, isa=[], kernel=[]
+        )
 
     def add_kernels(self) -> None:
         """Add what decides where and how everybody computes."""
         # fmt: off
         add = self.add_argument
-        add("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cpu)")
+        add("--device", type=_device, metavar="DEVICE", help="cpu, cuda or cuda:N (default: cpu)")
         add("--precision", "--dtype", dest="precisions", nargs="+", choices=PRECISIONS,
             metavar="PRECISION", help=f"of parameters and images: {', '.join(PRECISIONS)} (default:"
                                       " float32, in which nobody may round to tf32)")
         add("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help="see --list")
         add("--isa", nargs="+", metavar="ISA",
-            help="instruction set of fusedcnn's kernels; see --list (default: the widest)")
-        add("--kernel", nargs="+", metavar="KERNEL", help="of fusedcnn; see --list")
+            help="instruction set of fusedcnn's kernels (default: the widest)")
+        add("--kernel", nargs="+", metavar="KERNEL",
+            help="of fusedcnn; `python -m fusedcnn info` lists these and instruction sets")
         # fmt: on
 
     def add_own_block(self) -> None:
-        """Add what describes a block that --list lacks: see :func:`own_block`."""
+        """Add what describes a block that --list lacks: see :meth:`own_block`."""
         # fmt: off
         add = self.add_argument_group("a block of your own").add_argument
         add("--shape", type=_shape, metavar="[Nx]CxHxW",
@@ -116,61 +89,89 @@ class Parser(argparse.ArgumentParser):
             metavar="ARGUMENTS", help="of torch.nn.MaxPool2d (default: 2)")
         # fmt: on
 
-    def read(self, arguments: list[str] | None, finish: Callable[[Options], object]) -> Options:
-        """Read the command line; on bad arguments, say what is wrong and exit with status 2.
-
-        Args:
-            arguments: None for sys.argv's.
-            finish: completes the script's own options; raises ValueError.
-        """
-        options = self.parse_args(arguments, namespace=Options())
+    def read(self, arguments: list[str] | None) -> Namespace:
+        """Read the command line; None stands for sys.argv's."""
+        options = self.parse_args(arguments)
         if options.list:
-            _print_list()
+            for title, entries in NAMES.items():
+                print(f"{title}:")
+                for name, one in entries.items():
+                    print(f"  {name:<16} {one.title}")
             self.exit()
-        try:
-            options.device = _device(options.device)
-            options.precisions = [_precision(p, options.device) for p in options.precisions]
-            _check_names(options)
-            finish(options)
-            if options.json:
-                options.json.open("a").close()  # fails here or not at all
-        except (ValueError, RuntimeError) as error:  # the latter: kernels that are not loaded
-            self.error(str(error))
-        except OSError as error:
-            self.error(f"argument --json: cannot write {str(options.json)!r}: {error.strerror}")
+        device = options.device
+        options.precisions = [PRECISIONS[name] for name in options.precisions]
+        for one in options.precisions:
+            if one.tf32 and device.type != "cuda":
+                self.error(f"argument --precision: {one.name} needs --device cuda, got {device}")
+            if device.type == "cuda" and torch.cuda.get_device_capability() < one.capability:
+                self.error(
+                    f"argument --precision: {one.name} needs a GPU of compute capability "
+                    f"{one.capability}, {device} has {torch.cuda.get_device_capability()}"
+                )
+        if options.isa and device.type != "cpu":
+            self.error(f"argument --isa: expected none on {device}, got {options.isa}")
+        for isa in options.isa or [None]:
+            for kernel in options.kernel or [""]:
+                try:
+                    with force_kernel(device, kernel, isa):
+                        pass
+                except (ValueError, RuntimeError) as error:  # the latter: CUDA kernels not loaded
+                    self.error(str(error))
+        for name in options.contenders or ():
+            if why_not := CONTENDERS[name].why_not_on(device.type):
+                self.error(f"argument --contenders: {name} cannot run on {device}: {why_not}")
         return options
 
+    def expect_one(self, options: Namespace, *names: str) -> None:
+        """Refuse several values of options of which the script takes one."""
+        for name in names:
+            if len(getattr(options, name)) > 1:
+                self.error(f"argument --{name}: expected one here, got {getattr(options, name)}")
 
-def own_block(options: Options) -> Block:
-    """Return the block that --shape, --conv and --pool describe; --shape may say how many images.
+    def pair_runs(self, options: Namespace, batch_sizes: list[int], small_batch: int) -> list[Run]:
+        """Put --batch-sizes and --threads together, each pair once.
 
-    Raises:
-        ValueError: one is missing, or they do not go together.
-    """
-    if options.names:
-        raise ValueError(f"argument --shape: expected no block names, got {options.names}")
-    if options.conv is None:
-        raise ValueError("argument --conv: needed with --shape")
-    *batch, channels, height, width = options.shape
-    if batch and options.batch_sizes:
-        raise ValueError("argument --batch-sizes: not allowed where --shape has four sizes")
-    options.batch_sizes = batch or options.batch_sizes
-    name = f"{channels}x{height}x{width}"
-    pool = options.pool or {"kernel_size": 2}
-    try:
+        Args:
+            options: of the command line.
+            batch_sizes: where none were asked for.
+            small_batch: up to so many images are computed on one thread unless asked otherwise, as
+                where requests are served one by one. On a GPU one thread launches any batch.
+        """
+        batch_sizes = options.batch_sizes or batch_sizes
+        threads = options.threads or [
+            1 if batch <= small_batch or options.device.type == "cuda" else DEFAULT_THREADS
+            for batch in batch_sizes
+        ]
+        if len(threads) == 1:
+            threads = threads * len(batch_sizes)
+        if len(threads) != len(batch_sizes):
+            self.error(
+                f"argument --threads: expected 1 number or {len(batch_sizes)}, one for each of "
+                f"--batch-sizes, got {len(threads)}"
+            )
+        return list(dict.fromkeys(map(Run, batch_sizes, threads)))
+
+    def own_block(self, options: Namespace) -> Block:
+        """Return the block that --shape, --conv and --pool describe.
+
+        --shape may say how many images.
+        """
+        if options.names:
+            self.error(f"argument --shape: expected no block names, got {options.names}")
+        if options.conv is None:
+            self.error("argument --conv: needed with --shape")
+        *batch, channels, height, width = options.shape
+        if batch and options.batch_sizes:
+            self.error("argument --batch-sizes: not allowed where --shape has four sizes")
+        options.batch_sizes = batch or options.batch_sizes
+        name = f"{channels}x{height}x{width}"
+        pool = options.pool or {"kernel_size": 2}
         block = Block(name, "own sizes", (channels, height, width), options.conv, pool)
-        _ = block.output, block.fused()  # raise where the sizes do not go together
-    except (ArithmeticError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        text = "a stride of 0" if isinstance(error, ZeroDivisionError) else first_line(error)
-        raise ValueError(f"arguments --shape, --conv, --pool: {text}") from None
-    return block
-
-
-# ---- types and checks ----------------------------------------------------------------------------
-
-
-def _default_threads() -> int:
-    return min(torch.get_num_threads(), available_cores())
+        try:
+            block.fused()(torch.empty(0, *block.image))  # raises where they do not go together
+        except (RuntimeError, ValueError, TypeError) as error:
+            self.error(f"arguments --shape, --conv, --pool: {one_line(error)}")
+        return block
 
 
 def _integer(low: int, high: int) -> Callable[[str], int]:
@@ -217,59 +218,24 @@ def _arguments(*names: str) -> Callable[[str], dict[str, Any]]:
     return parse
 
 
+def _writable(text: str) -> Path:
+    try:
+        open(text, "a").close()  # fails here or not at all
+    except OSError as error:
+        raise ArgumentTypeError(f"cannot write {text!r}: {error.strerror}") from None
+    return Path(text)
+
+
 def _device(text: str) -> torch.device:
     try:
         device = torch.device(text)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"argument --device: expected cpu, cuda or cuda:N, got {text!r}")
+        raise ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
     if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            raise ValueError(
-                f"argument --device: got {text!r}, but torch sees {count} CUDA devices here"
-            )
+            raise ArgumentTypeError(f"got {text!r}, but torch sees {count} CUDA devices here")
         torch.cuda.set_device(device.index or 0)  # streams, graphs and waiting are of this one
     return device
-
-
-def _precision(name: str, device: torch.device) -> Precision:
-    precision = PRECISIONS[name]
-    if precision.tf32 and device.type != "cuda":
-        raise ValueError(f"argument --precision: {name} needs --device cuda, got {device}")
-    if device.type == "cuda" and torch.cuda.get_device_capability() < precision.capability:
-        raise ValueError(
-            f"argument --precision: {name} needs a GPU of compute capability "
-            f"{precision.capability}, {device} has {torch.cuda.get_device_capability()}"
-        )
-    return precision
-
-
-def _check_names(options: Options) -> None:
-    if options.isa and options.device.type != "cpu":
-        raise ValueError(f"argument --isa: expected none on {options.device}, got {options.isa}")
-    for isa in options.isa or [None]:
-        for kernel in options.kernel or [""]:
-            with force_kernel(options.device, kernel, isa):
-                pass  # raises for unknown names
-    for name in options.contenders or ():
-        if why_not := CONTENDERS[name].why_not_on(options.device.type):
-            raise ValueError(
-                f"argument --contenders: {name} cannot run on {options.device}: {why_not}"
-            )
-
-
-def _print_list() -> None:
-    named = {"cases": CASES, "blocks": BLOCKS, "contenders": CONTENDERS, "precisions": PRECISIONS}
-    for title, entries in named.items():
-        print(f"{title}:")
-        for name, one in entries.items():
-            print(f"  {name:<16} {one.title}")
-    info = fusedcnn.build_info()
-    print("isas:", *(isa["name"] for isa in info["isas"] if isa["supported"]))
-    for title, kernels in (("kernels", info["kernels"]), ("CUDA kernels", info["cuda"]["kernels"])):
-        for of_pass in dict.fromkeys(kernel["pass"] for kernel in kernels):
-            names = dict.fromkeys(k["name"] for k in kernels if k["pass"] == of_pass)
-            print(f"{title} of {of_pass}:", *names)
-    print("CUDA:", info["cuda"]["reason"] or "loaded")

@@ -6,21 +6,22 @@ r"""The published table and chart of results, from the committed JSON of one run
     python benchmarks/readme_table.py --check     # exit status 1 where they say something else
 
 A page holds the whole table between two marker comments that say "table", one row for each kind of
-work between two that say "summary", or both; nothing else in it is touched. The chart needs
-matplotlib (``fusedcnn[plot]``).
+work between two that say "summary", or both; nothing else in it is touched.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
+import html
 import json
-import re
 import statistics
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any
+
+from blocks import CASES
+from contenders import CONTENDERS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/bench_block.json"
@@ -31,28 +32,20 @@ END = "<!-- end of the {} -->"
 WIDTH = 120
 SUMMARY_BATCH = 64
 
-ROWS = {
-    "block1-forward": "block 3->16 at 32x32, forward",
-    "block1-backward": "block 3->16, forward + backward (weight, bias)",
-    "block2-forward": "block 16->32 at 16x16, forward",
-    "block2-backward": "block 16->32, forward + backward (all gradients)",
-    "inference": "SimpleCNN, inference",
-    "training": "SimpleCNN, training step (Adam, fused=True for all)",
-}
-PEERS = {
-    "eager": "eager",
-    "eager-cl": "eager channels_last",
-    "compile": "torch.compile",
-    "compile-cl": "torch.compile channels_last",
-    "onnxruntime": "ONNX Runtime",
-}
-# Contrast of 4.3 with white and with the near black of dark pages alike.
-INK = "#797979"
-COLORS = {"eager": "#a5a5a5", "best other": "#5b8fd0", "fused": "#e2711d"}
+TITLES = {name: case.title for name, case in CASES.items()}
+PEERS = {name: one.title for name, one in CONTENDERS.items() if not one.fused}
+# The chart. Greys have a contrast of 4.3 with white and with the near black of dark pages alike.
+STYLE = """\
+text { font: 13px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #797979 }
+.label { text-anchor: end }
+.small { font-size: 11px }
+.eager { fill: #a5a5a5 } .other { fill: #5b8fd0 } .fused { fill: #e2711d }"""
+BARS = {"eager": "eager", "other": "best other", "fused": "fused"}
+WIDE, BARS_AT, LONGEST = 760, 250, 450  # of all, of the labels before the bars, of the bars
+ROW, BAR, TOP = 66, 16, 64  # heights
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description="Write the tables and the chart of results.")
     parser.add_argument("--check", action="store_true", help="write nothing, tell whether it fits")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE")
@@ -66,24 +59,15 @@ def main(arguments: list[str] | None = None) -> int:
         wanted[options.chart] = draw(report)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    except ImportError:
-        parser.error("the chart needs matplotlib: pip install 'fusedcnn[plot]'")
     status = 0
     for path, text in wanted.items():
         if not options.check:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        elif not path.is_file() or shown(path.read_text()) != shown(text):
+        elif not path.is_file() or path.read_text() != text:
             print(f"{path}: not what {options.json} says: run {Path(__file__).name}")
             status = 1
     return status
-
-
-def shown(text: str) -> str:
-    """What a reader sees: the words of a chart, whose outlines vary with matplotlib's version."""
-    if not text.startswith("<?xml"):
-        return text
-    return "\n".join(re.findall(r"<text[^>]*>(.*?)</text>", text, re.S))
 
 
 def refuse_untrustworthy(report: dict[str, Any]) -> None:
@@ -95,7 +79,7 @@ def refuse_untrustworthy(report: dict[str, Any]) -> None:
         raise ValueError(f"report: expected figures of a commit, got {commit!r}")
     if report["options"].get("isa") or report["options"].get("kernel"):
         raise ValueError("report: expected no forced ISA or kernel")
-    if missing := ROWS.keys() - cases:
+    if missing := TITLES.keys() - cases:
         raise ValueError(f"report: expected all cases, these are missing: {sorted(missing)}")
     if not all(result["speedups"] for result in report["results"]):
         raise ValueError("report: expected another contender than fused in every case")
@@ -135,11 +119,11 @@ def render_summary(report: dict[str, Any]) -> str:
 
 
 def summary(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results at SUMMARY_BATCH images, in the order of ROWS."""
+    """The results at SUMMARY_BATCH images, in the order of TITLES."""
     results = {r["case"]: r for r in report["results"] if r["batch"] == SUMMARY_BATCH}
-    if missing := ROWS.keys() - results.keys():
+    if missing := TITLES.keys() - results.keys():
         raise ValueError(f"report: expected batch {SUMMARY_BATCH} of {sorted(missing)}")
-    return [results[case] for case in ROWS]
+    return [results[case] for case in TITLES]
 
 
 def _preface(report: dict[str, Any]) -> str:
@@ -167,7 +151,7 @@ def _table(results: list[dict[str, Any]]) -> str:
         "| | batch | threads | fused | best other | | times as fast | of peak |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for case, title in ROWS.items():
+    for case, title in TITLES.items():
         for result in (r for r in results if r["case"] == case):
             medians, best = _medians(result), result["speedups"][0]
             cells = [title, str(result["batch"]), str(result["threads"])]
@@ -226,45 +210,51 @@ def _filled(text: str) -> str:
 def draw(report: dict[str, Any]) -> str:
     """Return an SVG: how many times as fast as stock eager the best other and fused are.
 
-    The same report gives the same bytes with the same matplotlib. Text stays text, so that the
-    page's own fonts are used.
-
     Raises:
-        ImportError: matplotlib is not installed.
         ValueError: there are no results at SUMMARY_BATCH images.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
     results, machine = summary(report), report["machine"]
-    fixed = {"svg.fonttype": "none", "svg.hashsalt": "fusedcnn", "font.size": 9, "text.color": INK}
-    with matplotlib.rc_context(fixed):
-        figure = Figure(figsize=(7.2, 4.3))
-        axes = figure.add_axes((0.33, 0.02, 0.64, 0.89))
-        for i, result in enumerate(results):
-            medians, peer = _medians(result), result["speedups"][0]["best_peer"]
-            bars = {"eager": "eager", "best other": peer, "fused": "fused"}
-            for j, (bar, name) in enumerate(bars.items()):
-                ratio = medians["eager"] / medians[name]
-                at = i + 0.27 * (j - 1)
-                axes.barh(at, ratio, 0.25, color=COLORS[bar], label=bar if i == 0 else None)
-                note = f", {PEERS[name]}" if bar == "best other" else ""
-                axes.text(ratio + 0.1, at, f"{ratio:.1f}{note}", va="center", fontsize=7.5)
-        axes.set_yticks(range(len(ROWS)), [t.replace(" (", "\n(") for t in ROWS.values()])
-        axes.invert_yaxis()
-        axes.margins(x=0.1)
-        axes.tick_params(colors=INK, length=0)
-        axes.spines[:].set_visible(False)
-        axes.set_xticks([])
-        axes.legend(loc="lower right", frameon=False)
-        what = f"batch {SUMMARY_BATCH}, {results[0]['threads']} threads of {machine['cpu']}"
-        title = f"Times as fast as stock eager: {what}, torch {machine['torch']}"
-        axes.set_title(title, fontsize=9, x=0.25, color=INK)
-        text = io.StringIO()
-        figure.savefig(
-            text, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
-        )
-    return re.sub(r"[ \t]+$", "", text.getvalue(), flags=re.M)
+    bars = []  # of each result: class, ratio, words
+    for result in results:
+        medians, peer = _medians(result), result["speedups"][0]["best_peer"]
+        ratios = {"eager": 1.0, "other": medians["eager"] / medians[peer]}
+        ratios["fused"] = medians["eager"] / medians["fused"]
+        notes = {"other": f", {PEERS[peer]}"}
+        bars.append([(bar, r, f"{r:.1f}{notes.get(bar, '')}") for bar, r in ratios.items()])
+    scale = LONGEST / max(ratio for row in bars for _, ratio, _ in row)
+    what = f"batch {SUMMARY_BATCH}, {results[0]['threads']} threads of {machine['cpu']}"
+    title = f"Times as fast as stock eager: {what}, torch {machine['torch']}"
+    shapes = [_text(20, 22, title)]
+    for i, (bar, name) in enumerate(BARS.items()):
+        shapes += [_rect(BARS_AT + 110 * i, 36, 12, bar), _text(BARS_AT + 18 + 110 * i, 48, name)]
+    for i, (name, row) in enumerate(zip(TITLES.values(), bars, strict=True)):
+        top = TOP + ROW * i
+        name, _, note = name.partition(" (")
+        shapes.append(_text(BARS_AT - 10, top + 22, name, "label"))
+        if note:
+            shapes.append(_text(BARS_AT - 10, top + 38, f"({note}", "label small"))
+        for j, (bar, ratio, words) in enumerate(row):
+            y, width = top + (BAR + 2) * j, scale * ratio
+            shapes += [_rect(BARS_AT, y, width, bar), _text(BARS_AT + width + 6, y + 12, words)]
+    size = f'viewBox="0 0 {WIDE} {TOP + ROW * len(bars)}" width="{WIDE}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
+    lines = [
+        head,
+        f"<title>{html.escape(title)}</title>",
+        f"<style>\n{STYLE}\n</style>",
+        *shapes,
+        "</svg>",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _rect(x: float, y: float, width: float, kind: str) -> str:
+    return f'<rect x="{x:g}" y="{y:g}" width="{width:.1f}" height="{BAR}" class="{kind}"/>'
+
+
+def _text(x: float, y: float, words: str, kind: str = "") -> str:
+    kind = kind and f' class="{kind}"'
+    return f'<text x="{x:.0f}" y="{y:g}"{kind}>{html.escape(words)}</text>'
 
 
 if __name__ == "__main__":

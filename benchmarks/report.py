@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import time
+from argparse import Namespace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -15,16 +16,14 @@ from typing import Any
 
 import fusedcnn
 import torch
-from options import Options
+from options import CORES
 from rich.console import Console
 from rich.table import Table
-from timing import Precision, available_cores, force_kernel, measure_limits
+from timing import Precision, force_kernel, measure_limits
 from tqdm import tqdm
 
 # Columns of a table on a pipe or in a file, which have no width of their own.
 WIDTH = 200
-# Columns of the JSON.
-LINE = 120
 
 LEGEND = """\
 IQR: between the quartiles of the rounds, in % of the median. Of peak: FLOPs of the direct
@@ -41,7 +40,7 @@ class Report:
     come.
     """
 
-    def __init__(self, options: Options, total: int) -> None:
+    def __init__(self, options: Namespace, total: int) -> None:
         asked = {name: value for name, value in vars(options).items() if value and name != "json"}
         self.values: dict[str, Any] = {
             "status": "right",
@@ -64,7 +63,6 @@ class Report:
         if time.monotonic() < self._end:
             return True
         self.values["not_run"].append(head)
-        self._worsen("incomplete")
         self._bar.update()
         return False
 
@@ -86,10 +84,8 @@ class Report:
     def add(self, head: dict[str, Any], result: dict[str, Any]) -> None:
         """Take a result in, and write what there is so far."""
         self.values["results"].append(head | result)
-        self._worsen(result["status"])
         self._bar.update()
-        if self._options.json:
-            write_json(self.values, self._options.json)
+        self._write()
 
     def finish(self) -> int:
         """Write and print everything; return the exit status."""
@@ -99,14 +95,18 @@ class Report:
             f"fused: {count} calls were computed by the stock layers: {reason}"
             for reason, count in info["stock_calls"].items()
         ]
-        if self._options.json:
-            write_json(self.values, self._options.json)
+        self._write()
         print_report(self.values)
         return 0 if self.values["status"] == "right" else 1
 
-    def _worsen(self, status: str) -> None:
-        if status == "wrong" or (status == "incomplete" and self.values["status"] == "right"):
-            self.values["status"] = status
+    def _write(self) -> None:
+        statuses = {result["status"] for result in self.values["results"]}
+        if "wrong" in statuses:
+            self.values["status"] = "wrong"
+        elif "incomplete" in statuses or self.values["not_run"]:
+            self.values["status"] = "incomplete"
+        if self._options.json:
+            write_json(self.values, self._options.json)
 
 
 def _plain(value: Any) -> Any:
@@ -123,24 +123,15 @@ def _plain(value: Any) -> Any:
 
 
 def write_json(values: dict[str, Any], path: Path) -> None:
-    """Write values with as many to a line as fit into LINE columns."""
-    path.write_text(_filled(_plain(values), 0) + "\n")
-
-
-def _filled(value: Any, indent: int) -> str:
-    text = json.dumps(value)
-    if indent + len(text) <= LINE or not isinstance(value, dict | list):
-        return text
-    lines = [""]
-    for name in value:
-        key, one = (f"{json.dumps(name)}: ", value[name]) if isinstance(value, dict) else ("", name)
-        entry = key + _filled(one, indent + 1) + ", "
-        if "\n" in entry + lines[-1] or indent + len(lines[-1] + entry) > LINE:
-            lines.append("")
-        lines[-1] += entry
-    inner = "\n".join(" " * (indent + 1) + line.rstrip() for line in lines if line)
-    begin, end = "{}" if isinstance(value, dict) else "[]"
-    return f"{begin}\n{inner.removesuffix(',')}\n{' ' * indent}{end}"
+    """Write values with a record to a line: each entry, or what it lists."""
+    entries = []
+    for name, value in _plain(values).items():
+        lines = [json.dumps(value)]
+        if isinstance(value, list) and value:
+            records = [f"  {json.dumps(one)}," for one in value]
+            lines = ["[", *records[:-1], records[-1].removesuffix(","), " ]"]
+        entries.append(f" {json.dumps(name)}: " + "\n".join(lines))
+    path.write_text("{\n" + ",\n".join(entries) + "\n}\n")
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -170,83 +161,79 @@ def print_report(values: dict[str, Any]) -> None:
         print(f"NOT RUN, --time-limit was over: {_text(head)}")
     if saved := values.get("saved_bytes"):
         print("Bytes saved for the backward, parameters left out:")
-        print_table(list(saved[0]), [list(map(str, row.values())) for row in saved])
+        _print_table([[row] for row in saved])
 
 
 def _print_rows(results: list[dict[str, Any]], varying: list[str]) -> None:
-    parts = {part: None for r in results for row in r["rows"] for part in row.get("parts_us", ())}
-    rows = []
+    """What was measured: a row for each contender or kernel, and a section for each result."""
+    sections = []
     for result in results:
+        sections.append([])
         for row in result["rows"]:
             mark = " *" if row["name"] == result.get("selected") else ""
-            cells = [*(str(result[name]) for name in varying), row["name"] + mark]
-            if "median_us" in row:
-                micros = row["median_us"]
-                iqr = 100 * (row["q3_us"] - row["q1_us"]) / micros
-                cells += [f"{micros:,.1f}", f"{iqr:.0f} %", *_rates(result, micros)]
-                cells += [f"{row['parts_us'][p]:,.1f}" if "parts_us" in row else "" for p in parts]
-            else:
-                cells.append(row["status"])
-            rows.append(cells)
-        rows.append([])
-    header = ["median us", "IQR", "GFLOP/s", "of peak", "of copy", *parts]
-    print_table([*varying, "", *header], rows)
+            cells = {name: result[name] for name in varying} | {"": row["name"] + mark}
+            micros = row.get("median_us")
+            cells["median us"] = row["status"] if micros is None else f"{micros:,.1f}"
+            if micros is not None:
+                cells["IQR"] = f"{100 * (row['q3_us'] - row['q1_us']) / micros:.0f} %"
+                if "flops" in result:
+                    cells["GFLOP/s"] = f"{1e-3 * result['flops'] / micros:,.1f}"
+                    cells["of peak"] = f"{100 * result['peak_us'] / micros:.0f} %"
+                    cells["of copy"] = f"{100 * result['copy_us'] / micros:.0f} %"
+                cells |= {part: f"{us:,.1f}" for part, us in row.get("parts_us", {}).items()}
+            sections[-1].append(cells)
+    _print_table(sections)
     if "flops" in results[0]:
         print(LEGEND)
-    if any("selected" in result for result in results):
+    if "selected" in results[0]:
         print("*: what selection chooses.")
-
-
-def _rates(result: dict[str, Any], micros: float) -> list[str]:
-    if "flops" not in result:
-        return ["", "", ""]
-    peak, copy = (f"{100 * result[name] / micros:.0f} %" for name in ("peak_us", "copy_us"))
-    return [f"{1e-3 * result['flops'] / micros:,.1f}", peak, copy]
 
 
 def _print_speedups(results: list[dict[str, Any]], varying: list[str]) -> None:
     rows = []
     for result in results:
-        head = [str(result[name]) for name in varying]
+        head = {name: result[name] for name in varying}
         if result["status"] == "wrong":
-            rows.append([*head, "WRONG, not timed"])
+            rows.append(head | {"": "WRONG, not timed"})
         medians = {row["name"]: row.get("median_us") for row in result["rows"]}
         for one in result.get("speedups", ()):
             own, peer = one["own"], one["best_peer"]
-            cells = [own, f"{medians[own]:,.1f}", peer, f"{medians[peer]:,.1f}"]
-            cells += [f"{one['ratio']:.2f}", f"{one['q1']:.2f} to {one['q3']:.2f}"]
-            rows.append([*head, *cells, ", ".join(result.get("kernels", ()))])
-    header = ["", "us", "best other", "us", "times as fast", "quartiles", "kernels"]
-    if rows:
-        print_table([*varying, *header], rows)
+            rows.append(head | {
+                "": own, "us": f"{medians[own]:,.1f}", "best other": peer,
+                "its us": f"{medians[peer]:,.1f}", "times as fast": f"{one['ratio']:.2f}",
+                "quartiles": f"{one['q1']:.2f} to {one['q3']:.2f}",
+                "kernels": ", ".join(result.get("kernels", ())),
+            })  # fmt: skip
+    _print_table([rows])
 
 
 def _print_reasons(results: list[dict[str, Any]]) -> None:
     """Why rows have no time, each reason once; and what a GPU's calls launch."""
     reasons: dict[str, list[str]] = {}
     for result in results:
+        head = _text(_head(result))
         for row in result["rows"]:
             if "reason" in row:
                 text = f"{row['name']}: {row['status']}: {row['reason']}"
-                reasons.setdefault(text, []).append(_text(_head(result)))
+                reasons.setdefault(text, []).append(head)
             for launch, micros in row.get("launches_us", {}).items():
-                head = f"{_text(_head(result))}, {row['name']}"
-                print(f"{head}: {micros:.1f} us in {launch[:80]}")
+                print(f"{head}, {row['name']}: {micros:.1f} us in {launch[:80]}")
     for text, heads in reasons.items():
         print(f"{text} [{heads[0]}{f', and {len(heads) - 1} more' if heads[1:] else ''}]")
 
 
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Print rows under a header; [] draws a line, and columns without any text are left out."""
-    kept = [i for i in range(len(header)) if any(row[i : i + 1] > [""] for row in rows)]
+def _print_table(sections: list[list[dict[str, Any]]]) -> None:
+    """Print rows, each its cells by column, with a line between sections; nothing for no rows."""
+    columns = list(dict.fromkeys(name for rows in sections for row in rows for name in row))
+    if not columns:
+        return
     table = Table()
-    for i in kept:
-        table.add_column(header[i], justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        if row:
-            table.add_row(*("".join(row[i : i + 1]) for i in kept))
-        else:
-            table.add_section()
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for rows in sections:
+        for row in rows:
+            table.add_row(*(str(row.get(name, "")) for name in columns))
+        table.add_section()
     console = Console()
     if not console.is_terminal:
         console.width = WIDTH
@@ -271,10 +258,11 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     """What the figures were taken on: hardware, software, commit, date; no paths."""
     build = fusedcnn.build_info()
     commit = _first_line("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     machine = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": _cpu_model(),
-        "cores": available_cores(),
+        "cpu": cpu[1].strip() if cpu else platform.processor() or platform.machine(),
+        "cores": CORES,
         "isa": next(isa["name"] for isa in build["isas"] if isa["selected"]),
         "gpu": None,
         "system": platform.platform(),
@@ -310,11 +298,3 @@ def _first_line(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return next(iter(answer.stdout.splitlines()), None)
-
-
-def _cpu_model() -> str:
-    try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None  # not Linux
-    return found[1].strip() if found else platform.processor() or platform.machine()

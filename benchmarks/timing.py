@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,17 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from fusedcnn import _cuda
 from fusedcnn._ops import _C, force
+from fusedcnn.bench import time_by_turns
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
-
-# Calls for the first estimate of a contender's speed.
-ESTIMATE_CALLS = 3
-
-# A race may take this many times the time that was asked for: warming up costs some, and so do
-# calls longer than a turn. On a machine that is busy with something else it then ends early, but
-# not before the quartiles of the rounds mean something.
-PATIENCE = 4
-ENOUGH_ROUNDS = 5
 
 FMA_SECONDS = 0.3
 # A GEMM whose packing and edges cost little, and that takes some 20 to 50 ms on a desktop core; a
@@ -127,71 +117,31 @@ def with_tf32_operands(module: nn.Module) -> nn.Module:
 
 
 class Clock(NamedTuple):
-    """How long to look: seconds that each contender runs at least, over how many turns."""
+    """How long to look: see :func:`fusedcnn.bench.time_by_turns`."""
 
     threads: int
-    rounds: int  # fewer where they take much longer than min_time says
-    min_time: float
+    seconds: float
+    rounds: int
 
 
 def time_rows(
     rows: list[dict[str, Any]],
     steps: Mapping[str, Callable[[], object]],
     clock: Clock,
-    *,
-    rests: Mapping[str, float] | None = None,
-    before_turn: Callable[[str], object] = lambda name: None,
+    turn: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> dict[str, list[float]]:
-    """Time every contender once a round, in a new order each round, so that drift hits all alike.
+    """Time all contenders by turns, and write into the report's rows what came of it.
 
-    On a CUDA device torch's Timer waits for the device.
-
-    Args:
-        rows: of the report; those named as in ``steps`` get a median and its quartiles in
-            microseconds, or a reason where the step fails.
-        steps: what to time, by contender.
-        clock: how long.
-        rests: seconds to wait after a contender's turn.
-        before_turn: called with the contender's name before each of its turns, off the clock.
+    Those named as in ``steps`` get a median and its quartiles in microseconds, or the reason why
+    the step failed.
 
     Returns:
         For each contender that did not fail, seconds per call, one value a round.
     """
-    rests = rests or {}
-    timers = {
-        name: Timer("step()", globals={"step": step}, num_threads=clock.threads)
-        for name, step in steps.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    failed: dict[str, str] = {}
-
-    def take_turn(name: str, calls: int) -> float:
-        before_turn(name)
-        try:
-            return timers[name].timeit(calls).mean  # warms up by itself
-        except Exception as error:  # whatever a compiled or recorded call may raise
-            failed[name] = first_line(error)
-            del times[name]
-            return 1.0
-        finally:
-            time.sleep(rests.get(name, 0.0))
-
-    estimates = {name: take_turn(name, ESTIMATE_CALLS) for name in steps}
-    order = list(steps)
-    shuffle = random.Random(0).shuffle  # so that nobody always follows the same neighbour
-    deadline = time.monotonic() + PATIENCE * clock.min_time * len(steps)
-    for done in range(clock.rounds):
-        if done >= ENOUGH_ROUNDS and time.monotonic() > deadline:
-            break
-        shuffle(order)
-        for name in order:
-            if name not in failed:
-                calls = max(1, round(clock.min_time / clock.rounds / estimates[name]))
-                seconds = take_turn(name, calls)
-                times.get(name, []).append(seconds)
+    times, errors = time_by_turns(steps, *clock, turn)
     for row in rows:
-        if row["name"] in failed:
-            row |= {"status": "failed", "reason": failed[row["name"]]}
+        if row["name"] in errors:
+            row |= {"status": "failed", "reason": errors[row["name"]]}
         elif row["name"] in times:
             micros = [1e6 * seconds for seconds in times[row["name"]]]
             q1, median, q3 = statistics.quantiles(micros, n=4, method="inclusive")
@@ -199,23 +149,25 @@ def time_rows(
     return times
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an exception's text, or the exception's name where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+@contextlib.contextmanager
+def rest_after(device: torch.device, seconds: float) -> Iterator[None]:
+    """A turn after which the CPU's idle threads get the time to stop spinning.
+
+    They would take a core from the next contender. Torch's threads spin for some 4 ms, ONNX
+    Runtime's for some 30.
+    """
+    yield
+    if device.type == "cpu":
+        time.sleep(seconds)
 
 
-def against_best(
-    seconds: Mapping[str, list[float]], own: str, ignored: set[str]
-) -> dict[str, Any] | None:
-    """Compare one contender with the fastest of the others that are not ignored.
+def against_best(seconds: Mapping[str, list[float]], own: str, peers: set[str]) -> dict[str, Any]:
+    """Compare one contender with the fastest of its peers.
 
     Returns:
         ``own``; ``best_peer``; ``ratio``, how many times as fast as that one it is by the medians;
-        ``q1`` and ``q3``, the quartiles of the rounds' own ratios. None without a peer.
+        ``q1`` and ``q3``, the quartiles of the rounds' own ratios.
     """
-    peers = [name for name in seconds if name not in {own, *ignored}]
-    if not peers:
-        return None
     best = min(peers, key=lambda name: statistics.median(seconds[name]))
     ratios = [peer / mine for peer, mine in zip(seconds[best], seconds[own], strict=True)]
     q1, _, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
@@ -224,13 +176,6 @@ def against_best(
 
 
 # ---- the machine ---------------------------------------------------------------------------------
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def force_kernel(
@@ -257,14 +202,30 @@ def measure_limits(threads: int, precision: Precision, device: torch.device) -> 
         ``tensor.copy_``, bytes read plus bytes written; ``peak_gflops``: the first, half of it in
         float64 (half types accumulate in float32), or on a GPU the second.
     """
-    gemm = _gemm_gflops(threads, precision, device)
-    fma = _fma_gflops(threads) if device.type == "cpu" else None
-    return {
-        "fma_gflops": fma,
-        "gemm_gflops": gemm,
-        "copy_gbps": _copy_gbps(threads, device),
-        "peak_gflops": (fma or gemm) / (2 if fma and precision.dtype == torch.float64 else 1),
-    }
+    gemm, copy = _library_rates(threads, precision, device)
+    fma = None
+    if device.type == "cpu":
+        with ThreadPoolExecutor(threads) as pool:  # on the calling thread, without the GIL
+            fma = sum(pool.map(_C.fma_gflops, [FMA_SECONDS] * threads))
+    peak = gemm if fma is None else fma / (1 + (precision.dtype == torch.float64))
+    return {"fma_gflops": fma, "gemm_gflops": gemm, "copy_gbps": copy, "peak_gflops": peak}
+
+
+@functools.cache
+def _library_rates(threads: int, precision: Precision, device: torch.device) -> tuple[float, float]:
+    size, bytes = GEMM_SIZE[device.type], COPY_BYTES[device.type]
+    a, b = torch.randn(2, size, size, device=device).to(precision.dtype)
+    source = torch.ones(bytes // 4, device=device)
+    product, target = torch.empty_like(a), torch.zeros_like(source)
+
+    def best_seconds(step: Callable[[], object]) -> float:
+        timer = Timer("step()", globals={"step": step}, num_threads=threads)
+        first = timer.timeit(LIMIT_CALLS[device.type]).mean
+        repeats = 0 if first > LIMIT_SLOW_SECONDS else LIMIT_REPEATS
+        return min([first, *(timer.timeit(LIMIT_CALLS[device.type]).mean for _ in range(repeats))])
+
+    gemm = 2e-9 * size**3 / best_seconds(lambda: torch.mm(a, b, out=product))
+    return gemm, 2e-9 * bytes / best_seconds(lambda: target.copy_(source))
 
 
 def at_best(flops: float, bytes: float, limits: Mapping[str, Any]) -> dict[str, float]:
@@ -276,33 +237,3 @@ def at_best(flops: float, bytes: float, limits: Mapping[str, Any]) -> dict[str, 
     peak_us = 1e-3 * flops / limits["peak_gflops"]
     copy_us = 1e-3 * bytes / limits["copy_gbps"]
     return {"flops": flops, "bytes": bytes, "peak_us": peak_us, "copy_us": copy_us}
-
-
-def _fma_gflops(threads: int) -> float:
-    with ThreadPoolExecutor(threads) as pool:  # it runs on the calling thread, without the GIL
-        return sum(pool.map(_C.fma_gflops, [FMA_SECONDS] * threads))
-
-
-@functools.cache
-def _gemm_gflops(threads: int, precision: Precision, device: torch.device) -> float:
-    size = GEMM_SIZE[device.type]
-    a, b = torch.randn(2, size, size, device=device).to(precision.dtype)
-    names = {"torch": torch, "a": a, "b": b, "out": torch.empty_like(a)}
-    return 2e-9 * size**3 / _best_seconds("torch.mm(a, b, out=out)", names, threads, device)
-
-
-@functools.cache
-def _copy_gbps(threads: int, device: torch.device) -> float:
-    size = COPY_BYTES[device.type]
-    source = torch.ones(size // 4, device=device)
-    names = {"source": source, "target": torch.zeros_like(source)}
-    return 2e-9 * size / _best_seconds("target.copy_(source)", names, threads, device)
-
-
-def _best_seconds(
-    statement: str, names: dict[str, Any], threads: int, device: torch.device
-) -> float:
-    timer, calls = Timer(statement, globals=names, num_threads=threads), LIMIT_CALLS[device.type]
-    first = timer.timeit(calls).mean
-    repeats = 0 if first > LIMIT_SLOW_SECONDS else LIMIT_REPEATS
-    return min([first] + [timer.timeit(calls).mean for _ in range(repeats)])

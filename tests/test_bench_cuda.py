@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 
 import fusedcnn
 import pytest
 import torch
 from bench_scripts import QUICK, run_json
-from fusedcnn import _C
+from fusedcnn._ops import _C, force
 
 CPU = torch.device("cpu")
 
@@ -131,15 +132,10 @@ def test_every_cuda_kernel_is_checked_and_timed(module, monkeypatch, capsys):
     isa = next(i["name"] for i in fusedcnn.build_info()["isas"] if i["selected"])
     kernels = [k for k in fusedcnn.build_info()["kernels"] if k["isa"] == isa]
 
-    class Library:
-        @staticmethod
-        def fusedcnn_cuda_force(name):
-            _C.force("", name.decode())
-
-    monkeypatch.setattr(script._cuda, "_library", Library)
+    monkeypatch.setattr(script, "force_kernel", lambda _, kernel="", isa=None: force("", kernel))
     monkeypatch.setattr(script._cuda, "info", lambda: {"kernels": kernels})
     block, timing = module("blocks").SIMPLECNN_1, module("timing")
-    asked = options.Options(
+    asked = argparse.Namespace(
         device=CPU, precisions=[timing.PRECISIONS["float32"]], blocks=[(options.Run(3, 1), block)],
         layout=["channels_last"], passes=list(script.PASSES), whole=False, isa=[], kernel=[],
         min_time=1e-3, rounds=2, time_limit=None, launches=False, json=None,

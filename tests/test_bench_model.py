@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
 import subprocess
 import sys
@@ -12,7 +14,6 @@ import pytest
 import torch
 from fusedcnn import bench
 from fusedcnn.__main__ import main
-from torch import nn
 
 MODELS = '''
 import torch
@@ -61,6 +62,10 @@ class Wrong(nn.Module):
     def forward(self, x):
         factor = 1 + any(type(m).__name__ == "ConvReLUMaxPool2d" for m in self.modules())
         return self.net(x)["logits"] * factor
+
+class Detached(Net):
+    def forward(self, x):
+        return super().forward(x)["logits"].detach()
 
 made = Net()
 number = 3
@@ -143,6 +148,7 @@ def test_different_results_are_said_and_not_timed(models, capsys):
         (("zoo:Net", "--input", "1,5,24,24"), "model takes, got [1, 5, 24, 24]"),
         (("zoo:Net", "--input", "1,3,2,2"), "model takes, got [1, 3, 2, 2]"),
         (("zoo:Plain", "--input", "1,3,24,24"), "expected something to fuse"),
+        (("zoo:Detached", "--input", "1,3,24,24", "--train"), "in float64 too, got Runtime"),
         (("zoo:Net", "--input", "1,x"), "--input"),
         (("zoo:Net", "--input", "1,-3,24,24"), "--input"),
         (("zoo:Net", "--input", "1,3,24,24", "--threads", "0"), "--threads"),
@@ -173,11 +179,40 @@ def test_the_comparison_sees_a_difference():
     assert bench.difference(model, other, images, train=False) > bench.TOLERANCE
 
 
-def test_kept_bytes():
-    """Input, weight's own memory left out, and what ReLU and pool need: counted by hand."""
-    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU())
-    images = torch.randn(2, 8)
-    assert bench.kept_bytes(model, [images]) == 4 * (2 * 8 + 2 * 4)  # ReLU saves its result
+def test_every_contender_has_a_turn_in_every_round():
+    turns = []
+
+    def fail():
+        if len(turns) > 22:  # after the estimates
+            raise RuntimeError("no more\nof this")
+
+    @contextlib.contextmanager
+    def turn(name):
+        turns.append(f"{name} begins")
+        yield
+        turns.append(f"{name} ends")
+
+    steps = {name: (lambda name=name: turns.append(name)) for name in "abc"} | {"d": fail}
+    times, errors = bench.time_by_turns(steps, threads=1, seconds=1e-9, rounds=4, turn=turn)
+    assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4, "c": 4}
+    assert errors == {"d": "RuntimeError: no more"}
+    assert turns.count("d begins") == turns.count("d ends") == 2  # not again after it has failed
+    # A turn is one call after two to warm up; the first turns of all only estimate.
+    turns = [one for one in turns if not one.startswith("d")][-4 * 15 :]
+    rounds = [turns[i : i + 15] for i in range(0, 60, 15)]
+    for one in rounds:
+        assert sorted(one[::5]) == ["a begins", "b begins", "c begins"]
+        for i in range(0, 15, 5):
+            name = one[i][0]
+            assert one[i : i + 5] == [f"{name} begins", name, name, name, f"{name} ends"]
+    assert len({tuple(one) for one in rounds}) > 1  # in other orders
+
+
+def test_a_slow_machine_ends_early_but_not_before_the_quartiles_mean_something(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(bench.time, "monotonic", lambda: 1000 * next(clock))
+    times, _ = bench.time_by_turns({"a": lambda: None}, threads=1, seconds=1e-3, rounds=20)
+    assert len(times["a"]) == bench.ENOUGH_ROUNDS
 
 
 @pytest.mark.parametrize(

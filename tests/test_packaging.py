@@ -55,7 +55,7 @@ def test_metadata():
     assert metadata["License-Expression"] == "BSD-3-Clause"
     assert metadata["Requires-Python"] == ">=3.10"
     assert "torch>=2.10" in metadata.get_all("Requires-Dist")
-    assert {"test", "bench", "plot", "examples", "lint"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"test", "bench", "examples", "lint"} <= set(metadata.get_all("Provides-Extra"))
     assert metadata["Version"] == fusedcnn.build_info()["version"]
 
 

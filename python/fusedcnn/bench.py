@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import importlib.util
 import os
+import random
 import statistics
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +27,12 @@ from fusedcnn.fuse import FuseReport, fuse
 # terms in another order differ by 1e-10 of their size.
 TOLERANCE = 1e-8
 ROUNDS = 9
-# Calls that warm up and give the first estimate.
-ESTIMATE_CALLS = 2
+ESTIMATE_CALLS = 3
+# Timing may take this many times the time that was asked for: warming up costs some, and so do
+# calls longer than a turn. On a machine that is busy with something else it then ends early, but
+# not before the quartiles of the rounds mean something.
+PATIENCE = 4
+ENOUGH_ROUNDS = 5
 
 
 class BadInputError(Exception):
@@ -42,8 +49,7 @@ class Comparison(NamedTuple):
 
 def one_line(error: BaseException) -> str:
     """The class and the first line of an error's message."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def load_model(target: str) -> nn.Module:
@@ -61,7 +67,8 @@ def load_model(target: str) -> nn.Module:
         raise BadInputError(f"model: expected package.module:Name or file.py:Name, got {target!r}")
     sys.path.insert(0, os.getcwd())  # as for `python -m`
     try:
-        found: Any = _import_file(Path(where)) if where.endswith(".py") else _import(where)
+        from_file = where.endswith(".py")
+        found: Any = _import_file(Path(where)) if from_file else importlib.import_module(where)
     except FileNotFoundError:
         raise BadInputError(f"model: expected an existing file, got {where!r}") from None
     except (Exception, SystemExit) as error:
@@ -72,12 +79,7 @@ def load_model(target: str) -> nn.Module:
         if not hasattr(found, part):
             raise BadInputError(f"model: expected {part!r} in {where!r}, which has no such name")
         found = getattr(found, part)
-    if not isinstance(found, nn.Module):
-        if not callable(found):
-            kind = type(found).__name__
-            raise BadInputError(
-                f"model: expected {name!r} to be a module or to make one, got {kind}"
-            )
+    if callable(found) and not isinstance(found, nn.Module):
         try:
             found = found()
         except Exception as error:
@@ -86,12 +88,8 @@ def load_model(target: str) -> nn.Module:
             ) from error
     if not isinstance(found, nn.Module):
         kind = type(found).__name__
-        raise BadInputError(f"model: expected {name!r} to make a torch.nn.Module, got {kind}")
+        raise BadInputError(f"model: expected {name!r} to be or make an nn.Module, got {kind}")
     return found
-
-
-def _import(name: str) -> Any:
-    return importlib.import_module(name)
 
 
 def _import_file(path: Path) -> Any:
@@ -175,75 +173,117 @@ def _largest(tensor: Tensor) -> float:
     return tensor.detach().nan_to_num(0, 0, 0).abs().max().item()
 
 
-def seconds_by_turns(
-    steps: dict[str, Callable[[], Any]], threads: int, seconds: float, tick: Callable[[], None]
-) -> dict[str, float]:
-    """Median seconds of a call; every contender runs in every round, so that drift hits all."""
-    timers = {
-        n: Timer("step()", globals={"step": s}, num_threads=threads) for n, s in steps.items()
-    }
-    calls = {
-        name: max(1, round(seconds / ROUNDS / timer.timeit(ESTIMATE_CALLS).mean))
-        for name, timer in timers.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(ROUNDS):
-        for name, timer in timers.items():
-            times[name].append(timer.timeit(calls[name]).mean)
-            tick()
-    return {name: statistics.median(values) for name, values in times.items()}
+def time_by_turns(
+    steps: Mapping[str, Callable[[], Any]],
+    threads: int,
+    seconds: float,
+    rounds: int = ROUNDS,
+    turn: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Time every contender once a round, in a new order each round, so that drift hits all alike.
 
-
-class Bench:
-    """One model in one mode, stock and fused.
+    On a CUDA device torch's Timer waits for the device.
 
     Args:
-        model: in training or evaluation mode, in the dtype that is to be measured.
-        inputs: what it is called with.
+        steps: what to time, by contender.
+        threads: of torch.
+        seconds: for which each contender runs at least, all rounds together.
+        rounds: fewer where turns take much longer than ``seconds`` says.
+        turn: makes the context of a contender's turn; entering and leaving it are off the clock.
+
+    Returns:
+        Seconds per call, one value a round, of each contender that did not fail; and by name, why
+        the others did.
+    """
+    timers = {
+        name: Timer("step()", globals={"step": step}, num_threads=threads)
+        for name, step in steps.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    errors: dict[str, str] = {}
+
+    def take_turn(name: str, calls: int) -> float:
+        with turn(name):
+            try:
+                return timers[name].timeit(calls).mean  # warms up by itself
+            except Exception as error:  # whatever a compiled or recorded call may raise
+                errors[name] = one_line(error)
+                del times[name]
+                return 1.0
+
+    estimates = {name: take_turn(name, ESTIMATE_CALLS) for name in steps}
+    calls = {name: max(1, round(seconds / rounds / one)) for name, one in estimates.items()}
+    order = list(steps)
+    shuffle = random.Random(0).shuffle  # so that nobody always follows the same neighbour
+    deadline = time.monotonic() + PATIENCE * seconds * len(steps)
+    for done in range(rounds):
+        if done >= ENOUGH_ROUNDS and time.monotonic() > deadline:
+            break
+        shuffle(order)
+        for name in order:
+            if name in times:
+                values = times[name]
+                values.append(take_turn(name, calls[name]))
+    return times, errors
+
+
+def fuse_and_check(model: nn.Module, inputs: list[Tensor]) -> tuple[nn.Module, FuseReport, float]:
+    """Fuse a copy of the model, in its mode.
+
+    Returns:
+        The copy; what was fused or left alone; and the :func:`difference` of the two.
 
     Raises:
-        BadInputError: the model refuses the inputs, returns no tensor, or nothing in it is fused.
+        BadInputError: the model refuses the inputs, returns no tensor, cannot compute in float64 or
+            cannot be trained, or nothing in it is fused.
     """
+    shapes = ", ".join(str(list(t.shape)) for t in inputs)
+    try:
+        with torch.no_grad():
+            outputs = tensors_of(model(*inputs))
+    except Exception as error:
+        raise BadInputError(
+            f"input: expected shapes that the model takes, got {shapes}: {one_line(error)}"
+        ) from error
+    if not outputs:
+        raise BadInputError("model: expected floating-point tensors from forward, got none")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing was fused is an error here
+        fused, report = fuse(model, report=True)
+    if not any(row.fused for row in report):
+        why = "; ".join(str(report).splitlines())
+        raise BadInputError(f"model: expected something to fuse, found nothing: {why}")
+    try:
+        return fused, report, difference(model, fused, inputs, model.training)
+    except Exception as error:
+        what = "forward and backward" if model.training else "forward"
+        raise BadInputError(
+            f"model: expected one whose {what} run in float64 too, got {one_line(error)}"
+        ) from error
 
-    def __init__(self, model: nn.Module, inputs: list[Tensor]) -> None:
-        self.stock, self.inputs = model, inputs
-        shapes = ", ".join(str(list(t.shape)) for t in inputs)
-        try:
-            with torch.no_grad():
-                outputs = tensors_of(model(*inputs))
-        except Exception as error:
-            raise BadInputError(
-                f"input: expected shapes that the model takes, got {shapes}: {one_line(error)}"
-            ) from error
-        if not outputs:
-            raise BadInputError("model: expected floating-point tensors from forward, got none")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that nothing was fused is an error here
-            self.fused, self.report = fuse(model, report=True)
-        if not any(row.fused for row in self.report):
-            why = "; ".join(str(self.report).splitlines())
-            raise BadInputError(f"model: expected something to fuse, found nothing: {why}")
 
-    @property
-    def training(self) -> bool:
-        """Whether this is a measurement of training."""
-        return self.stock.training
-
-    def check(self) -> float:
-        """How far the two models' results are apart; see :func:`difference`."""
-        return difference(self.stock, self.fused, self.inputs, self.training)
-
-    def compare(self, threads: int, seconds: float, tick: Callable[[], None]) -> list[Comparison]:
-        """Time both models by turns; in training mode count what they keep for the backward."""
-        models = {"stock": self.stock, "fused": self.fused}
-        if not self.training:
-            with torch.no_grad():
-                steps = {n: lambda m=m: m(*self.inputs) for n, m in models.items()}
-                return [Comparison("forward", **seconds_by_turns(steps, threads, seconds, tick))]
-        steps = {n: training_step(m, self.inputs) for n, m in models.items()}
-        times = seconds_by_turns(steps, threads, seconds, tick)
-        kept = {n: kept_bytes(m, self.inputs) for n, m in models.items()}
-        return [Comparison("training step", **times), Comparison("kept for the backward", **kept)]
+def compare(
+    models: dict[str, nn.Module],
+    inputs: list[Tensor],
+    threads: int,
+    seconds: float,
+    turn: Callable[[str], contextlib.AbstractContextManager[Any]],
+) -> list[Comparison]:
+    """Time both models by turns; in training mode count what they keep for the backward."""
+    train = models["stock"].training
+    if train:
+        steps = {name: training_step(model, inputs) for name, model in models.items()}
+    else:
+        steps = {name: lambda model=model: model(*inputs) for name, model in models.items()}
+    with torch.set_grad_enabled(train):
+        times, errors = time_by_turns(steps, threads, seconds, turn=turn)
+    if errors:
+        raise BadInputError(f"model: expected it to run, got {next(iter(errors.values()))}")
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    if not train:
+        return [Comparison("forward", **medians)]
+    kept = {name: kept_bytes(model, inputs) for name, model in models.items()}
+    return [Comparison("training step", **medians), Comparison("kept for the backward", **kept)]
 
 
 def run(
@@ -257,7 +297,7 @@ def run(
     """Measure and print; returns the exit status, 1 where the results differ.
 
     Raises:
-        BadInputError: see :class:`Bench` and :func:`load_model`.
+        BadInputError: see :func:`load_model`, :func:`fuse_and_check` and :func:`compare`.
     """
     try:
         from rich.console import Console
@@ -274,50 +314,49 @@ def run(
             f"dtype: expected one that the model takes, got {one_line(error)}"
         ) from error
     inputs = [torch.randn(shape).to(dtype) for shape in shapes]
-    benches = [Bench(copy.deepcopy(model).eval(), inputs)]
-    if train:
-        benches.append(Bench(copy.deepcopy(model).train(), inputs))
-
+    stocks = [copy.deepcopy(model).train(training) for training in (False, True)[: 1 + train]]
+    checked = [fuse_and_check(stock, inputs) for stock in stocks]
     console = Console()
-    for bench in benches:
-        mode = "training" if bench.training else "evaluation"
+    for stock, (_, report, apart) in zip(stocks, checked, strict=True):
+        mode = "training" if stock.training else "evaluation"
         console.print(f"{target} in {mode} mode", style="bold")
-        _print_report(console, bench.report)
-        apart = bench.check()
-        what = "outputs and gradients" if bench.training else "outputs"
+        for row in report:
+            console.print(f"  {row}", markup=False, highlight=False, soft_wrap=True)
+        what = "outputs and gradients" if stock.training else "outputs"
         console.print(f"  {what} of both, in float64: {apart:.1e} apart (relative)")
         if not apart <= TOLERANCE:
             console.print(f"the results differ by more than {TOLERANCE:.0e}: nothing was timed")
             return 1
     rows: list[Comparison] = []
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("timing", total=2 * ROUNDS * len(benches))
-        for bench in benches:
-            rows += bench.compare(threads, seconds, lambda: progress.advance(task))
-    _print_rows(console, rows, shapes, dtype, threads)
+        task = progress.add_task("timing", total=2 * (1 + ROUNDS) * len(stocks))
+
+        @contextlib.contextmanager
+        def turn(_name: str) -> Iterator[None]:
+            yield
+            progress.advance(task)
+
+        for stock, (fused, _, _) in zip(stocks, checked, strict=True):
+            models = {"stock": stock, "fused": fused}
+            rows += compare(models, inputs, threads, seconds, turn)
+    sizes = ", ".join("x".join(map(str, shape)) for shape in shapes)
+    name = str(dtype).removeprefix("torch.")
+    _print_rows(console, rows, f"input {sizes}, {name}, {threads} thread{'s' * (threads > 1)}")
     return 0
 
 
-def _print_report(console: Any, report: FuseReport) -> None:
-    for row in report:
-        console.print(f"  {row}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _print_rows(
-    console: Any, rows: list[Comparison], shapes: list[list[int]], dtype: torch.dtype, threads: int
-) -> None:
+def _print_rows(console: Any, rows: list[Comparison], title: str) -> None:
     from rich.table import Table
 
-    sizes = ", ".join("x".join(map(str, shape)) for shape in shapes)
-    name = str(dtype).removeprefix("torch.")
-    table = Table(title=f"input {sizes}, {name}, {threads} thread{'s' * (threads > 1)}")
+    table = Table(title=title)
     table.add_column("")
     for column in ("stock", "fused", "stock / fused"):
         table.add_column(column, justify="right")
-    for row in rows:
-        unit, scale = ("MB", 1e-6) if row.what.startswith("kept") else ("us", 1e6)
-        values = (f"{scale * value:,.3g} {unit}" for value in (row.stock, row.fused))
-        if unit == "us":
-            values = (f"{scale * value:,.0f} {unit}" for value in (row.stock, row.fused))
-        table.add_row(row.what, *values, f"{row.stock / row.fused:.2f}" if row.fused else "-")
+    for what, *values in rows:
+        if what.startswith("kept"):
+            cells = [f"{1e-6 * value:,.3g} MB" for value in values]
+        else:
+            cells = [f"{1e6 * value:,.0f} us" for value in values]
+        stock, fused = values
+        table.add_row(what, *cells, f"{stock / fused:.2f}" if fused else "-")
     console.print(table)
