@@ -8,6 +8,8 @@ import csv
 import errno
 import os
 import random
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,15 +31,13 @@ import train_cifar10 as example  # noqa: E402
 
 # Four steps an epoch. One thread, since the suite may share its cores.
 SMALL = ["--train-images", "60", "--test-images", "30", "--batch-size", "16", "--threads", "1"]
+FILES = ["checkpoint.pt", "curves.png", "metrics.csv", "predictions.png"]
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_torch_left_as_found():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _torch_left_as_found(restore_threads):
     with torch.random.fork_rng(devices=[]):
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -48,10 +48,43 @@ def run(capfd, monkeypatch):
         with monkeypatch.context() as patch:
             if not pictures:  # most of a small run's time
                 patch.setattr(example, "draw", lambda *_: None)
-            status = example.main([*map(str, arguments), "--device", "cpu"])
+            status = example.main([*map(str, arguments), "--threads", "1", "--device", "cpu"])
         return status, *capfd.readouterr()
 
     return call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, Path]:
+    """Folders of two epochs of each model, the second with the curves of the first."""
+    folders, compare = {}, []
+    for model in ("stock", "fused"):
+        folders[model] = tmp_path_factory.mktemp("trained") / "deep" / model
+        arguments = [*SMALL, "--model", model, "--epochs", "2", "--output", str(folders[model])]
+        with contextlib.redirect_stdout(None):
+            assert example.main([*arguments, *compare, "--device", "cpu"]) == 0
+        compare = ["--compare", str(folders[model])]
+    return folders
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """A folder in CIFAR-10's format: three training batches, numbered past 9."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    make_batch(folder / "data_batch_1.bin", [0, 1, 2, 3, 4])
+    make_batch(folder / "data_batch_2.bin", [5, 6])
+    make_batch(folder / "data_batch_10.bin", [7, 8, 9])
+    make_batch(folder / "test_batch.bin", [9, 0, 9])
+    (folder / "batches.meta.txt").write_text("".join(f"name {i}\n" for i in range(10)) + "\n")
+    return folder
+
+
+def make_batch(path: Path, labels: list[int]) -> None:
+    generator = torch.Generator().manual_seed(len(labels))
+    records = torch.randint(256, (len(labels), 3073), generator=generator, dtype=torch.uint8)
+    records[:, 0] = torch.tensor(labels, dtype=torch.uint8)
+    path.write_bytes(records.numpy().tobytes())
 
 
 def load(folder: Path) -> dict:
@@ -84,30 +117,10 @@ def assert_error(result: tuple[int, str, str], *expected: str, status: int = 2) 
     assert (code, err.count("\n")) == (status, 1), err
     assert err.startswith("train_cifar10.py: ")
     assert [text for text in expected if text not in err] == [], err
-    assert status == 1 or status == 130 or out == ""
+    assert status != 2 or out == ""
 
 
-def make_batch(path: Path, labels: list[int]) -> None:
-    generator = torch.Generator().manual_seed(len(labels))
-    records = torch.randint(256, (len(labels), 3073), generator=generator, dtype=torch.uint8)
-    records[:, 0] = torch.tensor(labels, dtype=torch.uint8)
-    path.write_bytes(records.numpy().tobytes())
-
-
-@pytest.fixture
-def data(tmp_path) -> Path:
-    """A folder in CIFAR-10's format: three training batches, numbered past 9."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    make_batch(folder / "data_batch_1.bin", [0, 1, 2, 3, 4])
-    make_batch(folder / "data_batch_2.bin", [5, 6])
-    make_batch(folder / "data_batch_10.bin", [7, 8, 9])
-    make_batch(folder / "test_batch.bin", [9, 0, 9])
-    (folder / "batches.meta.txt").write_text("".join(f"name {i}\n" for i in range(10)) + "\n")
-    return folder
-
-
-# ---- data and the step ---------------------------------------------------------------------------
+# ---- data, step, pictures ------------------------------------------------------------------------
 
 
 def test_reads_what_was_written(data):
@@ -138,30 +151,23 @@ def test_drawn_images_are_balanced_repeatable_and_what_their_labels_say():
     assert (across < down)[labels == 5].float().mean() > 0.9
 
 
-def test_data_is_described_and_normalised(data):
+def test_data_is_described(data):
     settings = {"data": str(data), "train_images": None, "test_images": 2}
     tensors, about = example.load_data(settings)
-    assert (about["train"], about["test"], about["class_names"][0]) == (10, 2, "name 0")
-    pixels = tensors[0].double()
-    std, mean = torch.std_mean(pixels, (0, 2, 3), correction=0, keepdim=True)
-    run = example.Run({"model": "stock", "lr": 1.0, "seed": 0}, about, torch.device("cpu"))
-    expected = ((pixels - mean) / std).float()
-    torch.testing.assert_close(run.normalise(tensors[0]), expected, atol=1e-5, rtol=1e-5)
-
-    assert (
-        example.load_data({**settings, "test_images": 1})[1]["fingerprint"] != about["fingerprint"]
-    )
+    assert (about["train_images"], about["test_images"], len(tensors[3])) == (10, 2, 2)
+    std, mean = torch.std_mean(tensors[0].double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(about["mean"].view(3).double(), mean, rtol=1e-5, atol=0)
+    torch.testing.assert_close(about["std"].view(3).double(), std, rtol=1e-5, atol=0)
     content = bytearray((data / "test_batch.bin").read_bytes())
     content[3073 + 5] ^= 1
     (data / "test_batch.bin").write_bytes(content)
-    assert example.load_data(settings)[1]["fingerprint"] != about["fingerprint"]
+    assert example.load_data(settings)[1]["data"] != about["data"]
     for path in data.glob("*.bin"):
         path.write_bytes(bytes(2 * 3073))  # images of one colour
     assert (example.load_data(settings)[1]["std"] == 1).all()
 
 
 def test_step_is_that_of_the_package():
-    torch.manual_seed(0)
     ours = fusedcnn.FusedSimpleCNN().double().eval()
     theirs = copy.deepcopy(ours)
     images, labels = torch.randn(12, 3, 32, 32).double(), torch.randint(10, (12,))
@@ -173,41 +179,8 @@ def test_step_is_that_of_the_package():
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
-# ---- runs ----------------------------------------------------------------------------------------
-
-
-def test_both_models_train_and_leave_their_files(run, tmp_path):
-    states, compare = [], []
-    for model in ("stock", "fused"):
-        output = tmp_path / "deep" / model
-        arguments = [*SMALL, "--model", model, "--epochs", 2, "--output", output, *compare]
-        status, out, err = run(*arguments, pictures=True)
-        assert (status, err) == (0, "")
-        assert out.count("epoch ") == 2
-        with open(output / "metrics.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        assert list(rows[0]) == example.COLUMNS
-        for i, row in enumerate(rows):
-            row = {column: float(value) for column, value in row.items()}
-            assert row["epoch"] == i + 1
-            assert 0 < row["train_loss"] < 5
-            assert 0 < row["test_loss"] < 5
-            assert round(30 * row["test_accuracy"]) == pytest.approx(30 * row["test_accuracy"])
-            assert row["images_per_second"] == pytest.approx(60 / row["seconds"], rel=1e-5)
-        for name in ("curves.png", "predictions.png"):
-            assert (output / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-        files = ["checkpoint.pt", "curves.png", "metrics.csv", "predictions.png"]
-        assert sorted(path.name for path in output.iterdir()) == files
-        states.append(load(output))
-        fusedcnn.SimpleCNN().load_state_dict(states[-1]["model"])
-        fusedcnn.FusedSimpleCNN().load_state_dict(states[-1]["model"])
-        compare = ["--compare", output]
-    losses = [[row["train_loss"] for row in state["history"]] for state in states]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
 def test_pictures_show_both_runs_and_survive_odd_names():
-    row = dict.fromkeys(example.COLUMNS, 1.0)
+    row = dict.fromkeys(example.METRICS, 1.0)
     figure = example.draw_curves([("stock", [row]), ("fused", [row, row])], "$")
     for axes in figure.axes:
         text = " ".join(text.get_text() for text in axes.get_legend().get_texts())
@@ -218,27 +191,36 @@ def test_pictures_show_both_runs_and_survive_odd_names():
     logits = 9 * torch.eye(10)[[0, 2, 1]]
     figure = example.draw_predictions(images, torch.tensor([0, 1, 2]), logits, names, "$")
     figure.draw_without_rendering()
-    labels = [axes.get_xlabel() for axes in figure.axes[:4]]
-    assert labels == ["", "is: a_b", "is: \\", ""]
+    assert [axes.get_xlabel() for axes in figure.axes[:4]] == ["", "is: a_b", "is: \\", ""]
+    assert [axes.get_title()[:2] for axes in figure.axes[:4]] == ["$x", "\\ ", "a_", ""]
 
 
-def test_trains_on_files(run, data, tmp_path):
-    output = tmp_path / "out"
-    arguments = ["--epochs", 1, "--threads", 1, "--output", output]
-    assert run("--data", os.path.relpath(data), *arguments)[0] == 0
-    # The folder is known from the checkpoint, and may move.
-    assert run("--resume", output, "--epochs", 2)[0] == 0
-    moved = data.rename(tmp_path / "moved")
-    assert_error(run("--resume", output, "--epochs", 3), "--data", str(data), "No such file")
-    assert run("--resume", output, "--epochs", 3, "--data", moved)[0] == 0
-    assert load(output)["epoch"] == 3
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+def test_both_models_train_alike_and_leave_their_files(trained):
+    for folder in trained.values():
+        assert sorted(path.name for path in folder.iterdir()) == FILES
+        with open(folder / "metrics.csv", newline="") as file:
+            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        assert list(rows[0]) == ["epoch", *example.METRICS]
+        assert [row["epoch"] for row in rows] == [1, 2]
+        for row in rows:
+            right = 30 * row["test_accuracy"]
+            assert round(right) == pytest.approx(right, abs=1e-4)
+            assert row["images_per_second"] == pytest.approx(60 / row["seconds"], rel=1e-5)
+        for name in ("curves.png", "predictions.png"):
+            assert (folder / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        for model in (fusedcnn.SimpleCNN(), fusedcnn.FusedSimpleCNN()):
+            model.load_state_dict(load(folder)["model"])
+    stock, fused = ([r["train_loss"] for r in load(f)["history"]] for f in trained.values())
+    assert stock == pytest.approx(fused, rel=1e-4)
 
 
 def test_metrics_are_means_over_the_epoch(run, tmp_path):
     """With a learning rate too small to move a float, every epoch measures one fixed model."""
     run(*SMALL, "--epochs", 1, "--lr", 1e-30, "--output", tmp_path / "a")
-    state = load(tmp_path / "a")
-    model = fusedcnn.SimpleCNN()
+    state, model = load(tmp_path / "a"), fusedcnn.SimpleCNN()
     model.load_state_dict(state["model"])
     (train, _, images, labels), _ = example.load_data(state["settings"])
     std, mean = torch.std_mean(train.float(), (0, 2, 3), correction=0, keepdim=True)
@@ -251,94 +233,98 @@ def test_metrics_are_means_over_the_epoch(run, tmp_path):
     assert row["train_loss"] == pytest.approx(loss, rel=0.05)
     run(*SMALL, "--epochs", 1, "--lr", 1e-30, "--seed", 1, "--output", tmp_path / "b")
     other = load(tmp_path / "b")
-    assert other["data"]["fingerprint"] == state["data"]["fingerprint"]
+    assert torch.equal(other["data"]["mean"], state["data"]["mean"])
     assert other["history"][0]["test_loss"] != row["test_loss"]
 
 
-# ---- resuming ------------------------------------------------------------------------------------
+def test_data_folder_is_kept_and_may_move(run, data, tmp_path):
+    output = tmp_path / "out"
+    assert run("--data", os.path.relpath(data), "--epochs", 1, "--output", output)[0] == 0
+    assert run("--resume", output, "--epochs", 2)[0] == 0
+    moved = data.rename(tmp_path / "moved")
+    assert_error(run("--resume", output, "--epochs", 3), "--data", str(data))
+    assert run("--resume", output, "--epochs", 3, "--data", moved)[0] == 0
+    assert len(load(output)["history"]) == 3
 
 
 @pytest.mark.parametrize("model", ["fused", "stock"])
-def test_resumed_run_equals_uninterrupted_to_the_bit(run, tmp_path, monkeypatch, model):
-    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    assert run(*SMALL, "--model", model, "--epochs", 3, "--output", whole)[0] == 0
-    assert run(*SMALL, "--model", model, "--epochs", 1, "--output", pieces)[0] == 0
-
-    # Interrupted in the third step of the second epoch; the checkpoint is of the second.
+def test_resumed_run_equals_uninterrupted_to_the_bit(run, trained, tmp_path, monkeypatch, model):
+    """Interrupted in the third step of the second epoch; the checkpoint is of the second."""
     steps, train_step = [], example.train_step
 
     def interrupted(*arguments):
         steps.append(1)
-        if len(steps) == 3:
+        if len(steps) == 4 + 3:
             raise KeyboardInterrupt
         return train_step(*arguments)
 
+    arguments = [*SMALL, "--model", model, "--epochs", 2, "--checkpoint-steps", 2]
     with monkeypatch.context() as patch:
         patch.setattr(example, "train_step", interrupted)
-        result = run("--resume", pieces, "--epochs", 3, "--checkpoint-steps", 2, "--threads", 1)
+        result = run(*arguments, "--output", tmp_path)
     assert_error(result, "interrupted", status=130)
-    assert (load(pieces)["epoch"], load(pieces)["step"]) == (1, 2)
+    assert (len(load(tmp_path)["history"]), load(tmp_path)["step"]) == (1, 2)
+    torch.rand(7)  # no mask depends on the process's own generator
+    assert run("--resume", tmp_path / "checkpoint.pt")[0] == 0
+    assert_same_result(tmp_path, trained[model])
 
-    torch.rand(7)  # the state of the generator is the checkpoint's, not the process's
-    assert run("--resume", pieces / "checkpoint.pt", "--threads", 1)[0] == 0
-    assert_same_result(pieces, whole)
 
-
-def test_resuming_a_finished_run_only_draws(run, tmp_path):
-    run(*SMALL, "--epochs", 1, "--output", tmp_path / "a")
-    (tmp_path / "a" / "metrics.csv").rename(tmp_path / "metrics.csv")
-    status, out, _ = run("--resume", tmp_path / "a", "--threads", 1, pictures=True)
+def test_resuming_a_finished_run_only_draws(run, trained, tmp_path):
+    for name in ("checkpoint.pt", "metrics.csv"):
+        shutil.copy(trained["fused"] / name, tmp_path)
+    metrics = (tmp_path / "metrics.csv").read_bytes()
+    (tmp_path / "metrics.csv").write_text("lost")
+    status, out, _ = run("--resume", tmp_path, pictures=True)
     assert status == 0
     assert "nothing to train" in out
-    assert (tmp_path / "a" / "curves.png").exists()
-    assert (tmp_path / "a" / "metrics.csv").read_text() == (tmp_path / "metrics.csv").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+    assert (tmp_path / "metrics.csv").read_bytes() == metrics
 
 
-def test_fused_model_continues_a_stock_checkpoint(run, tmp_path, monkeypatch):
+def test_fused_model_continues_a_stock_checkpoint(run, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert_error(run("--resume"), "--resume: ", "runs/drawn-fused-seed0", "No such file")
-    assert run(*SMALL, "--model", "stock", "--epochs", 1)[0] == 0
     stock, fused = (tmp_path / "runs" / f"drawn-{model}-seed0" for model in ("stock", "fused"))
+    shutil.copytree(trained["stock"], stock)
     kept = (stock / "checkpoint.pt").read_bytes()
-    status, out, _ = run("--model", "fused", "--resume", stock, "--epochs", 2, "--threads", 1)
+    status, out, _ = run("--model", "fused", "--resume", stock, "--epochs", 3)
     assert status == 0
-    assert "note: model was stock, is fused" in out
+    assert "note: was 'SimpleCNN on cpu" in out
     assert (stock / "checkpoint.pt").read_bytes() == kept
-    assert run("--resume", stock, "--epochs", 2, "--threads", 1)[0] == 0
+    status, out, _ = run("--resume", stock, "--epochs", 3)
+    assert status == 0
+    assert "note" not in out
     losses = [[row["train_loss"] for row in load(folder)["history"]] for folder in (stock, fused)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert run("--resume", "--epochs", 3, "--threads", 1)[0] == 0  # without PATH: of --output
-    assert load(fused)["epoch"] == 3
+    assert run("--resume", "--epochs", 4)[0] == 0  # without PATH: of --output
+    assert len(load(fused)["history"]) == 4
 
 
-def test_changed_settings_are_refused(run, data, tmp_path):
+def test_changed_settings_are_refused_and_a_run_is_replaced_only_on_demand(
+    run, trained, data, tmp_path
+):
     output = tmp_path / "a"
-    run(*SMALL, "--epochs", 1, "--output", output)
-    kept = (output / "checkpoint.pt").read_bytes()
-    for option, value in (("--lr", 0.5), ("--batch-size", 8), ("--seed", 5)):
-        result = run("--resume", output, option, value)
-        assert_error(result, f"{option}: expected", str(output), f"got {value}")
-    assert_error(run("--resume", output, "--train-images", 61), "--train-images", "60", "61")
-    result = run("--resume", output, "--data", data, "--train-images", 10, "--test-images", 3)
-    assert_error(result, "--data", "drawn", "CIFAR-10")
-    # Nor does a new run take the place of an old one unasked.
+    shutil.copytree(trained["fused"], output)
+    kept = {path.name: path.read_bytes() for path in output.iterdir()}
+    for option, then, now in (
+        ("--lr", "0.001", 0.5),
+        ("--batch-size", "16", 8),
+        ("--seed", "0", 5),
+        ("--train-images", "60", 61),
+    ):
+        result = run("--resume", output, option, now)
+        assert_error(result, f"expected {option} {then} ", str(output), f"got {now}")
+    make_batch(data / "data_batch_1.bin", [0] * 60)
+    make_batch(data / "test_batch.bin", [0] * 30)
+    assert_error(run("--resume", output, "--data", data), "--data drawn", "got files")
     assert_error(run(*SMALL, "--output", output), "--output", "--overwrite", str(output))
-    assert (output / "checkpoint.pt").read_bytes() == kept
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == kept
     assert run(*SMALL, "--output", output, "--overwrite", "--epochs", 1, "--lr", 0.5)[0] == 0
     assert load(output)["settings"]["lr"] == 0.5
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint.pt", "metrics.csv"]
 
 
 # ---- checkpoints that cannot be believed ---------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """The folder of a run of two epochs."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(None):
-        patch.setattr(example, "draw", lambda *_: None)
-        assert example.main([*SMALL, "--epochs", "2", "--output", str(folder)]) == 0
-    return folder
 
 
 def _flip_bit(content: bytes) -> bytes:
@@ -349,22 +335,19 @@ def _flip_bit(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda content: None, "No such file"),
-        (lambda content: b"", "is no checkpoint, or damaged"),
-        (lambda content: b"epoch,loss\n1,2\n", "is no checkpoint, or damaged"),
-        (lambda content: content[:-1000], "is no checkpoint, or damaged"),
-        (lambda content: content[1000:], "is no checkpoint, or damaged"),
+        (lambda content: b"", "not a zip file"),
+        (lambda content: content[:-1000], "not a zip file"),
+        (lambda content: content[1000:], ""),
         (_flip_bit, "wrong checksum"),
     ],
 )
 def test_damaged_files(run, trained, tmp_path, damage, expected):
     path = tmp_path / "checkpoint.pt"
-    content = damage((trained / "checkpoint.pt").read_bytes())
-    if content is not None:
-        path.write_bytes(content)
+    content = damage((trained["fused"] / "checkpoint.pt").read_bytes())
+    path.write_bytes(content)
     assert_error(run("--resume", tmp_path), "--resume: ", str(path), expected)
     assert_error(run("--compare", tmp_path), "--compare: ", str(path), expected)
-    assert (path.read_bytes() if path.exists() else None) == content
+    assert path.read_bytes() == content
 
 
 def change(state: dict, path: tuple, value: object) -> object:
@@ -386,99 +369,34 @@ MOMENT = ("optimizer", "state", 0, "exp_avg")
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        ((), [1], "a list of 1"),
-        ((), fusedcnn.SimpleCNN().state_dict(), "['format']"),
+        ((), fusedcnn.SimpleCNN().state_dict(), "expected the format"),
         (("format",), "another", "'another'"),
         (("extra",), Path("x"), "expected tensors and plain values"),
-        (("extra",), 1, "to be nothing, got 1"),
-        (("optimizer",), ..., "got nothing"),
-        (("settings", "batch_size"), 0, "at least 1|from 1 to"),
-        (("settings", "lr"), None, "over 0, got None"),
-        (("settings", "model"), "foo", "'fused' or 'stock', got 'foo'"),
-        (("settings", "data"), 5, "a text, got 5"),
-        (("settings", "data"), "a\0b", "--data: cannot read"),
-        (("settings", "train_images"), "q", "got 'q'"),
-        (("data", "train"), 10**6, "checkpoint['optimizer']['state'][0]['step']"),
-        (("data", "fingerprint"), "other", "--train-images"),
-        (("history",), [1, 2], "['history'][0]"),
-        (("history",), None, "a list, got None"),
-        (("history", 1), ..., "['epoch'] to be 1, got 2"),
-        (("history", 1, "test_loss"), float("inf"), "got inf"),
-        (("epoch",), -2, "to be 2, got -2"),
-        (("step",), 5, "['step']"),
-        (("loss_sum",), float("nan"), "got nan"),
+        (("optimizer",), ..., "optimizer"),
+        (("settings", "batch_size"), 0, "--batch-size"),
+        (("settings", "data"), "a\0b", "--data: "),
+        (("data", "data"), "other", "expected --data other"),
+        (("history",), None, "NoneType"),
+        (("history", 1, "test_loss"), float("inf"), "inf"),
+        (("step",), 5, "expected step 0 to 4 of an epoch, got 5"),
+        (("step",), -1, "got -1"),
+        (("sums",), torch.full((2,), float("nan")), "nan"),
         (("model", "features.0.weight"), torch.zeros(16, 3, 5, 5), "[16, 3, 3, 3]"),
-        (("model", "features.0.bias"), torch.full((16,), float("nan")), "values from nan"),
+        (("model", "features.0.bias"), torch.full((16,), float("nan")), "['features.0.bias']"),
         (("model", "features.0.bias"), torch.zeros(16).double(), "torch.float64"),
         (MOMENT, torch.ones(1), "[16, 3, 3, 3]"),
-        (MOMENT, torch.ones(2, 2), "got a tensor (torch.float32, [2, 2]"),
         (MOMENT, torch.zeros(16, 3, 3, 3, device="meta"), "meta"),
-        (MOMENT, torch.zeros(16, 3, 3, 3).to_sparse(), "sparse"),
-        (("optimizer", "state"), {}, "['state'][0]"),
-        (("optimizer", "state", 0, "exp_avg_sq"), torch.full((16, 3, 3, 3), -1.0), "from -1 to -1"),
-        (("optimizer", "state", 0, "step"), torch.tensor(3.0), "values from 8 to 8"),
-        (("optimizer", "param_groups", 0, "lr"), None, "to be 0.001, got None"),
-        (("optimizer", "param_groups", 0, "betas"), (0.9, 2.0), "['betas']"),
-        (("optimizer", "param_groups", 0, "eps"), "small", "got 'small'"),
-        (("optimizer", "param_groups", 0, "params"), [0], "a list of 1"),
-        (("random", "cpu"), torch.zeros(5056, dtype=torch.uint8), "the state of a CPU generator"),
-        (("random", "epoch_start"), torch.zeros(3), "the state of a CPU generator"),
-        (("random", "cuda"), torch.zeros(3), "torch.uint8, [16]"),
-        (("environment", "threads"), 0, "['threads']"),
-        (("environment", "torch"), "a\nb\ud800", "a printable text"),
     ],
     ids=str,
 )
 def test_wrong_entries(run, trained, tmp_path, path, value, expected):
-    torch.save(change(load(trained), path, value), tmp_path / "bad.pt")
+    torch.save(change(load(trained["fused"]), path, value), tmp_path / "bad.pt")
     result = run("--resume", tmp_path / "bad.pt", "--epochs", 4, "--output", tmp_path / "out")
-    assert_error(result)
-    assert any(text in result[2] for text in expected.split("|")), result[2]
+    assert_error(result, expected)
 
 
-def test_moments_get_memory_of_their_own(trained):
-    state = load(trained)
-    moments = state["optimizer"]["state"]
-    moments[0]["exp_avg"] = torch.zeros(1).expand(16, 3, 3, 3)
-    moments[1]["exp_avg"] = moments[1]["exp_avg_sq"]
-    copied = example.check(state)["optimizer"]["state"]
-    assert copied[0]["exp_avg"].untyped_storage().nbytes() == 4 * 16 * 3 * 3 * 3
-    assert copied[1]["exp_avg"].data_ptr() != copied[1]["exp_avg_sq"].data_ptr()
-
-
-def test_generator_states_do_not_lead_out_of_their_words():
-    state = torch.get_rng_state()
-    assert example.is_generator_state(state)
-    state[8:24] = torch.tensor([624, 1, 624, 0], dtype=torch.int32).view(torch.uint8)
-    assert not example.is_generator_state(state)
-
-
-ODD = [
-    None,
-    True,
-    -1,
-    0,
-    3,
-    2**70,
-    -0.5,
-    float("nan"),
-    float("inf"),
-    "",
-    "\ud800\n\0",
-    b"x",
-    [],
-    {},
-]
-ODD += [
-    [1],
-    {1: 2},
-    (),
-    1j,
-    torch.zeros(()),
-    torch.ones(3),
-    torch.zeros(0),
-    torch.eye(3).to_sparse(),
-]
+ODD = [None, True, -1, 0, 3, 2**70, -0.5, float("nan"), float("inf"), "", "\ud800\n\0", b"x", []]
+ODD += [{}, [1], {1: 2}, (), 1j, torch.zeros(()), torch.ones(3), torch.eye(3).to_sparse()]
 ODD += [torch.zeros(2, device="meta"), torch.ones(1).expand(9), torch.Size([1]), torch.float32]
 
 
@@ -495,137 +413,92 @@ def mutated(state: dict, rng: random.Random) -> object:
     return change(state, path, rng.choice([..., other, *ODD]) if path else rng.choice(ODD))
 
 
-def test_mutated_states_are_refused_or_serve(trained):
-    """Whatever the check lets through trains on; of the rest it says in a line what is wrong."""
-    refusals = []
-    for seed in range(400):
-        try:
-            state = example.check(mutated(load(trained), random.Random(seed)))
-        except example.Stop as stop:
-            refusals.append(stop.args)
-            continue
-        run = example.Run(state["settings"], state["data"], torch.device("cpu"))
-        run.load_state_dict(state)
-        images = torch.rand(16, 3, 32, 32)
-        example.train_step(run.model, run.optimizer, images, torch.arange(16) % 10, 16)
-        assert all(parameter.isfinite().all() for parameter in run.model.parameters())
-    assert 250 < len(refusals) < 400
-    for status, line in refusals:
-        assert status == 2
-        assert line.startswith("expected checkpoint")
-        assert len(line) < 400
-        assert line.isprintable()
+def test_mutated_checkpoints_are_refused_or_serve(run, trained, tmp_path):
+    """Whatever is taken trains on, or stops as divergence; of the rest one line says what is."""
+    statuses = []
+    for seed in range(80):
+        torch.save(mutated(load(trained["fused"]), random.Random(seed)), tmp_path / "m.pt")
+        result = run("--resume", tmp_path / "m.pt", "--epochs", 3, "--output", tmp_path / f"{seed}")
+        statuses.append(result[0])
+        if result[0]:
+            assert_error(result, status=result[0])
+            assert len(result[2]) < 700
+    assert statuses.count(2) > 40
+    assert statuses.count(0) > 8
+    assert statuses.count(1) < 5
+
+
+def test_loaded_moments_have_memory_of_their_own(trained):
+    state = load(trained["fused"])
+    moments = state["optimizer"]["state"]
+    moments[0]["exp_avg"] = torch.zeros(1).expand(16, 3, 3, 3)
+    moments[1]["exp_avg"] = moments[1]["exp_avg_sq"]
+    resumed = example.Run(state["settings"], state["data"], torch.device("cpu"))
+    resumed.load_state_dict(state)
+    first, second = [*resumed.optimizer.state.values()][:2]
+    assert first["exp_avg"].untyped_storage().nbytes() == 4 * 16 * 3 * 3 * 3
+    assert second["exp_avg"].data_ptr() != second["exp_avg_sq"].data_ptr()
 
 
 # ---- kills and full disks ------------------------------------------------------------------------
 
 
 def test_killed_run_continues_to_the_bit(run, tmp_path):
-    """SIGKILL thrice while checkpoints are written after every step, most of the time thus."""
+    """SIGKILL while checkpoints are written after every step, most of the time thus."""
     output = tmp_path / "killed"
-
-    def version() -> int | None:
-        with contextlib.suppress(FileNotFoundError):
-            return (output / "checkpoint.pt").stat().st_mtime_ns
-
-    for kill, arguments in enumerate((SMALL, ["--resume", output], ["--resume"])):
-        command = [sys.executable, EXAMPLE, *arguments, "--output", output, "--epochs", 1000]
-        command += ["--checkpoint-steps", 1, "--device", "cpu", "--threads", 1]
-        before, end = version(), time.monotonic() + 600
-        process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL)
-        try:
-            while version() == before:
-                assert process.poll() is None
-                assert time.monotonic() < end
-                time.sleep(0.001)
-            time.sleep(0.05 * kill + 0.007)
-        finally:
-            process.kill()
-            process.wait()
-        assert process.returncode == -signal.SIGKILL
-        load(output)  # whole
-
-    epochs = load(output)["epoch"] + 1
-    assert run("--resume", output, "--epochs", epochs, "--threads", 1)[0] == 0
+    command = [sys.executable, EXAMPLE, *SMALL, "--output", output, "--epochs", 1000]
+    command += ["--checkpoint-steps", 1, "--device", "cpu"]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 600
+        while not (output / "metrics.csv").exists():
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    epochs = len(load(output)["history"]) + 1  # whole
+    for name in ("checkpoint.pt", "metrics.csv"):
+        (output / f".{name}.tmp").write_text("what a kill leaves")
+    assert run("--resume", output, "--epochs", epochs)[0] == 0
     assert run(*SMALL, "--epochs", epochs, "--output", tmp_path / "whole")[0] == 0
     assert_same_result(output, tmp_path / "whole")
     assert not list(output.glob(".*"))
 
 
-def test_write_that_is_killed_or_fails_changes_nothing(tmp_path):
-    """Killed half-way through the bytes and before the rename; a file that may not grow so long."""
-    pytest.importorskip("resource", reason="needs POSIX resource limits")
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    script = f"""
-import os, pathlib, resource, signal, train_cifar10
-
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def half(descriptor):
-    os.truncate(descriptor, 50_000)
-    die()
-
-def write(data):
-    train_cifar10.write(pathlib.Path({str(path)!r}), data)
-
-for name, deadly in (("fsync", half), ("replace", die)):
-    if (child := os.fork()) == 0:
-        setattr(os, name, deadly)
-        write(bytes(100_000))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-assert len(os.listdir({str(tmp_path)!r})) == 2
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-try:
-    write(bytes(100_000))
-except train_cifar10.Stop as stop:
-    print(*stop.args)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=EXAMPLE.parent, capture_output=True, text=True
-    )
-    assert done.stdout.startswith(f"1 --output: cannot write {path}: File too large"), done.stderr
-    assert path.read_bytes() == b"old"
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+def _no_space(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_full_disk_stops_the_run_and_loses_nothing(run, tmp_path, monkeypatch):
-    output, sync, calls = tmp_path / "full", os.fsync, []
+@pytest.mark.parametrize(("name", "allowed"), [("fsync", 3), ("fsync", 4), ("replace", 4)])
+def test_full_disk_stops_the_run_and_loses_nothing(
+    run, trained, tmp_path, monkeypatch, name, allowed
+):
+    """Two files are written at the start and after each epoch: the third is the checkpoint."""
+    calls, real = [], getattr(os, name)
 
-    def full(descriptor):
+    def full(*arguments):
         calls.append(1)
-        if len(calls) > 4:  # two files, at the start and after an epoch
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sync(descriptor)
+        return (_no_space if len(calls) > allowed else real)(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        result = run(*SMALL, "--epochs", 3, "--output", output)
-    written = str(output / "checkpoint.pt")
-    assert_error(result, "--output", written, "No space left on device", "--resume", status=1)
-    assert load(output)["epoch"] == 1
-    assert not list(output.glob(".*"))
-    assert run("--resume", output, "--threads", 1)[0] == 0
-    assert run(*SMALL, "--epochs", 3, "--output", tmp_path / "whole")[0] == 0
-    assert_same_result(output, tmp_path / "whole")
-
-
-@pytest.mark.parametrize("name", ["checkpoint.pt", ".checkpoint.pt.tmp", "curves.png"])
-def test_folder_in_a_files_place(run, tmp_path, name):
-    (tmp_path / name / "kept").mkdir(parents=True)
-    arguments = [*SMALL, "--epochs", 1, "--output", tmp_path, "--overwrite"]
-    result = run(*arguments, pictures=True)
-    assert_error(
-        result, "--output", name.strip(".").removesuffix(".tmp"), "Is a directory", status=1
-    )
-    assert (tmp_path / name / "kept").exists()
+        patch.setattr(os, name, full)
+        result = run(*SMALL, "--epochs", 2, "--output", tmp_path)
+    file = tmp_path / ("metrics.csv" if allowed == 3 else "checkpoint.pt")
+    assert_error(result, "--output", str(file), "No space left", "--resume", status=1)
+    assert len(load(tmp_path)["history"]) == 1
+    assert not list(tmp_path.glob(".*"))
+    assert run("--resume", tmp_path)[0] == 0
+    assert_same_result(tmp_path, trained["fused"])
 
 
 def test_diverging_run_stops(run, tmp_path):
-    result = run(*SMALL, "--epochs", 3, "--lr", 1e15, "--output", tmp_path / "a")
+    result = run(*SMALL, "--epochs", 3, "--lr", 1e15, "--output", tmp_path)
     assert_error(result, "the loss is not finite", "--lr", status=1)
-    example.check(load(tmp_path / "a"))
+    assert run("--resume", tmp_path, "--epochs", 1)[0] in (0, 1)  # the checkpoint is whole
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -634,16 +507,15 @@ def test_diverging_run_stops(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("--epochs 0", "a whole number from 1 to"),
+        ("--epochs 0", "int (1 to"),
         ("--epochs 1.5", "'1.5'"),
-        ("--batch-size 0", "a whole number from 1 to"),
-        ("--lr 0", "expected a finite number over 0, got '0'"),
-        ("--lr -1e-3", "'-1e-3'"),
+        ("--batch-size 0", "'0'"),
+        ("--lr 0", "float (1e-300 to"),
         ("--lr nan", "'nan'"),
-        ("--seed -1", "a whole number from 0 to"),
+        ("--seed -1", "'-1'"),
         ("--threads 0", "'0'"),
         ("--train-images 10000000000", "to 1000000"),
-        ("--model resnet", "expected 'fused' or 'stock', got 'resnet'"),
+        ("--model resnet", "'resnet'"),
         ("--device abacus", "'abacus'"),
         ("--device meta", "'meta'"),
         ("--epoch 3", "unrecognized arguments: --epoch"),
@@ -662,12 +534,11 @@ def test_bad_arguments(tmp_path, monkeypatch, capfd, arguments, expected):
     [
         ("data_batch_2.bin", lambda path: path.write_bytes(b""), "got 0 bytes"),
         ("data_batch_2.bin", lambda path: os.truncate(path, 6145), "got 6145 bytes"),
-        ("data_batch_2.bin", lambda path: make_batch(path, [3, 10]), "got 10"),
+        ("data_batch_2.bin", lambda path: make_batch(path, [3, 10]), "record 1"),
         ("data_batch_2.bin", lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
         ("test_batch.bin", Path.unlink, "No such file"),
-        ("test_batch.bin", lambda path: make_batch(path, [0, 255]), "record 1"),
-        ("batches.meta.txt", lambda path: path.write_text("cat\ndog\n"), "got 2"),
         ("batches.meta.txt", lambda path: path.write_bytes(b"\xff\xfe"), "got 1"),
+        ("", lambda path: path.rename(path.with_name("moved")), "got none"),
     ],
 )
 def test_bad_data_files(run, data, tmp_path, file, damage, expected):
@@ -677,41 +548,39 @@ def test_bad_data_files(run, data, tmp_path, file, damage, expected):
     assert not list(output.iterdir())
 
 
-def test_bad_folders(run, data, tmp_path, monkeypatch):
-    output, missing, empty = tmp_path / "out", tmp_path / "missing", tmp_path / "empty"
-    empty.mkdir()
-    for folder, expected in (
-        (missing, "No such file"),
-        (data / "test_batch.bin", "Not a directory"),
-        (empty, "expected data_batch_*.bin"),
-    ):
-        assert_error(run("--data", folder, "--output", output), "--data: ", str(folder), expected)
-    result = run("--data", data, "--train-images", 11, "--output", output)
+def test_more_images_than_there_are(run, data, tmp_path):
+    result = run("--data", data, "--train-images", 11, "--output", tmp_path / "out")
     assert_error(result, "--train-images: expected at most 10", str(data), "got 11")
-    assert not list(output.iterdir())
 
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", ".checkpoint.pt.tmp", "curves.png"])
+def test_folder_in_a_files_place(run, tmp_path, name):
+    (tmp_path / name / "kept").mkdir(parents=True)
+    result = run(*SMALL, "--output", tmp_path, "--overwrite")
+    assert_error(result, "--output", name.removeprefix(".").removesuffix(".tmp"), "directory")
+    assert (tmp_path / name / "kept").exists()
+
+
+def test_unwritable_output(run, tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("kept")
     for folder, expected in ((file, "File exists"), (file / "below", "Not a directory")):
         assert_error(run(*SMALL, "--output", folder), "--output: ", str(folder), expected)
     assert file.read_text() == "kept"
-    empty.chmod(0o555)
-    if not os.access(empty, os.W_OK):  # root may write everywhere
-        assert_error(run(*SMALL, "--output", empty), "--output: ", "Permission denied")
-        assert_error(run(*SMALL, "--output", empty / "new"), "--output: ", "Permission denied")
-
-    def full(**_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("tempfile.TemporaryFile", full)
-    assert_error(run(*SMALL, "--output", output), "--output: ", str(output), "No space left")
+    (tmp_path / "closed").mkdir(0o555)
+    if not os.access(tmp_path / "closed", os.W_OK):  # root may write everywhere
+        for folder in (tmp_path / "closed", tmp_path / "closed" / "new"):
+            assert_error(run(*SMALL, "--output", folder), "--output: ", "Permission denied")
+    monkeypatch.setattr(os, "fsync", _no_space)
+    assert_error(run(*SMALL, "--output", tmp_path / "full"), "--output: ", "No space left")
 
 
 @pytest.mark.parametrize("package", ["tqdm", "matplotlib"])
-def test_missing_extra_is_named(package):
-    """The script itself, as people start it: one line, no traceback, status 2."""
-    script = f"import runpy, sys; sys.modules[{package!r}] = None\n"
-    script += f"runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    result = done.returncode, done.stdout, done.stderr
+def test_missing_extra_is_named(package, monkeypatch, capfd):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    result = stop.value.code, *capfd.readouterr()
     assert_error(result, package, "pip install 'fusedcnn[examples]'")
