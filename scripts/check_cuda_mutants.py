@@ -1,6 +1,6 @@
 """Fails unless the CUDA kernels' self-test on the CPU catches the faults that are planted here.
 
-    python scripts/check_cuda_mutants.py BUILD_DIR [--sample N --seed S] [--jobs N] [--list]
+    python scripts/check_cuda_mutants.py BUILD_DIR [--only REGEX] [--sample N --seed S] [--list]
 
 BUILD_DIR is a build of the kernels alone (-DFUSEDCNN_KERNELS_ONLY=ON), whose compile commands are
 used; it is not changed.
@@ -83,7 +83,9 @@ OPERATORS = [
 ]
 
 HEADER = """
-int planted(int fault);  // whether this one is turned on
+extern const int fault_on;  // the one that is turned on
+extern bool fault_reached;
+inline int planted(int fault) { return fault == fault_on && (fault_reached = true); }
 template <typename T> struct Exchanged { int fault; T by; };
 template <typename T> Exchanged<T> exchanged(int fault, T by) { return {fault, by}; }
 template <typename A, typename T> auto operator/(A a, Exchanged<T> b) {
@@ -96,15 +98,9 @@ template <typename A, typename T> auto operator%(A a, Exchanged<T> b) {
 SWITCH = """
 #include <cstdio>
 #include <cstdlib>
-static const int on = std::getenv("FAULT") ? std::atoi(std::getenv("FAULT")) : -1;
-static struct Reached {
-  bool yes = false;
-  ~Reached() { if (!yes) std::puts("NOT REACHED"); }
-} reached;
-int planted(int fault) {
-  if (fault == on) reached.yes = true;
-  return fault == on;
-}
+bool fault_reached = false;
+extern const int fault_on = std::getenv("FAULT") ? std::atoi(std::getenv("FAULT")) : -1;
+static struct AtExit { ~AtExit() { if (!fault_reached) std::puts("NOT REACHED"); } } at_exit;
 """
 
 
@@ -194,7 +190,7 @@ def faults_and_equivalents(files: list[Path]) -> tuple[list[Fault], list[Fault]]
         if len(places) != 1:
             sys.exit(f"{DATA.name}: {name}: expected its text once, found it {len(places)} times")
         file, start, end = places[0]
-        written.append(Fault(name, file, start, end, end, new, ""))
+        written.append(Fault(f"written: {name}", file, start, end, end, new, ""))
         taken.append(places[0])
     everywhere = [fault for file, text in texts.items() for fault in operator_faults(file, text)]
     faults = [
@@ -250,11 +246,10 @@ class Build:
             if "fusedcnn_cuda_selftest.dir" in str(output):
                 selftest.append(str(output))
             if "fusedcnn_cuda_on_cpu.dir" in str(output) and entry["file"].endswith(".cu"):
-                command = [word.replace(f"{ROOT}/csrc", f"{folder}/csrc") for word in command[:at]]
+                command = [*command[:at], "-w", "-include", "planted.h", "-c", entry["file"]]
+                command = [word.replace(f"{ROOT}/csrc", f"{folder}/csrc") for word in command]
                 command = ["-O1" if word == "-O3" else word for word in command]
-                name = Path(entry["file"]).name
-                self.units[name] = [*command, "-w", "-include", "planted.h", "-c",
-                                    f"csrc/cuda/{name}"]  # fmt: skip
+                self.units[Path(entry["file"]).name] = command
         library = finished / "tests/cuda_on_cpu/libfusedcnn_cuda_on_cpu.a"
         # What is linked first wins over the library's own copy of a unit.
         objects = [f"{name}.o" for name in self.units]
@@ -266,7 +261,7 @@ class Build:
         for file in {fault.file for fault in faults}:
             (self.folder / file.relative_to(ROOT)).write_text(planted(file, faults))
         (self.folder / "planted.h").write_text(HEADER)
-        (self.folder / "switch.cpp").write_text(SWITCH)
+        (self.folder / "switch.cpp").write_text(HEADER + SWITCH)
 
     def compile(self) -> str:
         """Compile and link; the compiler's errors."""
@@ -312,21 +307,21 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("build", type=Path, help="a build of the kernels alone")
-    parser.add_argument("--only", default="", help="faults whose line in --list contains this")
+    parser.add_argument("--only", default="", help="faults whose line in --list matches this")
     parser.add_argument("--sample", type=int, help="so many of them, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--shares", type=int, default=SHARES, help="run only the first of them")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--list", action="store_true", help="list the faults and do nothing")
     options = parser.parse_args()
-    faults, equivalent = faults_and_equivalents(sorted((ROOT / "csrc/cuda/kernels").glob("*.h")))
+    faults, equivalent = faults_and_equivalents(sorted((ROOT / "csrc/cuda/kernels").iterdir()))
     chosen = [
         number
         for number, fault in enumerate(faults)
-        if fault not in equivalent and options.only in fault.where()
+        if fault not in equivalent and re.search(options.only, fault.where())
     ]
     if not chosen:
-        sys.exit(f"--only: no fault's line contains {options.only!r}")
+        sys.exit(f"--only: no fault's line in --list matches {options.only!r}")
     if options.list:
         for number in chosen:
             print(faults[number].where())
