@@ -18,11 +18,9 @@ configured to look.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -31,7 +29,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from environments import ROOT, CommandError, Environment, run
+
 BUILD_TOOLS = ["scikit-build-core>=0.11", "pybind11>=2.13", "ninja>=1.11", "cmake>=3.21"]
 
 # Run in the new environment, from a folder that holds nothing.
@@ -73,14 +72,10 @@ IN_WHEEL = re.compile(
 )
 
 
-class CheckError(Exception):
-    """An install that does not keep a promise."""
-
-
 def expect(condition: object, message: str) -> None:
-    """Raise CheckError with the message unless the condition holds."""
+    """Raise CommandError with the message unless the condition holds."""
     if not condition:
-        raise CheckError(message)
+        raise CommandError(message)
 
 
 class Workplace:
@@ -88,64 +83,33 @@ class Workplace:
 
     def __init__(self, folder: Path, torch: str) -> None:
         self.folder = folder
-        self.torch = torch
-        constraint = folder / "constraint.txt"
-        constraint.write_text(f"torch=={torch}\n")
-        self.environ = {
-            **os.environ,
-            "PIP_CONSTRAINT": str(constraint),
-            "PIP_BUILD_CONSTRAINT": str(constraint),  # isolated builds, in newer versions of pip
-        }
-        for name in ("PYTHONPATH", "VIRTUAL_ENV", "FUSEDCNN_TORCH_DIR"):
-            self.environ.pop(name, None)
-        (folder / "empty").mkdir()
+        self.torch = f"torch=={torch}"
+        self.constraint = folder / "constraint.txt"
+        self.constraint.write_text(f"{self.torch}\n")
 
-    def sources(self, name: str = "source") -> Path:
-        """A new copy of the files that git knows or would add."""
-        listed = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        copy = self.folder / name
-        for file in filter(None, listed.split("\0")):
-            if not (ROOT / file).is_file():
-                continue
-            (copy / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / file, copy / file)
+    def sources(self) -> Path:
+        """A copy of the files that git knows or would add."""
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        copy = self.folder / "source"
+        for file in filter(None, run(*command, cwd=ROOT).split("\0")):
+            if (ROOT / file).is_file():
+                (copy / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / file, copy / file)
         return copy
 
-    def environment(self, name: str, *packages: str) -> Path:
-        """Python of a new virtual environment with these packages."""
-        subprocess.run([sys.executable, "-m", "venv", self.folder / name], check=True)
-        python = self.folder / name / "bin" / "python"
-        if packages:
-            self.run(python, "-m", "pip", "install", "-q", *packages)
-        return python
+    def environment(self, name: str, *packages: str) -> Environment:
+        """A new environment with these packages, in which nothing installs another torch."""
+        constraint = str(self.constraint)
+        # The second is for isolated builds, in newer versions of pip.
+        return Environment(self.folder / name, *packages, PIP_CONSTRAINT=constraint,
+                           PIP_BUILD_CONSTRAINT=constraint)  # fmt: skip
 
-    def run(self, *command: object, cwd: Path | None = None) -> str:
-        """Output of a command, run in an empty folder unless told otherwise."""
-        process = subprocess.run(
-            [str(part) for part in command],
-            cwd=cwd or self.folder / "empty",
-            env=self.environ,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        if process.returncode:
-            tail = "\n".join(process.stdout.splitlines()[-40:])
-            raise CheckError(f"{' '.join(map(str, command))}\n{tail}")
-        return process.stdout
 
-    def check_operator(self, python: Path) -> None:
-        """Run the operator and the information command in an environment."""
-        print(self.run(python, "-c", QUICK_OP).rstrip())
-        info = self.run(python, "-m", "fusedcnn", "info")
-        expect("selected" in info, f"python -m fusedcnn info selected no ISA:\n{info}")
+def check_operator(environment: Environment) -> None:
+    """Run the operator and the information command."""
+    print(environment.run("-c", QUICK_OP).rstrip())
+    info = environment.run("-m", "fusedcnn", "info")
+    expect("selected" in info, f"python -m fusedcnn info selected no ISA:\n{info}")
 
 
 def installs_of_torch(log: str) -> int:
@@ -155,58 +119,50 @@ def installs_of_torch(log: str) -> int:
 
 def fresh(place: Workplace) -> None:
     """An empty environment."""
-    python = place.environment("env")
-    log = place.run(python, "-m", "pip", "install", "-v", place.sources())
+    environment = place.environment("env")
+    log = environment.pip("install", "-v", place.sources())
     isolated, target = log.split("Preparing metadata", 1)
     expect(installs_of_torch(isolated) == 1, "the isolated build did not ask for torch")
     expect(installs_of_torch(target) == 1, "torch was not installed as a dependency")
-    print("the isolated build asked for torch, as the environment had none")
-    place.check_operator(python)
+    check_operator(environment)
 
 
 def installed(place: Workplace) -> None:
     """An environment that has torch."""
-    python = place.environment("env", f"torch=={place.torch}")
+    environment = place.environment("env", place.torch)
     sources = place.sources()
-    for turn in ("first", "second"):
-        log = place.run(python, "-m", "pip", "install", "-v", "--force-reinstall", "--no-deps",
-                        sources)  # fmt: skip
-        expect(not installs_of_torch(log), f"{turn} build: installed a second torch")
-        print(f"{turn} build: no second torch")
-        place.check_operator(python)
-    log = place.run(python, "-m", "pip", "install", "-v", sources)
-    expect(not installs_of_torch(log), "with dependencies: installed a second torch")
-    place.check_operator(python)
+    again = ["--force-reinstall", "--no-deps"]
+    for name, options in (("first", again), ("second", again), ("with dependencies", [])):
+        log = environment.pip("install", "-v", *options, sources)
+        expect(not installs_of_torch(log), f"{name} build: installed a second torch")
+        check_operator(environment)
 
 
 def no_isolation(place: Workplace) -> None:
     """Build tools and torch in the environment itself."""
-    python = place.environment("env", f"torch=={place.torch}", *BUILD_TOOLS)
-    place.run(python, "-m", "pip", "install", "--no-build-isolation", place.sources())
-    place.check_operator(python)
+    environment = place.environment("env", place.torch, *BUILD_TOOLS)
+    environment.pip("install", "--no-build-isolation", place.sources())
+    check_operator(environment)
 
 
 def editable(place: Workplace) -> None:
     """An editable install, whose Python files are the sources'."""
-    python = place.environment("env", f"torch=={place.torch}")
+    environment = place.environment("env", place.torch)
     sources = place.sources()
-    log = place.run(python, "-m", "pip", "install", "-v", "-e", sources)
+    log = environment.pip("install", "-v", "-e", sources)
     expect(not installs_of_torch(log), "installed a second torch")
-    place.check_operator(python)
-    # The last line, as torch may warn first.
-    where = place.run(python, "-c", "import fusedcnn; print(fusedcnn.__file__)").splitlines()[-1]
-    expect(Path(where).is_relative_to(sources), f"expected the sources' files, got {where}")
+    check_operator(environment)
     module = sources / "python" / "fusedcnn" / "__init__.py"
     module.write_text(module.read_text() + "\nEDITED = True\n")
-    place.run(python, "-c", "import fusedcnn; assert fusedcnn.EDITED")
+    environment.run("-c", "import fusedcnn; assert fusedcnn.EDITED")
     print("an edit of a Python file is seen without installing again")
 
 
 def sdist(place: Workplace) -> None:
     """An sdist, a wheel from it, and the wheel alone in another environment."""
     sources = place.sources()
-    builder = place.environment("builder", f"torch=={place.torch}", "build")
-    place.run(builder, "-m", "build", "--sdist", "--outdir", place.folder / "dist", sources)
+    builder = place.environment("builder", place.torch, "build")
+    builder.run("-m", "build", "--sdist", "--outdir", place.folder / "dist", sources)
     (archive,) = (place.folder / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
@@ -217,7 +173,7 @@ def sdist(place: Workplace) -> None:
     print(f"{archive.name}: {len(names)} files, {archive.stat().st_size // 1024} KiB")
 
     shutil.rmtree(sources)
-    place.run(builder, "-m", "pip", "wheel", "--no-deps", "-w", place.folder / "dist", archive)
+    builder.pip("wheel", "--no-deps", "-w", place.folder / "dist", archive)
     (wheel,) = (place.folder / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as unzipped:
         names = [name for name in unzipped.namelist() if not name.endswith("/")]
@@ -229,16 +185,16 @@ def sdist(place: Workplace) -> None:
 
     for library in sorted((place.folder / "wheel").rglob("*.so")):
         check_library(place, library)
-    target = place.environment("env", f"torch=={place.torch}")
-    place.run(target, "-m", "pip", "install", "--no-deps", wheel)
+    target = place.environment("env", place.torch)
+    target.pip("install", "--no-deps", wheel)
     shutil.rmtree(place.folder / "builder")
     shutil.rmtree(place.folder / "wheel")
-    place.check_operator(target)
+    check_operator(target)
 
 
 def check_library(place: Workplace, library: Path) -> None:
     """A shared library names no folder of the machine that built it, but in device line tables."""
-    dynamic = place.run("readelf", "-dW", library)
+    dynamic = run("readelf", "-dW", library, cwd=place.folder)
     for line in dynamic.splitlines():
         if "(RPATH)" in line or "(RUNPATH)" in line:
             expect("[$ORIGIN]" in line, f"{library.name}: run path {line.strip()}")
@@ -280,7 +236,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="fusedcnn-install-") as folder:
             try:
                 SCENARIOS[name](Workplace(Path(folder).resolve(), options.torch))
-            except CheckError as error:
+            except CommandError as error:
                 print(f"FAILED: {error}")
                 failed.append(name)
         print(f"---- {name}: {'FAILED' if name in failed else 'ok'} "
@@ -290,5 +246,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main())
+    sys.exit(main())
