@@ -1,6 +1,6 @@
 """Conv2d + bias + ReLU + MaxPool2d in one pass, forward and backward, for PyTorch."""
 
-from fusedcnn import backends
+from fusedcnn import _torch, backends  # noqa: F401 - the check of torch comes first
 from fusedcnn._ops import build_info
 from fusedcnn._registrations import decompositions
 from fusedcnn.autograd import ConvReLUMaxPool2dFunction
