@@ -1,14 +1,16 @@
 """Finds the torch package whose headers the extension is compiled against.
 
-``python torch_location.py`` prints its folder; CMakeLists.txt and the build backend both ask here,
-so they cannot disagree. ``FUSEDCNN_TORCH_DIR`` overrides the search: the folder of a torch package
-(the one that holds ``include/`` and ``lib/``).
+``python torch_location.py`` prints its folder, or says in one line on stderr what is missing.
+CMakeLists.txt and the build backend both ask here, so they cannot disagree. ``FUSEDCNN_TORCH_DIR``
+overrides the search: the folder of a torch package (the one that holds ``include/`` and ``lib/``).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -31,16 +33,26 @@ def torch_dir() -> Path | None:
                 f"and {_HEADER_2_10}, got {override!r}"
             )
         return Path(override)
-    candidates = []
+    return next(filter(_has_headers, _candidates()), None)
+
+
+def why_none() -> str:
+    """One line for a build that finds no torch to compile against."""
+    found = "none"
+    if version := next(filter(Path.is_file, (f / "version.py" for f in _candidates())), None):
+        number = re.search(r"^__version__ = '(.+)'", version.read_text(), re.M)
+        found = f"{number[1] if number else 'an unknown version'} in {version.parent}"
+    return f"Building fusedcnn needs torch >= 2.10 installed for {sys.executable}, found {found}"
+
+
+def _candidates() -> list[Path]:
+    folders = []
     spec = importlib.util.find_spec("torch")  # build requirement, or no isolation
     if spec is not None and spec.origin is not None:
-        candidates.append(Path(spec.origin).parent)
+        folders.append(Path(spec.origin).parent)
     for scheme_path in ("purelib", "platlib"):  # the target environment, hidden by isolation
-        candidates.append(Path(sysconfig.get_path(scheme_path)) / "torch")
-    for candidate in candidates:
-        if _has_headers(candidate):
-            return candidate
-    return None
+        folders.append(Path(sysconfig.get_path(scheme_path)) / "torch")
+    return folders
 
 
 def _has_headers(folder: Path) -> bool:
@@ -48,4 +60,7 @@ def _has_headers(folder: Path) -> bool:
 
 
 if __name__ == "__main__":
-    print(torch_dir() or "")
+    try:
+        print(torch_dir() or sys.exit(why_none()))
+    except RuntimeError as error:
+        sys.exit(str(error))

@@ -1,5 +1,8 @@
 """Conv2d + bias + ReLU + MaxPool2d in one pass, forward and backward, for PyTorch."""
 
+from fusedcnn import _torch  # noqa: F401 - the check of torch comes first
+
+# isort: split
 from fusedcnn import _derivatives, _fake, backends  # noqa: F401 (they register)
 from fusedcnn._info import build_info
 from fusedcnn._registrations import decompositions
