@@ -495,7 +495,8 @@ def run_training(arguments: Sequence[str]) -> None:
     if options.resume is not None:
         checkpoint, state = load_checkpoint(Path(options.resume or options.folder), "--resume")
         with blame(f"--resume: {checkpoint}"):
-            saved = [(name.replace("_", "-"), state["settings"][name]) for name in SETTINGS]
+            settings = dict(state["settings"])
+            saved = [(name.replace("_", "-"), settings[name]) for name in SETTINGS]
             saved = [f"--{name}={value}" for name, value in saved if value is not None]
             before = parse(saved)
         options = parse([*saved, *arguments])

@@ -250,11 +250,12 @@ def test_data_folder_is_kept_and_may_move(run, data, tmp_path):
 @pytest.mark.parametrize("model", ["fused", "stock"])
 def test_resumed_run_equals_uninterrupted_to_the_bit(run, trained, tmp_path, monkeypatch, model):
     """Interrupted in the third step of the second epoch; the checkpoint is of the second."""
-    steps, train_step = [], example.train_step
+    seeds, batches, train_step = [], [], example.train_step
 
     def interrupted(*arguments):
-        steps.append(1)
-        if len(steps) == 4 + 3:
+        seeds.append(torch.initial_seed())
+        batches.append(arguments[3].tolist())
+        if len(seeds) == 4 + 3:
             raise KeyboardInterrupt
         return train_step(*arguments)
 
@@ -264,6 +265,8 @@ def test_resumed_run_equals_uninterrupted_to_the_bit(run, trained, tmp_path, mon
         result = run(*arguments, "--output", tmp_path)
     assert_error(result, "interrupted", status=130)
     assert (len(load(tmp_path)["history"]), load(tmp_path)["step"]) == (1, 2)
+    assert len({*seeds}) == len(seeds)  # each step has dropout masks of its own
+    assert batches[:3] != batches[4:]  # and each epoch an order
     torch.rand(7)  # no mask depends on the process's own generator
     assert run("--resume", tmp_path / "checkpoint.pt")[0] == 0
     assert_same_result(tmp_path, trained[model])
