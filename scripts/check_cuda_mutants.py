@@ -218,10 +218,11 @@ def planted(file: Path, faults: list[Fault]) -> str:
     for n, fault in enumerate(faults):
         if fault.file == file:
             before = re.sub(r"\bFAULT\b", f"::planted({n})", fault.before)
-            # At one place the shorter ends first, and the longer begins first.
-            edits.append((fault.start, 1, -fault.end, n, fault.until, before))
-            edits.append((fault.end, 0 if fault.after else 2, -fault.start, -n, fault.end,
-                          fault.after))  # fmt: skip
+            # At one place: what ends, the shorter first; what has no length; the longer first.
+            edits.append((fault.start, 1 + (fault.end > fault.start), -fault.end, n,
+                          fault.until, before))  # fmt: skip
+            if fault.after:
+                edits.append((fault.end, 0, -fault.start, -n, fault.end, fault.after))
     text = file.read_text()
     result, at = "", 0
     for start, *_, until, new in sorted(edits):
