@@ -74,8 +74,8 @@ MUTANTS = [
     Mutant(
         "forward: no barrier before the products are pooled",
         FORWARD,
-        "      sync_threads();\n\n      pool_products<Tile>",
-        "      pool_products<Tile>",
+        "      sync_threads();\n\n      FUSEDCNN_UNROLL\n      for (int j = 0; j < kStates; ++j) {",
+        "      FUSEDCNN_UNROLL\n      for (int j = 0; j < kStates; ++j) {",
     ),
     Mutant(
         "forward: the last maximum wins a tie",
@@ -122,8 +122,8 @@ MUTANTS = [
     Mutant(
         "forward: no guard at the last output channels",
         FORWARD,
-        "|| r >= channels) {",
-        "|| r > channels) {",
+        "          first_channel + r >= sizes.out_channels) {",
+        "          first_channel + r > sizes.out_channels) {",
     ),
     Mutant(
         "forward: the bias of the neighbouring channel",
