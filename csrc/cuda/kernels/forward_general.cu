@@ -73,78 +73,6 @@ FUSEDCNN_DEVICE int conv_coordinate(const AxisSizes& axis, const TileAxis& tile,
          row % axis.pool_kernel * axis.pool_dilation;
 }
 
-// Updates the maxima and winners of this thread's pooled outputs with the products of the places
-// from `first_place` on.
-template <typename Tile, typename T>
-FUSEDCNN_DEVICE void pool_products(const ForwardSizes& sizes, int first_h, int first_w,
-                                   int64_t first_place, Shared<T> products, T (&best)[kStates],
-                                   int (&winner)[kStates]) {
-  const AxisSizes &h = sizes.h, &w = sizes.w;
-  FUSEDCNN_UNROLL
-  for (int j = 0; j < kStates; ++j) {
-    const int state = j * kForwardThreads + thread_index();
-    const int slot = state % Tile::kOutputs, r = state / Tile::kOutputs;
-    const int sh = slot / sizes.tile_w.outputs, sw = slot % sizes.tile_w.outputs;
-    const int oh = first_h + sh, ow = first_w + sw;
-    if (sh >= sizes.tile_h.outputs || oh >= h.out || ow >= w.out) continue;
-    for (int ph = 0; ph < h.pool_kernel; ++ph) {
-      const int ch = oh * h.pool_stride - h.pool_padding + ph * h.pool_dilation;
-      // The window's row of places, counted from the first in shared memory.
-      const int64_t row_place =
-          static_cast<int64_t>(sh * sizes.tile_h.step + ph * sizes.tile_h.spread) *
-              sizes.tile_w.rows -
-          first_place;
-      if (!inside(ch, h.conv) || row_place >= Tile::kPlaces || row_place + sizes.tile_w.rows <= 0) {
-        continue;
-      }
-      for (int pw = 0; pw < w.pool_kernel; ++pw) {
-        const int cw = ow * w.pool_stride - w.pool_padding + pw * w.pool_dilation;
-        const int64_t at = row_place + sw * sizes.tile_w.step + pw * sizes.tile_w.spread;
-        if (!inside(cw, w.conv) || at < 0 || at >= Tile::kPlaces) continue;
-        const T value = products[r * Tile::kPitch + static_cast<int>(at)];
-        // The first maximum wins; NaN beats everything, a later NaN too, as in torch.
-        if (value > best[j] || value != value || winner[j] < 0) {
-          best[j] = value;
-          winner[j] = ph * w.pool_kernel + pw;
-        }
-      }
-    }
-  }
-}
-
-// Writes this thread's pooled outputs, in `channels` output channels from `first_channel` on.
-template <typename S, typename Tile>
-FUSEDCNN_DEVICE void store_pooled(const ForwardArgs& args, const ForwardSizes& sizes, int64_t n,
-                                  int64_t first_channel, int channels, int first_h, int first_w,
-                                  const Accumulator<S> (&best)[kStates],
-                                  const int (&winner)[kStates]) {
-  using T = Accumulator<S>;
-  const AxisSizes &h = sizes.h, &w = sizes.w;
-  FUSEDCNN_UNROLL
-  for (int j = 0; j < kStates; ++j) {
-    const int state = j * kForwardThreads + thread_index();
-    const int slot = state % Tile::kOutputs, r = state / Tile::kOutputs;
-    const int sh = slot / sizes.tile_w.outputs;
-    const int oh = first_h + sh, ow = first_w + slot % sizes.tile_w.outputs;
-    if (sh >= sizes.tile_h.outputs || oh >= h.out || ow >= w.out || r >= channels) {
-      continue;
-    }
-    const int64_t at = n * args.output_strides.n + (first_channel + r) * args.output_strides.c +
-                       oh * args.output_strides.h + ow * args.output_strides.w;
-    const bool off = best[j] <= 0;  // false for NaN, which ReLU lets through
-    // ReLU comes before the pool, so only a window without elements keeps its -infinity.
-    const T value = off && winner[j] >= 0 ? T(0) : best[j];
-    static_cast<S*>(args.output)[at] = narrow<S>(value);
-    if (!args.code) continue;
-    const int code = off ? -1 : winner[j];
-    if (args.wide_code) {
-      static_cast<int32_t*>(args.code)[at] = code;
-    } else {
-      static_cast<uint8_t*>(args.code)[at] = static_cast<uint8_t>(code);
-    }
-  }
-}
-
 // args: input [N, C, H, W], weight [OC, C / groups, KH, KW], bias [OC] or null, output and code
 // [N, OC, OH, OW] (code may be null).
 template <typename S, typename Tile>
@@ -283,11 +211,62 @@ forward_general_kernel(ForwardArgs args, ForwardSizes sizes) {
       }
       sync_threads();
 
-      pool_products<Tile>(sizes, first_h, first_w, first_place, products, best, winner);
+      FUSEDCNN_UNROLL
+      for (int j = 0; j < kStates; ++j) {
+        const int state = j * kForwardThreads + thread;
+        const int slot = state % Tile::kOutputs, r = state / Tile::kOutputs;
+        const int sh = slot / sizes.tile_w.outputs, sw = slot % sizes.tile_w.outputs;
+        const int oh = first_h + sh, ow = first_w + sw;
+        if (sh >= sizes.tile_h.outputs || oh >= h.out || ow >= w.out) continue;
+        for (int ph = 0; ph < h.pool_kernel; ++ph) {
+          const int ch = oh * h.pool_stride - h.pool_padding + ph * h.pool_dilation;
+          // The window's row of places, counted from the first in shared memory.
+          const int64_t row_place =
+              static_cast<int64_t>(sh * sizes.tile_h.step + ph * sizes.tile_h.spread) *
+                  sizes.tile_w.rows -
+              first_place;
+          if (!inside(ch, h.conv) || row_place >= kPlaces || row_place + sizes.tile_w.rows <= 0) {
+            continue;
+          }
+          for (int pw = 0; pw < w.pool_kernel; ++pw) {
+            const int cw = ow * w.pool_stride - w.pool_padding + pw * w.pool_dilation;
+            const int64_t at = row_place + sw * sizes.tile_w.step + pw * sizes.tile_w.spread;
+            if (!inside(cw, w.conv) || at < 0 || at >= kPlaces) continue;
+            const T value = products[r * Tile::kPitch + static_cast<int>(at)];
+            // The first maximum wins; NaN beats everything, a later NaN too, as in torch.
+            if (value > best[j] || value != value || winner[j] < 0) {
+              best[j] = value;
+              winner[j] = ph * w.pool_kernel + pw;
+            }
+          }
+        }
+      }
     }
 
-    store_pooled<S, Tile>(args, sizes, n, channel_base, sizes.out_channels - first_channel, first_h,
-                          first_w, best, winner);
+    FUSEDCNN_UNROLL
+    for (int j = 0; j < kStates; ++j) {
+      const int state = j * kForwardThreads + thread;
+      const int slot = state % Tile::kOutputs, r = state / Tile::kOutputs;
+      const int sh = slot / sizes.tile_w.outputs;
+      const int oh = first_h + sh, ow = first_w + slot % sizes.tile_w.outputs;
+      if (sh >= sizes.tile_h.outputs || oh >= h.out || ow >= w.out ||
+          first_channel + r >= sizes.out_channels) {
+        continue;
+      }
+      const int64_t at = n * args.output_strides.n + (channel_base + r) * args.output_strides.c +
+                         oh * args.output_strides.h + ow * args.output_strides.w;
+      const bool off = best[j] <= 0;  // false for NaN, which ReLU lets through
+      // ReLU comes before the pool, so only a window without elements keeps its -infinity.
+      const T value = off && winner[j] >= 0 ? T(0) : best[j];
+      static_cast<S*>(args.output)[at] = narrow<S>(value);
+      if (!args.code) continue;
+      const int code = off ? -1 : winner[j];
+      if (args.wide_code) {
+        static_cast<int32_t*>(args.code)[at] = code;
+      } else {
+        static_cast<uint8_t*>(args.code)[at] = static_cast<uint8_t>(code);
+      }
+    }
   }
 }
 
