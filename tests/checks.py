@@ -1,0 +1,58 @@
+"""What many tests do: a forward with its backward, comparisons, tables of blocks and types."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from geometries import DTYPES, Block, by_name, dtype_name
+from torch import Tensor
+
+over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+
+# Of tensors and of lists of them: values, dtypes and shapes.
+assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
+
+_POOL = {
+    "pool_kernel_size": 2,
+    "pool_stride": None,
+    "pool_padding": 0,
+    "pool_dilation": 1,
+    "ceil_mode": False,
+}
+
+
+def over(blocks: Iterable[Block | str]) -> pytest.MarkDecorator:
+    """Parametrizes `block`; those of the common list by name."""
+    blocks = [by_name(block) if isinstance(block, str) else block for block in blocks]
+    return pytest.mark.parametrize("block", blocks, ids=lambda block: block.name)
+
+
+def stock(
+    input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *,
+    max_pool2d: Callable[..., Any] = F.max_pool2d, **pool: Any,
+) -> Any:  # fmt: skip
+    """The stock layers under our argument names."""
+    plane = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return max_pool2d(F.relu(plane), *(_POOL | pool).values())
+
+
+def leaves_of(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Leaves that share the tensors' memory, or None where there is none."""
+    return [t if t is None else t.detach().requires_grad_() for t in tensors]
+
+
+def step(
+    function: Callable[..., Tensor],
+    tensors: Iterable[Tensor | None],
+    grad_output: Tensor | None = None,
+) -> list[Tensor | None]:
+    """[output, *gradients] of function(*tensors), by default for an output gradient of ones."""
+    leaves = leaves_of(tensors)
+    output = function(*leaves)
+    output.backward(torch.ones_like(output) if grad_output is None else grad_output)
+    return [output.detach(), *(t if t is None else t.grad for t in leaves)]
