@@ -276,7 +276,8 @@ def test_a_recorded_step_on_the_second_device():
 def test_arguments_on_different_devices(other):
     input, weight, bias, _ = operands("cuda:0")
     weight = weight.to(other)
-    with pytest.raises(RuntimeError, match=f"weight: expected device cuda:0 like input, got {other}"):
+    message = f"weight: expected device cuda:0 like input, got {other}"
+    with pytest.raises(RuntimeError, match=message):
         conv_relu_max_pool2d(input, weight, bias)
     geometry = by_name("simplecnn2_n2").pack()
     with pytest.raises(RuntimeError, match="weight: expected a tensor on CUDA device 0 like input"):

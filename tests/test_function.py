@@ -105,10 +105,10 @@ def test_gradients_of_sums_and_of_parts(block, exact):
         scale = torch.arange(output.shape[-1]).remainder(3) - 1.0
         return (output[:, ::2].transpose(2, 3) * scale.view(-1, 1)).sum()
 
-    for loss in (Tensor.sum, half):
+    for reduce in (Tensor.sum, half):
         ours, theirs = (
-            step(lambda *t, function=function: loss(function(*t)), operands[:3])
-            for function in (block.fused, block.stock)
+            step(lambda *t, layer=layer, reduce=reduce: reduce(layer(*t)), operands[:3])
+            for layer in (block.fused, block.stock)
         )
         assert_equal(ours, theirs)
 
