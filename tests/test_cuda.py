@@ -13,20 +13,11 @@ import fusedcnn
 import pytest
 import torch
 from checks import over, over_dtypes
+from forcing import CUDA_KERNELS, PASSES, Forced, run_pass
 from fusedcnn import _cuda, _ops, conv_relu_max_pool2d
 from fusedcnn.functional import _why_stock, pack_geometry
-from geometries import BLOCKS, Block
-from reference import (
-    BIAS,
-    GRADS,
-    INPUT,
-    LAYOUTS,
-    WEIGHT,
-    Operands,
-    exact_case,
-    float_case,
-    with_layout,
-)
+from geometries import BLOCKS
+from reference import LAYOUTS, exact_case, float_case, with_layout
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -202,32 +193,16 @@ def test_by_default_cuda_kernels_are_for_a_torch_with_cuda(tmp_path, library, wh
 # ---- agreement ----------------------------------------------------------------------------------
 
 
-def run_pass(kernel: dict, block: Block, operands: Operands, code: Tensor) -> dict[str, Tensor]:
-    """One pass by one kernel on the GPU, back on the CPU; empty if it does not cover the block."""
-    input, weight, bias, grad_output = operands
-    pass_name, name = kernel["pass"], kernel["name"]
-    with _cuda.force(name):
-        try:
-            if pass_name == "forward":
-                tensors = _ops.forward_op(input, weight, bias, block.pack(), True)
-                names = ("output", "code")
-            else:
-                mask = INPUT if pass_name == "grad_input" else WEIGHT | BIAS
-                tensors = _ops.backward_op(grad_output, input, weight, code, block.pack(), mask)
-                names = GRADS
-        except RuntimeError as error:
-            # "general" covers everything; of the others, only what they claim is tested.
-            if name != "general" and f"no {pass_name} kernel covers" in str(error):
-                return {}
-            raise
-    return {n: t.cpu() for n, t in zip(names, tensors, strict=True) if t.numel()}
+def kernels() -> list[Forced]:
+    assert {f.pass_name for f in CUDA_KERNELS} == set(PASSES)
+    return CUDA_KERNELS
 
 
-def kernels(exact: bool = False) -> list[dict]:
-    """All CUDA kernels, or those whose results on small integers are exact."""
-    found = [k for k in fusedcnn.build_info()["cuda"]["kernels"] if k["exact"] or not exact]
-    assert {k["pass"] for k in found} == {"forward", "grad_weight", "grad_input"}
-    return found
+def to_gpu(tensor: Tensor, layout: str) -> Tensor:
+    """On the GPU with the strides that `with_layout` gives it here."""
+    here = with_layout(tensor, layout)
+    there = torch.empty_strided(here.shape, here.stride(), dtype=here.dtype, device="cuda")
+    return there.copy_(here)
 
 
 @gpu
@@ -241,19 +216,13 @@ def test_integers_are_exact(block, dtype):
         # A copy to the GPU keeps dense strides only: lay it out there.
         laid_out = operands.map(lambda t, layout=layout: to_gpu(t, layout))
         code = to_gpu(expected.code, layout)
-        for kernel in kernels(exact=True):
-            for name, result in run_pass(kernel, block, laid_out, code).items():
-                if not torch.equal(result, getattr(expected, name)):
-                    differ = (result != getattr(expected, name)).sum().item()
-                    wrong.append(f"{name}, {layout}, {kernel}: {differ} of {result.numel()} differ")
+        for forced in (f for f in kernels() if f.exact):
+            results = run_pass(forced, block, laid_out, code) or {}
+            for name, result in results.items():
+                if not torch.equal(result.cpu(), getattr(expected, name)):
+                    differ = (result.cpu() != getattr(expected, name)).sum().item()
+                    wrong.append(f"{name}, {layout}, {forced}: {differ} of {result.numel()} differ")
     assert not wrong, "\n".join(wrong)
-
-
-def to_gpu(tensor: Tensor, layout: str) -> Tensor:
-    """On the GPU with the strides that `with_layout` gives it here."""
-    here = with_layout(tensor, layout)
-    there = torch.empty_strided(here.shape, here.stride(), dtype=here.dtype, device="cuda")
-    return there.copy_(here)
 
 
 @gpu
@@ -267,14 +236,15 @@ def test_floats_are_as_close_as_the_stock_layers(block, dtype, monkeypatch):
     case = float_case(block.name, dtype)
     operands, code = case.operands.map(Tensor.cuda), case.code.cuda()
     wrong = []
-    for kernel in kernels():
-        results = run_pass(kernel, block, operands, code)
+    for forced in kernels():
+        results = run_pass(forced, block, operands, code) or {}
         results.pop("code", None)
         for name, result in results.items():
             bound = getattr(case, name)
-            error = (result.double() - bound.reference).abs().max().item()
-            if not error <= bound.allowed(kernel["name"]):
-                wrong.append(f"{name}, {kernel}: {error:.3g} > {bound.allowed(kernel['name']):.3g}")
+            error = (result.cpu().double() - bound.reference).abs().max().item()
+            allowed = bound.allowed(forced.kernel)
+            if not error <= allowed:
+                wrong.append(f"{name}, {forced}: {error:.3g} > {allowed:.3g}")
     assert not wrong, "\n".join(wrong)
 
 
