@@ -22,6 +22,7 @@ SPECIALISED = Block("specialised", (2, 1, 4, 4), 2, padding=1)
 SAME_EVEN = Block("same_even", (1, 2, 4, 5), 2, kernel=(2, 4), padding="same")
 OVERLAPPING = Block("overlapping", (1, 2, 5, 6), 1, padding=1, pool=3, pool_stride=1)
 UNBATCHED = Block("unbatched", (2, 5, 6), 3, padding=1)
+WIDE_CODES = Block("wide_codes", (1, 1, 16, 18), 2, kernel=1, pool=16, pool_stride=1)
 BLOCKS = [
     SPECIALISED,
     Block("no_bias", (1, 2, 5, 4), 2, padding=1, bias=False),
@@ -187,7 +188,7 @@ def operator_arguments(block: Block, layout: str) -> list[Tensor | None]:
 
 
 @over_layouts
-@over([SPECIALISED, SAME_EVEN._replace(bias=False), OVERLAPPING, UNBATCHED])
+@over([SPECIALISED, SAME_EVEN._replace(bias=False), WIDE_CODES, UNBATCHED])
 def test_opcheck_forward(block, layout):
     """Schema, fake tensors (shapes and strides), autograd registration and dynamic shapes."""
     tensors = operator_arguments(block, layout)
