@@ -14,6 +14,7 @@ from reference import (
     exact_case,
     float_case,
     gradients_of_winners,
+    integer_operands,
     largest_error,
     with_layout,
 )
@@ -52,10 +53,13 @@ def test_floats_are_as_close_as_the_stock_layers(block):
 
 @pytest.mark.parametrize("weight_layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("input_layout", ["contiguous", "channels_last"])
-@over(["simplecnn1_n2", "simplecnn2_n5", "kernel4x4", "channels1to1", "groups2", "unbatched"])
+@over([
+    "simplecnn1_n2", "simplecnn2_n5", "kernel4x4", "channels1to1", "groups2", "unbatched",
+    Block("one_tap", (2, 1, 6, 6), 4, kernel=1),  # a weight that fits both formats
+])  # fmt: skip
 def test_memory_formats_are_those_of_the_stock_layers(block, input_layout, weight_layout):
     """channels_last in, channels_last out; strides are compared where a size leaves no doubt."""
-    operands, _ = exact_case(block.name, torch.float32)
+    operands = integer_operands(block, torch.float32)
     tensors = (
         with_layout(operands.input, input_layout),
         with_layout(operands.weight, weight_layout),
