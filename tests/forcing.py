@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fusedcnn import _ops, build_info
+from fusedcnn import _cuda, _ops, build_info
 from geometries import Block
 from reference import BIAS, GRADS, INPUT, WEIGHT, Operands
 from torch import Tensor
@@ -32,6 +32,10 @@ KERNELS = [
     if row["supported"]
 ]
 ISAS = list(dict.fromkeys(forced.isa for forced in KERNELS))
+CUDA_KERNELS = [
+    Forced("cuda", row["pass"], row["name"], row["exact"], row["error"])
+    for row in build_info()["cuda"]["kernels"]
+]
 
 
 def run_pass(
@@ -40,7 +44,8 @@ def run_pass(
     """The pass's results by name, or None if the kernel says that it does not cover the block."""
     input, weight, bias, grad_output = operands
     geometry = block.pack()
-    with _ops.force(forced.isa, forced.kernel):
+    on_cuda = forced.isa == "cuda"
+    with _cuda.force(forced.kernel) if on_cuda else _ops.force(forced.isa, forced.kernel):
         try:
             if forced.pass_name == "forward":
                 results = _ops.forward_op(input, weight, bias, geometry, True)

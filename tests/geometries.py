@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fusedcnn.functional import pack_geometry
+from fusedcnn.functional import conv_relu_max_pool2d, pack_geometry
 from torch import Tensor
 
 Pair = int | tuple[int, int]
@@ -66,13 +66,18 @@ class Block(NamedTuple):
         """The operators' packed geometry."""
         return pack_geometry(self.weight[2:], *self.conv_arguments, **self.fused_keywords)
 
-    def conv(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def conv(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The stock convolution of this block."""
         return F.conv2d(input, weight, bias, *self.conv_arguments)
 
-    def stock(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def stock(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The stock layers of this block."""
         return stock(input, weight, bias, *self.conv_arguments, **self.fused_keywords)
+
+    def fused(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The fused function with this block's arguments."""
+        operands = input, weight, bias
+        return conv_relu_max_pool2d(*operands, *self.conv_arguments, **self.fused_keywords)
 
 
 def pair(value: Pair) -> tuple[int, int]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import over, over_dtypes
 from forcing import ISAS, KERNELS, PASSES, run_pass
-from geometries import BLOCKS, DTYPES, Block, by_name, dtype_name
+from geometries import BLOCKS, Block
 from reference import LAYOUTS, decode, exact_case, float_case, largest_error, with_layout
 from torch import Tensor
 
-over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 # The lowest decorator varies slowest, so that a block's reference is computed once.
-over_blocks = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+over_blocks = over(BLOCKS)
 
 
 @pytest.mark.parametrize("forced", KERNELS, ids=str)
@@ -71,10 +71,7 @@ def test_floats_are_as_close_as_the_stock_layers(block, dtype):
                 error = largest_error(result, bound.reference)
                 allowed = bound.allowed(forced.error)
                 if not error <= allowed:
-                    wrong.append(
-                        f"{name}, {layout}, {forced}: error {error:.3g}, allowed {allowed:.3g}, "
-                        f"the stock layers' {bound.stock_error:.3g}"
-                    )
+                    wrong.append(f"{name}, {layout}, {forced}: {error:.3g} > {allowed:.3g}")
                 if name == "output" and not winners_win(block, code, case.plane, allowed):
                     wrong.append(f"winners, {layout}, {forced}")
     assert not wrong, "\n".join(wrong)
@@ -92,10 +89,10 @@ def winners_win(block: Block, code: Tensor, plane: Tensor, allowed: float) -> bo
 
 def test_the_list_covers_what_it_should():
     """The kinds of geometry that the kernels distinguish are all there."""
-    names = [block.name for block in BLOCKS]
-    assert len(set(names)) == len(names)
-    windows = {block.name: exact_case(block.name, torch.float32)[1].code.dtype for block in BLOCKS}
-    assert windows["window15x17"] == torch.uint8
-    assert windows["window256"] == windows["window289"] == torch.int32
+    blocks = {block.name: block for block in BLOCKS}
+    assert len(blocks) == len(BLOCKS)
+    codes = {name: exact_case(name, torch.float32)[1].code.dtype for name in blocks}
+    assert codes["window15x17"] == torch.uint8
+    assert codes["window256"] == codes["window289"] == torch.int32
     assert {len(block.input) for block in BLOCKS} == {3, 4}
-    assert by_name("same_even").padding == "same"
+    assert blocks["same_even"].padding == "same"

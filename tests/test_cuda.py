@@ -7,49 +7,32 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fusedcnn
 import pytest
 import torch
-import torch.nn.functional as F
-from fusedcnn import _cuda, _ops, _stock, conv_relu_max_pool2d
+from checks import over, over_dtypes
+from forcing import CUDA_KERNELS, PASSES, Forced, run_pass
+from fusedcnn import _cuda, _stock, conv_relu_max_pool2d
 from fusedcnn.functional import _why_stock, pack_geometry
-from geometries import BLOCKS, DTYPES, Block, by_name, dtype_name
-from reference import (
-    BIAS,
-    GRADS,
-    INPUT,
-    LAYOUTS,
-    WEIGHT,
-    Operands,
-    exact_case,
-    float_case,
-    with_layout,
-)
+from geometries import BLOCKS
+from reference import LAYOUTS, exact_case, float_case, with_layout
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = _cuda._PATH.is_file()
 
-on_gpu = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 
 def gpu(function):
     """Marks a test that needs a GPU."""
-    for mark in on_gpu:
-        function = mark(function)
-    return function
+    there = torch.cuda.is_available()
+    return pytest.mark.cuda(pytest.mark.skipif(not there, reason="needs a CUDA device")(function))
 
 
-over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 # The lowest decorator varies slowest, so that a block's reference is computed once.
-over_blocks = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+over_blocks = over(BLOCKS)
 
 
 # ---- without a GPU ------------------------------------------------------------------------------
@@ -67,7 +50,7 @@ def test_build_info_says_why_not():
         assert "CUDA" in info["reason"]
 
 
-def test_force_without_the_library():
+def test_force_names_what_is_wrong():
     if _cuda.reason is None:
         with pytest.raises(ValueError, match="kernel: expected one of "):
             _cuda.force("fastest").__enter__()
@@ -109,6 +92,13 @@ def test_tf32_follows_torch(monkeypatch):
     assert told == [1, 0]
 
 
+def printed_by(program: str) -> str:
+    process = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path.home()
+    )
+    return process.stdout or process.stderr
+
+
 @pytest.mark.parametrize("content", [b"", b"not a library"], ids=["empty", "text"])
 def test_import_works_when_the_library_cannot_be_loaded(tmp_path, content):
     """A broken file instead of the library, in a torch that says it has CUDA."""
@@ -128,10 +118,7 @@ assert fusedcnn.conv_relu_max_pool2d(torch.ones(1, 1, 4, 4), weight).item() == 9
 print("imported")
 """
     (tmp_path / "libfusedcnn_cuda.so").write_bytes(content)
-    process = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path.home()
-    )
-    assert process.stdout == "imported\n", process.stderr
+    assert printed_by(program) == "imported\n"
 
 
 @pytest.mark.skipif(not BUILT, reason="built without CUDA kernels")
@@ -152,10 +139,7 @@ for name in ("", "_backward"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA")
 print("loaded")
 """
-    process = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path.home()
-    )
-    assert process.stdout == "loaded\n", process.stderr
+    assert printed_by(program) == "loaded\n"
 
 
 def configure(tmp_path: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
@@ -209,32 +193,16 @@ def test_by_default_cuda_kernels_are_for_a_torch_with_cuda(tmp_path, library, wh
 # ---- agreement ----------------------------------------------------------------------------------
 
 
-def run_pass(kernel: dict, block: Block, operands: Operands, code: Tensor) -> dict[str, Tensor]:
-    """One pass by one kernel on the GPU, back on the CPU; empty if it does not cover the block."""
-    input, weight, bias, grad_output = operands
-    pass_name, name = kernel["pass"], kernel["name"]
-    with _cuda.force(name):
-        try:
-            if pass_name == "forward":
-                tensors = _ops.forward_op(input, weight, bias, block.pack(), True)
-                names = ("output", "code")
-            else:
-                mask = INPUT if pass_name == "grad_input" else WEIGHT | BIAS
-                tensors = _ops.backward_op(grad_output, input, weight, code, block.pack(), mask)
-                names = GRADS
-        except RuntimeError as error:
-            # "general" covers everything; of the others, only what they claim is tested.
-            if name != "general" and f"no {pass_name} kernel covers" in str(error):
-                return {}
-            raise
-    return {n: t.cpu() for n, t in zip(names, tensors, strict=True) if t.numel()}
+def kernels() -> list[Forced]:
+    assert {f.pass_name for f in CUDA_KERNELS} == set(PASSES)
+    return CUDA_KERNELS
 
 
-def kernels(exact: bool = False) -> list[dict]:
-    """All CUDA kernels, or those whose results on small integers are exact."""
-    found = [k for k in fusedcnn.build_info()["cuda"]["kernels"] if k["exact"] or not exact]
-    assert {k["pass"] for k in found} == {"forward", "grad_weight", "grad_input"}
-    return found
+def to_gpu(tensor: Tensor, layout: str) -> Tensor:
+    """On the GPU with the strides that `with_layout` gives it here."""
+    here = with_layout(tensor, layout)
+    there = torch.empty_strided(here.shape, here.stride(), dtype=here.dtype, device="cuda")
+    return there.copy_(here)
 
 
 @gpu
@@ -248,19 +216,13 @@ def test_integers_are_exact(block, dtype):
         # A copy to the GPU keeps dense strides only: lay it out there.
         laid_out = operands.map(lambda t, layout=layout: to_gpu(t, layout))
         code = to_gpu(expected.code, layout)
-        for kernel in kernels(exact=True):
-            for name, result in run_pass(kernel, block, laid_out, code).items():
-                if not torch.equal(result, getattr(expected, name)):
-                    differ = (result != getattr(expected, name)).sum().item()
-                    wrong.append(f"{name}, {layout}, {kernel}: {differ} of {result.numel()} differ")
+        for forced in (f for f in kernels() if f.exact):
+            results = run_pass(forced, block, laid_out, code) or {}
+            for name, result in results.items():
+                if not torch.equal(result.cpu(), getattr(expected, name)):
+                    differ = (result.cpu() != getattr(expected, name)).sum().item()
+                    wrong.append(f"{name}, {layout}, {forced}: {differ} of {result.numel()} differ")
     assert not wrong, "\n".join(wrong)
-
-
-def to_gpu(tensor: Tensor, layout: str) -> Tensor:
-    """On the GPU with the strides that `with_layout` gives it here."""
-    here = with_layout(tensor, layout)
-    there = torch.empty_strided(here.shape, here.stride(), dtype=here.dtype, device="cuda")
-    return there.copy_(here)
 
 
 @gpu
@@ -274,30 +236,16 @@ def test_floats_are_as_close_as_the_stock_layers(block, dtype, monkeypatch):
     case = float_case(block.name, dtype)
     operands, code = case.operands.map(Tensor.cuda), case.code.cuda()
     wrong = []
-    for kernel in kernels():
-        results = run_pass(kernel, block, operands, code)
+    for forced in kernels():
+        results = run_pass(forced, block, operands, code) or {}
         results.pop("code", None)
         for name, result in results.items():
             bound = getattr(case, name)
-            error = (result.double() - bound.reference).abs().max().item()
-            allowed = bound.allowed(kernel["error"])
+            error = (result.cpu().double() - bound.reference).abs().max().item()
+            allowed = bound.allowed(forced.error)
             if not error <= allowed:
-                wrong.append(f"{name}, {kernel}: {error:.3g} > {allowed:.3g}")
+                wrong.append(f"{name}, {forced}: {error:.3g} > {allowed:.3g}")
     assert not wrong, "\n".join(wrong)
-
-
-@gpu
-def test_expanded_gradients_and_empty_batches():
-    input = torch.randn(2, 3, 8, 8, device="cuda", requires_grad=True)
-    weight = torch.randn(4, 3, 3, 3, device="cuda", requires_grad=True)
-    grads = torch.autograd.grad(conv_relu_max_pool2d(input, weight).sum(), (input, weight))
-    stock = F.max_pool2d(F.relu(F.conv2d(input.double(), weight.double())), 2)
-    expected = torch.autograd.grad(stock.sum(), (input, weight))
-    for ours, theirs in zip(grads, expected, strict=True):
-        torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=1e-4)
-    empty = conv_relu_max_pool2d(input[:0], weight)
-    assert empty.shape == (0, 4, 3, 3)
-    assert torch.autograd.grad(empty.sum(), weight)[0].count_nonzero() == 0
 
 
 @gpu
@@ -305,166 +253,3 @@ def test_cuda_calls_are_fused():
     _stock.calls.clear()
     conv_relu_max_pool2d(torch.ones(1, 1, 4, 4, device="cuda"), torch.ones(1, 1, 3, 3).cuda())
     assert fusedcnn.build_info()["stock_calls"] == {}
-
-
-# ---- autograd, compilers, streams, graphs -------------------------------------------------------
-
-
-def leaves(block: Block, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Input, weight and bias on the GPU."""
-    shapes = (block.input, block.weight, (block.out_channels,))
-    return [torch.randn(s, dtype=dtype, device="cuda", requires_grad=True) for s in shapes]
-
-
-@gpu
-@pytest.mark.parametrize("name", ["one_pooled", "strided", "overlapping"])
-def test_gradcheck(name):
-    block = {
-        "one_pooled": Block("", (2, 2, 4, 4), 3, padding=1),
-        "strided": Block("", (1, 4, 7, 6), 2, stride=2, padding=1, groups=2),
-        "overlapping": Block("", (1, 2, 6, 6), 2, pool=3, pool_stride=1, pool_padding=1),
-    }[name]
-
-    def fused(*tensors: Tensor) -> Tensor:
-        return conv_relu_max_pool2d(*tensors, *block.conv_arguments, **block.fused_keywords)
-
-    assert torch.autograd.gradcheck(fused, leaves(block))
-    assert torch.autograd.gradgradcheck(fused, leaves(block))
-
-
-@gpu
-@pytest.mark.parametrize("name", ["simplecnn1_n1", "unbatched", "window256", "depthwise"])
-def test_opcheck(name):
-    block = by_name(name)
-    input, weight, bias = leaves(block, torch.float32)
-    geometry = block.pack()
-    torch.library.opcheck(_ops.forward_op, (input, weight, bias, geometry, True))
-    output, code = _ops.forward_op(input, weight, bias, geometry, True)
-    arguments = (torch.randn_like(output), input, weight, code, geometry, 7)
-    torch.library.opcheck(_ops.backward_op, arguments)
-
-
-def step(device: str = "cuda") -> list[Tensor]:
-    """Output and gradients of block 1 of SimpleCNN, the same numbers on every device."""
-    torch.manual_seed(3)
-    input, weight, bias = (t.to(device) for t in (
-        torch.randn(16, 3, 32, 32), torch.randn(16, 3, 3, 3), torch.randn(16)))  # fmt: skip
-    tensors = [t.requires_grad_() for t in (input, weight, bias)]
-    output = conv_relu_max_pool2d(*tensors, padding=1)
-    return [output.detach(), *torch.autograd.grad(output.square().sum(), tensors)]
-
-
-@gpu
-def test_every_run_gives_the_same_bits():
-    for ours, again in zip(step(), step(), strict=True):
-        assert torch.equal(ours, again)
-
-
-@gpu
-def test_side_stream():
-    """The call runs on the current stream: after what the stream was given before it."""
-    expected = step()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        input = torch.zeros(1, 1, 512, 512, device="cuda")
-        torch.cuda._sleep(100_000_000)
-        input.fill_(1)  # must have happened
-        output = conv_relu_max_pool2d(input, torch.ones(1, 1, 3, 3, device="cuda"))
-        results = step()
-    torch.cuda.current_stream().wait_stream(stream)
-    assert (output == 9).all()
-    for ours, theirs in zip(results, expected, strict=True):
-        assert torch.equal(ours, theirs)
-
-
-@gpu
-def test_threads_launch_one_kernel_with_different_amounts_of_shared_memory():
-    """No launch lowers the limit that another thread's is about to need."""
-    packed = by_name("simplecnn2_n2").pack()
-
-    def backward(size: int) -> Tensor:
-        gen = torch.Generator(device="cuda").manual_seed(size)
-        input = torch.randn(2, 16, size, size, device="cuda", generator=gen)
-        weight = torch.randn(32, 16, 3, 3, device="cuda", generator=gen)
-        output, code = _ops.forward_op(input, weight, None, packed, True)
-        first, *rest = (
-            _ops.backward_op(output, input, weight, code, packed, INPUT)[0] for _ in range(500)
-        )
-        assert all(torch.equal(first, again) for again in rest)
-        return first
-
-    sizes = (16, 32)  # 51 and 69 KiB
-    with _cuda.force("winners_3x3"), ThreadPoolExecutor(len(sizes)) as pool:
-        expected = [backward(size) for size in sizes]
-        for ours, alone in zip(pool.map(backward, sizes), expected, strict=True):
-            assert torch.equal(ours, alone)
-
-
-@gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
-def test_second_device():
-    """The tensors' device is used, whichever is current, and stays current after."""
-    expected = step("cuda:0")
-    results = step("cuda:1")
-    assert torch.cuda.current_device() == 0
-    for ours, theirs in zip(results, expected, strict=True):
-        assert ours.device == torch.device("cuda:1")
-        torch.testing.assert_close(ours.cpu(), theirs.cpu())
-
-
-@gpu
-def test_graph_replay_equals_eager():
-    inputs = torch.randn(8, 3, 16, 16, device="cuda")
-    weight = torch.randn(8, 3, 3, 3, device="cuda", requires_grad=True)
-
-    def run() -> list[Tensor]:
-        output = conv_relu_max_pool2d(inputs, weight, padding=1)
-        return [output, *torch.autograd.grad(output.sum(), weight)]
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = run()
-    for _ in range(2):
-        inputs.normal_()
-        graph.replay()
-        for ours, theirs in zip(recorded, run(), strict=True):
-            assert torch.equal(ours, theirs)
-
-
-@gpu
-def test_compiled_equals_eager():
-    compiled = torch.compile(conv_relu_max_pool2d, fullgraph=True)
-    input, weight = torch.randn(2, 3, 9, 9).cuda(), torch.randn(4, 3, 3, 3).cuda()
-    assert torch.equal(compiled(input, weight), conv_relu_max_pool2d(input, weight))
-
-
-@gpu
-def test_more_elements_than_32_bits():
-    """Offsets into tensors of more than 2^31 elements; the last image is the one that shows."""
-    images = 2**31 // (64 * 64) + 2
-    input = torch.zeros(images, 1, 64, 64, device="cuda", dtype=torch.float16)
-    input[-1] = 1
-    weight = torch.ones(1, 1, 3, 3, device="cuda", dtype=torch.float16, requires_grad=True)
-    input.requires_grad_()
-    output = conv_relu_max_pool2d(input, weight)
-    assert (output[-1] == 9).all()
-    assert output[:-1].count_nonzero() == 0
-    output[-1].sum().backward()
-    assert input.grad[-1].double().sum().item() == 9 * 31 * 31
-    assert (weight.grad == 31 * 31).all()
-
-
-@gpu
-def test_arguments_on_different_devices():
-    weight = torch.ones(1, 1, 3, 3)
-    with pytest.raises(RuntimeError, match="weight: expected device cuda:0 like input, got cpu"):
-        conv_relu_max_pool2d(torch.ones(1, 1, 4, 4, device="cuda"), weight)
-    geometry = Block("", (1, 1, 4, 4), 1).pack()
-    with pytest.raises(RuntimeError, match="weight: expected a tensor on CUDA device 0 like input"):
-        _ops.forward_op(torch.ones(1, 1, 4, 4, device="cuda"), weight, None, geometry, False)

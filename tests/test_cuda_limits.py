@@ -1,4 +1,4 @@
-"""The CUDA operators at the edges of the host's side: sizes around 2^31, streams, devices, graphs.
+"""The CUDA operators from the host's side: autograd, sizes around 2^31, streams, devices, graphs.
 
 All need a GPU; what the kernels compute is tests/test_cuda.py's business.
 """
@@ -6,12 +6,15 @@ All need a GPU; what the kernels compute is tests/test_cuda.py's business.
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import fusedcnn
 import pytest
 import torch
-from fusedcnn import conv_relu_max_pool2d
-from geometries import DTYPES, dtype_name
+from checks import assert_equal, leaves_of, over, over_dtypes, step
+from fusedcnn import _cuda, _ops, conv_relu_max_pool2d
+from geometries import Block, by_name, stock
+from reference import INPUT, with_layout
 from torch import Tensor, nn
 
 pytestmark = [
@@ -21,8 +24,7 @@ pytestmark = [
 second_device = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="needs a second CUDA device"
 )
-over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-over_layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+over_layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 
 
 @pytest.fixture
@@ -41,39 +43,86 @@ def memory():
     torch.cuda.empty_cache()
 
 
-def block(device: str = "cuda", dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Input, weight, bias and an output's gradient of SimpleCNN's second block."""
+def operands(
+    device: str = "cuda", dtype: torch.dtype = torch.float32, block: int = 2
+) -> list[Tensor]:
+    """Input, weight, bias and an output's gradient of SimpleCNN's first or second block."""
     torch.manual_seed(5)
-    shapes = ((8, 16, 16, 16), (32, 16, 3, 3), (32,), (8, 32, 8, 8))
+    shapes = {
+        1: ((16, 3, 32, 32), (16, 3, 3, 3), (16,), (16, 16, 16, 16)),
+        2: ((8, 16, 16, 16), (32, 16, 3, 3), (32,), (8, 32, 8, 8)),
+    }[block]
     return [torch.randn(shape).to(device, dtype) for shape in shapes]
 
 
 def results(input: Tensor, weight: Tensor, bias: Tensor, grad_output: Tensor) -> list[Tensor]:
     """Output and gradients."""
-    leaves = [t.detach().requires_grad_() for t in (input, weight, bias)]
+    leaves = leaves_of((input, weight, bias))
     output = conv_relu_max_pool2d(*leaves, padding=1)
     return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
 
 
-def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    assert len(ours) == len(theirs)
-    for mine, other in zip(ours, theirs, strict=True):
-        assert torch.equal(mine.cpu(), other.cpu())
+# ---- autograd and compilers ----------------------------------------------------------------------
+
+
+def test_expanded_gradients_and_empty_batches():
+    tensors = [torch.randn(s, device="cuda") for s in ((2, 3, 8, 8), (4, 3, 3, 3))]
+    grads = step(lambda *t: conv_relu_max_pool2d(*t).sum(), tensors)[1:]
+    expected = step(lambda *t: stock(*t).sum(), [t.double() for t in tensors])[1:]
+    torch.testing.assert_close(grads, [t.float() for t in expected], rtol=1e-4, atol=1e-4)
+    empty, _, grad_weight = step(conv_relu_max_pool2d, [tensors[0][:0], tensors[1]])
+    assert empty.shape == (0, 4, 3, 3)
+    assert grad_weight.count_nonzero() == 0
+
+
+def leaves(block: Block, dtype: torch.dtype) -> list[Tensor]:
+    """Input, weight and bias on the GPU."""
+    shapes = (block.input, block.weight, (block.out_channels,))
+    return [torch.randn(s, dtype=dtype, device="cuda", requires_grad=True) for s in shapes]
+
+
+@over([
+    Block("one_pooled", (2, 2, 4, 4), 3, padding=1),
+    Block("strided", (1, 4, 7, 6), 2, stride=2, padding=1, groups=2),
+    Block("overlapping", (1, 2, 6, 6), 2, pool=3, pool_stride=1, pool_padding=1),
+])  # fmt: skip
+def test_gradcheck(block):
+    tensors = leaves(block, torch.float64)
+    assert torch.autograd.gradcheck(block.fused, tensors)
+    assert torch.autograd.gradgradcheck(block.fused, tensors)
+
+
+@over(["simplecnn1_n1", "unbatched", "window256", "depthwise"])
+def test_opcheck(block):
+    input, weight, bias = leaves(block, torch.float32)
+    geometry = block.pack()
+    torch.library.opcheck(_ops.forward_op, (input, weight, bias, geometry, True))
+    output, code = _ops.forward_op(input, weight, bias, geometry, True)
+    arguments = (torch.randn_like(output), input, weight, code, geometry, 7)
+    torch.library.opcheck(_ops.backward_op, arguments)
+
+
+def test_compiled_equals_eager():
+    compiled = torch.compile(conv_relu_max_pool2d, fullgraph=True)
+    input, weight = torch.randn(2, 3, 9, 9).cuda(), torch.randn(4, 3, 3, 3).cuda()
+    assert torch.equal(compiled(input, weight), conv_relu_max_pool2d(input, weight))
 
 
 # ---- 2^31 ----------------------------------------------------------------------------------------
 
+around = pytest.mark.parametrize("images", [-1, 0, 1], ids=["below", "at", "above"])
+
 
 @over_layouts
-@pytest.mark.parametrize("images", [-1, 0, 1], ids=["below", "at", "above"])
-def test_input_elements_around_2_to_31(memory, images, channels_last):
+@around
+def test_input_elements_around_2_to_31(memory, images, layout):
     """The last image is the one that shows; before it, zeros."""
     count, channels, size = 2**31 // (4 * 64 * 64) + images, 4, 64
     dtype = torch.float16
     elements = count * channels * size * size
     assert (elements < 2**31, elements > 2**31) == (images < 0, images > 0)
     memory(2 * elements + 2 * count * 31 * 31, dtype)  # with its gradient; outputs and theirs
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    memory_format = getattr(torch, layout if layout == "channels_last" else "contiguous_format")
     input = torch.empty(
         count, channels, size, size, device="cuda", dtype=dtype, memory_format=memory_format
     )
@@ -85,16 +134,15 @@ def test_input_elements_around_2_to_31(memory, images, channels_last):
     assert output[:-1].count_nonzero() == 0
     output[-1].sum().backward()
     # Equal outputs tie, and the first of each window wins: every other one of the convolution's.
-    grad = input.grad[-1]
-    assert (grad.float().sum((1, 2)) == 9 * 31 * 31).all()
+    assert (input.grad[-1].float().sum((1, 2)) == 9 * 31 * 31).all()
     assert input.grad[-2].count_nonzero() == 0
     assert input.grad[0].count_nonzero() == 0
     assert (weight.grad == 31 * 31).all()
 
 
 @over_layouts
-@pytest.mark.parametrize("images", [-1, 0, 1], ids=["below", "at", "above"])
-def test_output_elements_around_2_to_31(memory, images, channels_last):
+@around
+def test_output_elements_around_2_to_31(memory, images, layout):
     """Offsets into output, codes and the output's gradient."""
     out_channels, size = 64, 16  # pooled
     count = 2**31 // (out_channels * size * size) + images
@@ -105,7 +153,7 @@ def test_output_elements_around_2_to_31(memory, images, channels_last):
     memory(2 * elements + elements // 2 + 2 * inputs, dtype)  # a code is half as wide
     input = torch.zeros(count, 1, 2 * size, 2 * size, device="cuda", dtype=dtype)
     input[-1] = 1
-    if channels_last:
+    if layout == "channels_last":
         input = input.to(memory_format=torch.channels_last)
         # One channel is both at once; strides say which layout the output has.
         input = input.as_strided(input.shape, (4 * size * size, 1, 2 * size, 1))
@@ -128,36 +176,64 @@ def test_output_elements_around_2_to_31(memory, images, channels_last):
 # ---- streams -------------------------------------------------------------------------------------
 
 
-def test_backward_runs_after_what_its_stream_was_given_before():
-    input, weight, bias, grad_output = block()
-    expected = results(input, weight, bias, grad_output)
+def after_a_pause(operands: list[Tensor]) -> list[Tensor]:
+    """Copies of them; the current stream writes the values late."""
+    late = [torch.zeros_like(t) for t in operands]
+    torch.cuda._sleep(100_000_000)
+    for copied, tensor in zip(late, operands, strict=True):
+        copied.copy_(tensor)
+    return late
+
+
+@pytest.mark.parametrize("late", [slice(0, 4), slice(3, 4)], ids=["forward", "backward"])
+def test_calls_run_after_what_their_stream_was_given_before(late):
+    tensors = operands()
+    expected = results(*tensors)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        late = torch.zeros_like(grad_output)
-        torch.cuda._sleep(100_000_000)
-        late.copy_(grad_output)  # must have happened
-        found = results(input, weight, bias, late)
+        tensors[late] = after_a_pause(tensors[late])
+        found = results(*tensors)
     torch.cuda.current_stream().wait_stream(stream)
     assert_equal(found, expected)
 
 
 def test_streams_do_not_share_what_kernels_work_in():
     """Many calls at once on several streams: each gets the bits that it gets alone."""
-    operands = [block() for _ in range(4)]
-    for i, (input, *_) in enumerate(operands):
+    several = [operands(block=block) for block in (1, 2, 1, 2)]
+    for i, (input, *_) in enumerate(several):
         input.mul_(i + 1)
-    expected = [results(*one) for one in operands]
-    streams = [torch.cuda.Stream() for _ in operands]
+    expected = [results(*one) for one in several]
+    streams = [torch.cuda.Stream() for _ in several]
     found: list[list[Tensor]] = []
     torch.cuda.synchronize()
     for _ in range(25):
-        for stream, one in zip(streams, operands, strict=True):
+        for stream, one in zip(streams, several, strict=True):
             with torch.cuda.stream(stream):
                 found.append(results(*one))
     torch.cuda.synchronize()
-    for i, ours in enumerate(found):
-        assert_equal(ours, expected[i % len(operands)])
+    assert_equal(found, expected * 25)
+
+
+def test_threads_launch_one_kernel_with_different_amounts_of_shared_memory():
+    """No launch lowers the limit that another thread's is about to need."""
+    packed = by_name("simplecnn2_n2").pack()
+
+    def backward(size: int) -> Tensor:
+        gen = torch.Generator(device="cuda").manual_seed(size)
+        input = torch.randn(2, 16, size, size, device="cuda", generator=gen)
+        weight = torch.randn(32, 16, 3, 3, device="cuda", generator=gen)
+        output, code = _ops.forward_op(input, weight, None, packed, True)
+        first, *rest = (
+            _ops.backward_op(output, input, weight, code, packed, INPUT)[0] for _ in range(500)
+        )
+        assert all(torch.equal(first, again) for again in rest)
+        return first
+
+    sizes = (16, 32)  # 51 and 69 KiB
+    with _cuda.force("windows"), ThreadPoolExecutor(len(sizes)) as pool:
+        expected = [backward(size) for size in sizes]
+        assert_equal(list(pool.map(backward, sizes)), expected)
 
 
 # ---- devices -------------------------------------------------------------------------------------
@@ -165,21 +241,18 @@ def test_streams_do_not_share_what_kernels_work_in():
 
 @second_device
 def test_the_stream_of_the_second_device():
-    """Its current stream is used, not the current device's."""
-    expected = results(*block("cuda:0"))
-    operands = block("cuda:1")
+    """The tensors' device and its current stream are used, not the current device's."""
+    expected = results(*operands("cuda:0"))
+    tensors = operands("cuda:1")
     stream = torch.cuda.Stream("cuda:1")
     torch.cuda.synchronize("cuda:1")
     with torch.cuda.stream(stream):
-        grad_output = torch.zeros_like(operands[-1])
-        torch.cuda._sleep(100_000_000)
-        grad_output.copy_(operands[-1])
+        tensors[-1:] = after_a_pause(tensors[-1:])
         with torch.cuda.device("cuda:0"):
-            found = results(*operands[:-1], grad_output)
+            found = results(*tensors)
     stream.synchronize()
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.device == torch.device("cuda:1")
-        torch.testing.assert_close(ours.cpu(), theirs.cpu())
+    assert {t.device for t in found} == {torch.device("cuda:1")}
+    torch.testing.assert_close([t.cpu() for t in found], [t.cpu() for t in expected])
     assert torch.cuda.current_device() == 0
 
 
@@ -194,17 +267,21 @@ def test_a_recorded_step_on_the_second_device():
         images, labels = torch.randn(4, 3, 32, 32), torch.randint(10, (4,))
         loss = step(images, labels)
         assert loss.device == torch.device("cuda:1")
-        operands = (images.to("cuda:1"), labels.to("cuda:1"))
-        expected = fusedcnn.train_step(twin, criterion, optimizer, *operands)
-        torch.testing.assert_close(loss, expected)
+        batch = (images.to("cuda:1"), labels.to("cuda:1"))
+        torch.testing.assert_close(loss, fusedcnn.train_step(twin, criterion, optimizer, *batch))
     assert torch.cuda.current_device() == 0
 
 
-@second_device
-def test_operands_on_two_devices_are_refused():
-    input, weight, bias, _ = block("cuda:0")
-    with pytest.raises(RuntimeError, match="weight: expected device cuda:0 like input, got cuda:1"):
-        conv_relu_max_pool2d(input, weight.to("cuda:1"), bias)
+@pytest.mark.parametrize("other", ["cpu", pytest.param("cuda:1", marks=second_device)])
+def test_arguments_on_different_devices(other):
+    input, weight, bias, _ = operands("cuda:0")
+    weight = weight.to(other)
+    message = f"weight: expected device cuda:0 like input, got {other}"
+    with pytest.raises(RuntimeError, match=message):
+        conv_relu_max_pool2d(input, weight, bias)
+    geometry = by_name("simplecnn2_n2").pack()
+    with pytest.raises(RuntimeError, match="weight: expected a tensor on CUDA device 0 like input"):
+        _ops.forward_op(input, weight, bias, geometry, False)
 
 
 # ---- graphs --------------------------------------------------------------------------------------
@@ -212,45 +289,42 @@ def test_operands_on_two_devices_are_refused():
 
 @over_dtypes
 @over_layouts
-def test_replays_equal_eager_calls_in_every_type_and_layout(dtype, channels_last):
-    operands = block(dtype=dtype)
-    if channels_last:
-        operands = [
-            t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in operands
-        ]
+@pytest.mark.parametrize("block", [1, 2])
+def test_replays_equal_eager_calls_in_every_type_and_layout(block, dtype, layout):
+    tensors = [with_layout(t, layout) for t in operands(dtype=dtype, block=block)]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        results(*operands)
+        results(*tensors)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # raises where a call synchronises
-        recorded = results(*operands)
+        recorded = results(*tensors)
     for _ in range(3):
-        for tensor in operands:
+        for tensor in tensors:
             tensor.normal_()
         graph.replay()
-        assert_equal(recorded, results(*operands))
+        assert_equal(recorded, results(*tensors))
 
 
 def test_graphs_of_one_pool_keep_their_working_memory_apart():
     """Two recordings, replayed in turns: each finds its own results."""
-    operands = block(), [2 * t for t in block()]
-    results(*operands[0])
+    both = operands(), [2 * t for t in operands()]
+    results(*both[0])
     torch.cuda.synchronize()
     graphs, recorded = [], []
-    for one in operands:
+    for one in both:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
             recorded.append(results(*one))
         graphs.append(graph)
     for turn in (0, 1, 1, 0):
         graphs[turn].replay()
-        assert_equal(recorded[turn], results(*operands[turn]))
+        assert_equal(recorded[turn], results(*both[turn]))
 
 
 def test_an_empty_batch_is_recorded():
-    input, weight, bias, _ = block()
+    input, weight, bias, _ = operands()
     graph = torch.cuda.CUDAGraph()
     keep = torch.zeros(1, device="cuda")
     with torch.cuda.graph(graph):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,16 +14,17 @@ from geometries import Block
 SHALLOW = Block("shallow", (2, 6, 12, 12), 32, padding=1)
 DEEP = Block("deep", (2, 16, 12, 12), 32, padding=1)
 FORWARDS = [f for f in KERNELS if f.pass_name == "forward"]
-
-
-def operands(forced):
-    torch.manual_seed(0)
-    channels = block_for(forced).input[1]
-    return torch.randn(2, channels, 12, 12), torch.randn(32, channels, 3, 3), torch.randn(32)
+over_kernels = pytest.mark.parametrize("forced", FORWARDS, ids=str)
 
 
 def block_for(forced) -> Block:
     return SHALLOW if forced.kernel == "winograd_f2" else DEEP
+
+
+def operands(forced):
+    torch.manual_seed(0)
+    block = block_for(forced)
+    return torch.randn(block.input), torch.randn(block.weight), torch.randn(32)
 
 
 def forward(forced, input, weight, bias):
@@ -36,42 +37,32 @@ def fresh(forced, input, weight, bias):
     return forward(forced, input, weight.clone(), bias)
 
 
-def through_data(weight):
-    weight.data.mul_(2)  # leaves the version counter alone
-
-
 def through_numpy(weight):
-    weight.detach().numpy()[...] += 1  # torch does not see it at all
+    weight.detach().numpy()[...] += 1
 
 
-def one_element(weight):
-    weight[-1, -1, -1, -1] += 1  # the last byte that could be compared
+CHANGES = {
+    "through_data": lambda weight: weight.data.mul_(2),  # leaves the version counter alone
+    "through_numpy": through_numpy,  # torch does not see it at all
+    "last_element": lambda weight: weight[-1, -1, -1, -1].add_(1),  # the last byte to compare
+    "swapped_channels": lambda weight: weight.copy_(weight.flip(0)),  # the same values elsewhere
+    "through_storage": lambda weight: weight.untyped_storage().fill_(0),
+}
 
 
-def swapped_channels(weight):
-    weight.copy_(weight.flip(0))  # the same values elsewhere
-
-
-def through_storage(weight):
-    weight.untyped_storage().fill_(0)
-
-
-CHANGES = [through_data, through_numpy, one_element, swapped_channels, through_storage]
-
-
-@pytest.mark.parametrize("forced", FORWARDS, ids=str)
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@over_kernels
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_weight_changed_in_place(forced, change):
     input, weight, bias = operands(forced)
     before = forward(forced, input, weight, bias)
     assert torch.equal(forward(forced, input, weight, bias), before)
-    change(weight)
+    CHANGES[change](weight)
     after = forward(forced, input, weight, bias)
     assert not torch.equal(after, before)
     assert torch.equal(after, fresh(forced, input, weight, bias))
 
 
-@pytest.mark.parametrize("forced", FORWARDS, ids=str)
+@over_kernels
 def test_another_weight_at_the_same_address(forced):
     """One piece of memory read as other shapes and layouts, in turn."""
     input, weight, bias = operands(forced)
@@ -82,13 +73,12 @@ def test_another_weight_at_the_same_address(forced):
         memory.view(channels, 32, 3, 3).transpose(0, 1),
         memory[: 16 * channels * 9].view(16, channels, 3, 3),
     ]
-    for _ in range(2):
-        for view in views:
-            result = forward(forced, input, view, bias[: len(view)])
-            assert torch.equal(result, fresh(forced, input, view, bias[: len(view)]))
+    for view in views * 2:
+        result = forward(forced, input, view, bias[: len(view)])
+        assert torch.equal(result, fresh(forced, input, view, bias[: len(view)]))
 
 
-@pytest.mark.parametrize("forced", FORWARDS, ids=str)
+@over_kernels
 def test_other_kernel_sizes_over_the_same_memory(forced):
     """3x3 and 9x1 taps with the same strides are the same bytes in another order."""
     memory, input = torch.randn(16 * 4 * 9), torch.randn(2, 4, 12, 12)
@@ -108,17 +98,15 @@ def test_other_kernel_sizes_over_the_same_memory(forced):
     assert exercised or forced.kernel.startswith("winograd")
 
 
-@pytest.mark.parametrize("forced", FORWARDS, ids=str)
+@over_kernels
 def test_an_infinite_weight_comes_and_goes(forced):
     """What a kernel remarks about the values is not kept beyond them either."""
     input, weight, bias = operands(forced)
     before = forward(forced, input, weight, bias)
     kept = weight[0, 0, 0, 0].clone()
     weight[0, 0, 0, 0] = float("inf")
-    assert torch.equal(
-        forward(forced, input, weight, bias).nan_to_num(nan=-1),
-        fresh(forced, input, weight, bias).nan_to_num(nan=-1),
-    )
+    results = (run(forced, input, weight, bias).nan_to_num(nan=-1) for run in (forward, fresh))
+    assert torch.equal(*results)
     weight[0, 0, 0, 0] = kept
     assert torch.equal(forward(forced, input, weight, bias), before)
 
@@ -128,22 +116,20 @@ def test_threads_that_share_weights_and_replace_them():
     forced = next(f for f in FORWARDS if f.kernel == "winograd_f4x4")
     input, weight, bias = operands(forced)
     expected = fresh(forced, input, weight, bias)
-    run = lambda own: _ops.forward_op(input, own, bias, DEEP.pack(), True)[0]  # noqa: E731
-    failures = []
 
-    def work() -> None:
-        own = weight.clone()
+    def run(weight):
+        return _ops.forward_op(input, weight, bias, DEEP.pack(), True)[0]
+
+    def failures(_thread: int) -> list[tuple[int, str]]:
+        own, found = weight.clone(), []
         for i in range(50):
             if not torch.equal(run(weight), expected):
-                failures.append((i, "shared"))
+                found.append((i, "shared"))
             own.mul_(-1)
             if not torch.equal(run(own), run(own.clone())):
-                failures.append((i, "own"))
+                found.append((i, "own"))
+        return found
 
-    with _ops.force(forced.isa, forced.kernel):  # process-wide: set once, around all threads
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not failures
+    # Forcing is process-wide: set once, around all threads.
+    with _ops.force(forced.isa, forced.kernel), ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(failures, range(4))) == [[]] * 4

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import fusedcnn
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from checks import assert_equal, over, step
 from forcing import KERNELS, PASSES, run_pass
 from fusedcnn import _ops
 from geometries import Block
@@ -19,12 +21,8 @@ LARGE = [
 ]
 
 
-def same_bits(results, others) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(results, others, strict=True))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("block", LARGE, ids=lambda block: block.name)
+@over(LARGE)
 def test_threads_and_runs(block, dtype, restore_threads):
     """1, 2 and 3 threads, and a second run: equal to the bit."""
     operands = normal_operands(block, dtype)
@@ -38,12 +36,12 @@ def test_threads_and_runs(block, dtype, restore_threads):
         exercised.add(forced.pass_name)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results = run_pass(forced, block, operands, code)
-            assert same_bits(results.values(), expected.values()), (str(forced), threads)
+            for name, result in run_pass(forced, block, operands, code).items():
+                assert torch.equal(result, expected[name]), (str(forced), threads, name)
     assert exercised == set(PASSES)
 
 
-@pytest.mark.parametrize("block", LARGE[:3], ids=lambda block: block.name)
+@over(LARGE[:3])
 def test_an_image_alone_and_in_a_batch(block):
     """An image's output and gradient do not depend on its company."""
     operands = normal_operands(block, torch.float32)
@@ -59,8 +57,7 @@ def test_an_image_alone_and_in_a_batch(block):
                 alone = operands._replace(
                     input=operands.input[image], grad_output=operands.grad_output[image]
                 )
-                results = run_pass(forced, block, alone, code[image])
-                for name, result in results.items():
+                for name, result in run_pass(forced, block, alone, code[image]).items():
                     assert torch.equal(result, batch[name][image]), (str(forced), name, n)
 
 
@@ -75,45 +72,33 @@ CUT = [
 
 
 @pytest.mark.parametrize("unreached", [False, True], ids=["", "nan_in_the_last_row"])
-@pytest.mark.parametrize("block", CUT, ids=lambda block: block.name)
+@over(CUT)
 def test_a_large_image_alone_and_in_a_batch(block, unreached):
     """Also where values that no window reaches would change which kernel computes an image."""
     operands = normal_operands(block, torch.float32)
     if unreached:
         operands.input[:, :, -1] = float("nan")
     exercised = 0
-    for forced in KERNELS:
-        if forced.pass_name != "forward":
-            continue
+    for forced in (f for f in KERNELS if f.pass_name == "forward"):
         batch = run_pass(forced, block, operands)
         if batch is None:
             continue
         for n in (0, 5):
-            alone = run_pass(forced, block, operands._replace(input=operands.input[n : n + 1]))
-            for name, result in alone.items():
-                assert torch.equal(
-                    result.nan_to_num(nan=-1), batch[name][n : n + 1].nan_to_num(nan=-1)
-                ), (str(forced), name, n)
+            image = operands._replace(input=operands.input[n : n + 1])
+            for name, result in run_pass(forced, block, image).items():
+                together = batch[name][n : n + 1].nan_to_num(nan=-1)
+                assert torch.equal(result.nan_to_num(nan=-1), together), (str(forced), name, n)
         exercised += 1
     assert exercised >= 2
 
 
 def test_from_many_threads_at_once():
     """Calls from several Python threads do not disturb each other's scratch memory."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    blocks = LARGE * 4
 
     def whole(block):
-        operands = normal_operands(block, torch.float32)
-        leaves = [t.detach().requires_grad_() for t in operands[:3]]
-        output = fusedcnn.conv_relu_max_pool2d(
-            *leaves, *block.conv_arguments, **block.fused_keywords
-        )
-        output.backward(operands.grad_output)
-        return [output.detach(), *(leaf.grad for leaf in leaves)]
+        *tensors, grad_output = normal_operands(block, torch.float32)
+        return step(block.fused, tensors, grad_output)
 
     expected = [whole(block) for block in LARGE]
     with ThreadPoolExecutor(4) as pool:
-        for i, results in enumerate(pool.map(whole, blocks)):
-            assert same_bits(results, expected[i % len(LARGE)])
+        assert_equal(list(pool.map(whole, LARGE * 4)), expected * 4)

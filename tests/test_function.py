@@ -5,57 +5,37 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import assert_equal, over, over_dtypes, step
 from forcing import KERNELS
 from fusedcnn import _ops, conv_relu_max_pool2d
-from geometries import BLOCKS, DTYPES, Block, by_name, dtype_name, pair
+from geometries import BLOCKS, Block, by_name, pair
 from reference import (
     LAYOUTS,
     Operands,
     exact_case,
     float_case,
     gradients_of_winners,
+    integer_operands,
     largest_error,
     with_layout,
 )
 from torch import Tensor
 
-over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-over_blocks = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
-
-
-def fused(block: Block, *tensors: Tensor | None) -> Tensor:
-    return conv_relu_max_pool2d(*tensors, *block.conv_arguments, **block.fused_keywords)
-
-
-def run(function, operands: Operands) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Output and gradients of `function`(input, weight, bias), by autograd."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in operands[:3]]
-    output = function(*leaves)
-    output.backward(operands.grad_output)
-    return output.detach(), tuple(None if t is None else t.grad for t in leaves)
-
 
 @over_dtypes
-@over_blocks
+@over(BLOCKS)
 def test_integers_are_exact(block, dtype, exact):
-    operands, expected = exact_case(block.name, dtype)
-    expected_output = expected.output
-    expected_bias = None if operands.bias is None else expected.grad_bias
-    expected_grads = (expected.grad_input, expected.grad_weight, expected_bias)
+    operands, right = exact_case(block.name, dtype)
+    bias = None if operands.bias is None else right.grad_bias
+    expected = [right.output, right.grad_input, right.grad_weight, bias]
     for layout in LAYOUTS:
-        laid_out = operands.map(lambda t, layout=layout: with_layout(t, layout))
-        output, grads = run(lambda *tensors: fused(block, *tensors), laid_out)
-        assert torch.equal(output, expected_output), layout
-        for name, grad, expected in zip(
-            ("input", "weight", "bias"), grads, expected_grads, strict=True
-        ):
-            assert (grad is None) == (expected is None), (name, layout)
-            assert grad is None or torch.equal(grad, expected), (name, layout)
+        *tensors, grad_output = operands.map(lambda t, layout=layout: with_layout(t, layout))
+        assert_equal(step(block.fused, tensors, grad_output), expected)
         with torch.no_grad():  # the forward without a code
-            assert torch.equal(fused(block, *laid_out[:3]), expected_output), layout
+            assert torch.equal(block.fused(*tensors), right.output), layout
 
 
-@over_blocks
+@over(BLOCKS)
 def test_floats_are_as_close_as_the_stock_layers(block):
     """In float32, by autograd, with the kernels that are selected by default.
 
@@ -63,7 +43,7 @@ def test_floats_are_as_close_as_the_stock_layers(block):
     """
     largest = {f.pass_name: f.error for f in sorted(KERNELS, key=lambda f: f.error)}
     case = float_case(block.name, torch.float32)
-    output, grads = run(lambda *tensors: fused(block, *tensors), case.operands)
+    output, *grads = step(block.fused, case.operands[:3], case.operands.grad_output)
     assert largest_error(output, case.output.reference) <= case.output.allowed(largest["forward"])
     _, code = _ops.forward_op(*case.operands[:3], block.pack(), True)
     references = gradients_of_winners(block, case.operands, code)
@@ -75,22 +55,23 @@ def test_floats_are_as_close_as_the_stock_layers(block):
 
 @pytest.mark.parametrize("weight_layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("input_layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(
-    "name", ["simplecnn1_n2", "simplecnn2_n5", "kernel4x4", "channels1to1", "groups2", "unbatched"]
-)
-def test_memory_formats_are_those_of_the_stock_layers(name, input_layout, weight_layout):
+@over([
+    "simplecnn1_n2", "simplecnn2_n5", "kernel4x4", "channels1to1", "groups2", "unbatched",
+    Block("one_tap", (2, 1, 6, 6), 4, kernel=1),  # a weight that fits both formats
+])  # fmt: skip
+def test_memory_formats_are_those_of_the_stock_layers(block, input_layout, weight_layout):
     """channels_last in, channels_last out; strides are compared where a size leaves no doubt."""
-    block = by_name(name)
-    operands, _ = exact_case(name, torch.float32)
-    operands = operands._replace(
-        input=with_layout(operands.input, input_layout),
-        weight=with_layout(operands.weight, weight_layout),
+    operands = integer_operands(block, torch.float32)
+    tensors = (
+        with_layout(operands.input, input_layout),
+        with_layout(operands.weight, weight_layout),
+        operands.bias,
     )
-    output, grads = run(lambda *tensors: fused(block, *tensors), operands)
-    expected, expected_grads = run(block.stock, operands)
+    output, *grads, _ = step(block.fused, tensors, operands.grad_output)
+    expected, *expected_grads, _ = step(block.stock, tensors, operands.grad_output)
     assert memory_format(output) == memory_format(expected)
     # A gradient has its tensor's format, which autograd asks of leaves.
-    for grad, expected_grad in zip(grads[:2], expected_grads[:2], strict=True):
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert memory_format(grad) == memory_format(expected_grad)
 
 
@@ -112,95 +93,61 @@ def test_expanded_operands(exact):
         operands.bias[:1].expand(block.out_channels),
         operands.grad_output[:, :1].expand_as(operands.grad_output),
     )
-    output, grads = run(lambda *tensors: fused(block, *tensors), expanded)
     dense = expanded.map(Tensor.contiguous)
-    expected, expected_grads = run(block.stock, dense)
-    assert torch.equal(output, expected)
-    for grad, expected_grad in zip(grads, expected_grads, strict=True):
-        assert torch.equal(grad, expected_grad)
+    assert_equal(
+        step(block.fused, expanded[:3], expanded.grad_output),
+        step(block.stock, dense[:3], dense.grad_output),
+    )
 
 
-@pytest.mark.parametrize("name", ["simplecnn2_n2", "kernel5x5", "pool3_stride2"])
-def test_sum_backward(name, exact):
-    """.sum() sends back one number expanded over the output, with all strides 0."""
-    block = by_name(name)
-    operands, _ = exact_case(name, torch.float32)
-    ones = operands._replace(grad_output=torch.ones_like(operands.grad_output))
-    _, expected = run(block.stock, ones)
-    leaves = [t.detach().requires_grad_() for t in operands[:3]]
-    fused(block, *leaves).sum().backward()
-    for leaf, grad in zip(leaves, expected, strict=True):
-        assert torch.equal(leaf.grad, grad)
+@over(["simplecnn2_n2", "kernel5x5", "pool3_stride2"])
+def test_gradients_of_sums_and_of_parts(block, exact):
+    """.sum() sends back one number expanded over the output, with all strides 0; the gradient of a
+    slice arrives padded with zeros, and that of a transpose transposed.
+    """
+    operands, _ = exact_case(block.name, torch.float32)
 
-
-@pytest.mark.parametrize("name", ["simplecnn2_n2", "kernel5x5"])
-def test_half_of_the_output_used(name, exact):
-    """The gradient of a slice arrives padded with zeros, and that of a transpose transposed."""
-    block = by_name(name)
-    operands, _ = exact_case(name, torch.float32)
-
-    def loss(function):
-        leaves = [t.detach().requires_grad_() for t in operands[:3]]
-        output = function(*leaves)
+    def half(output: Tensor) -> Tensor:
         scale = torch.arange(output.shape[-1]).remainder(3) - 1.0
-        (output[:, ::2].transpose(2, 3) * scale.view(-1, 1)).sum().backward()
-        return [leaf.grad for leaf in leaves]
+        return (output[:, ::2].transpose(2, 3) * scale.view(-1, 1)).sum()
 
-    for grad, expected in zip(loss(lambda *t: fused(block, *t)), loss(block.stock), strict=True):
-        assert torch.equal(grad, expected)
+    for reduce in (Tensor.sum, half):
+        ours, theirs = (
+            step(lambda *t, layer=layer, reduce=reduce: reduce(layer(*t)), operands[:3])
+            for layer in (block.fused, block.stock)
+        )
+        assert_equal(ours, theirs)
 
 
 def test_arguments_as_ints_tuples_and_lists(exact):
     """One number, a pair, a list: the same block."""
-    operands, _ = exact_case("kernel5x5", torch.float32)
-    input, weight, bias, _ = operands
-    expected = conv_relu_max_pool2d(input, weight, bias, 2, 1, 1, 1, pool_kernel_size=3)
+    operands = exact_case("kernel5x5", torch.float32)[0][:3]
+    expected = conv_relu_max_pool2d(*operands, 2, 1, 1, 1, pool_kernel_size=3)
     for two, one, three in (((2, 2), (1, 1), (3, 3)), ([2, 2], [1, 1], [3, 3]), ([2], (1,), [3])):
-        output = conv_relu_max_pool2d(
-            input,
-            weight,
-            bias,
-            stride=two,
-            padding=one,
-            dilation=one,
-            pool_kernel_size=three,
-            pool_stride=three,
-            pool_dilation=one,
-        )
-        assert torch.equal(output, expected)
-    empty_stride = conv_relu_max_pool2d(
-        input, weight, bias, 2, 1, pool_kernel_size=3, pool_stride=[]
-    )
+        convolution = {"stride": two, "padding": one, "dilation": one}
+        pool = {"pool_kernel_size": three, "pool_stride": three, "pool_dilation": one}
+        assert torch.equal(conv_relu_max_pool2d(*operands, **convolution, **pool), expected)
+    empty_stride = conv_relu_max_pool2d(*operands, 2, 1, pool_kernel_size=3, pool_stride=[])
     assert torch.equal(empty_stride, expected)
 
 
-def test_the_operator_without_a_code(exact):
-    """with_code=False: the same output and an empty code."""
+def test_the_operators_compute_what_is_asked(exact):
+    """A code or none, and each combination of the mask's bits: a result or an empty tensor."""
     block = by_name("simplecnn2_n2")
     operands, expected = exact_case(block.name, torch.float32)
-    op = torch.ops.fusedcnn.conv_relu_max_pool2d
-    output, code = op(*operands[:3], block.pack(), False)
-    assert torch.equal(output, expected.output)
-    assert code.numel() == 0
-    output, code = op(*operands[:3], block.pack(), True)
-    assert torch.equal(output, expected.output)
-    assert torch.equal(code, expected.code)
-
-
-def test_the_backward_operator_computes_what_is_asked():
-    """Each combination of the mask's bits: a gradient or an empty tensor."""
-    block = by_name("simplecnn2_n2")
-    operands, expected = exact_case(block.name, torch.float32)
-    wanted = (expected.grad_input, expected.grad_weight, expected.grad_bias)
+    *tensors, grad_output = operands
+    code = expected.code
+    for with_code in (True, False):
+        results = torch.ops.fusedcnn.conv_relu_max_pool2d(*tensors, block.pack(), with_code)
+        assert_equal(results, (expected.output, code if with_code else code.new_empty(0)))
     for mask in range(8):
-        grads = torch.ops.fusedcnn.conv_relu_max_pool2d_backward(
-            operands.grad_output, operands.input, operands.weight, expected.code, block.pack(), mask
+        results = torch.ops.fusedcnn.conv_relu_max_pool2d_backward(
+            grad_output, *tensors[:2], code, block.pack(), mask
         )
-        for bit, (grad, right) in enumerate(zip(grads, wanted, strict=True)):
-            if mask >> bit & 1:
-                assert torch.equal(grad, right), (mask, bit)
-            else:
-                assert grad.numel() == 0, (mask, bit)
+        wanted = [
+            grad if mask >> bit & 1 else grad.new_empty(0) for bit, grad in enumerate(expected[2:])
+        ]
+        assert_equal(results, tuple(wanted))
 
 
 def existing_elements(block: Block, plane: torch.Size, out: torch.Size) -> Tensor:
@@ -218,18 +165,15 @@ def existing_elements(block: Block, plane: torch.Size, out: torch.Size) -> Tenso
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "name",
-    ["simplecnn2_n2", "ceil_odd", "pool3_padding1", "pool_rectangular", "ceil_padding",
-     "pool_dilation_padding", "window289", "window19x20_padded"],
-)  # fmt: skip
-def test_codes_that_no_forward_wrote_are_an_error(name, layout):
+@over([
+    "simplecnn2_n2", "ceil_odd", "pool3_padding1", "pool_rectangular", "ceil_padding",
+    "pool_dilation_padding", "window289", "window19x20_padded",
+])  # fmt: skip
+def test_codes_that_no_forward_wrote_are_an_error(block, layout):
     """A window's element is taken if it is there and refused if not, and the process goes on."""
-    block = by_name(name)
-    operands, expected = exact_case(name, torch.float32)
-    plane = block.conv(*operands[:3]).shape[-2:]
+    operands, expected = exact_case(block.name, torch.float32)
     out = expected.output.shape[-2:]
-    exists = existing_elements(block, plane, out)
+    exists = existing_elements(block, block.conv(*operands[:3]).shape[-2:], out)
     window = exists.shape[-1]
     wide = expected.code.dtype == torch.int32
     outside = [window, window + 1] + ([-2, 2**31 - 1] if wide else [254])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import checks
 import pytest
 import torch
 from forcing import ISAS, KERNELS
@@ -20,6 +21,7 @@ from fusedcnn.functional import pack_geometry
 from geometries import stock
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from reference import with_layout
 from torch import Tensor
 
 FORWARD_KERNELS = sorted({f.kernel for f in KERNELS if f.pass_name == "forward" and f.exact})
@@ -39,16 +41,13 @@ def calls(draw, general: bool) -> dict[str, Any]:
     kernel = (3, 3)
     if general:
         kernel = draw(st.tuples(*[st.integers(1, 5) | st.sampled_from([7, 11])] * 2))
-    image = (
-        groups * per_group,
-        draw(st.integers(1, 20)),
-        draw(st.integers(1, 20) | st.sampled_from([31, 33, 64])),
-    )
+    height = draw(st.integers(1, 20))
+    width = draw(st.integers(1, 20) | st.sampled_from([31, 33, 64]))
     batch = draw(st.sampled_from([(), (0,), (1,), (1,), (2,), (3,)]))
     # Of a wrong call, one thing is wrong.
     wrong = draw(st.sampled_from([0] * 9 + [1, 2])) if general else 0
     call = {
-        "input": batch + image,
+        "input": (*batch, groups * per_group, height, width),
         "weight": (groups * out_per_group, per_group + (wrong == 1), *kernel),
         "bias": draw(st.booleans()),
         "padding": draw(pairs(0, 1, 2)),
@@ -72,69 +71,56 @@ def calls(draw, general: bool) -> dict[str, Any]:
     return call
 
 
-def tensors(
-    call: dict[str, Any], dtype: torch.dtype
-) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+def operands(
+    input, weight, bias, dtype, channels_last, seed, **arguments
+) -> tuple[list[Tensor | None], dict[str, Any]]:
     """The tensors of a call, and the rest of its arguments."""
-    arguments = dict(call)
-    generator = torch.Generator().manual_seed(arguments.pop("seed"))
-    del arguments["dtype"]
-    channels_last = arguments.pop("channels_last")
-
-    def draw(shape):
-        return torch.randint(-2, 3, shape, generator=generator).to(dtype)
-
-    weight_shape = arguments.pop("weight")
-    operands = {
-        "input": draw(arguments.pop("input")),
-        "weight": draw(weight_shape),
-        "bias": draw(weight_shape[:1]) if arguments.pop("bias") else None,
-    }
-    if channels_last and operands["input"].dim() == 4:
-        operands["input"] = operands["input"].contiguous(memory_format=torch.channels_last)
-    return operands, arguments
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [
+        torch.randint(-2, 3, shape, generator=generator).to(dtype)
+        for shape in (input, weight, weight[:1])
+    ]
+    if channels_last and len(input) == 4:
+        tensors[0] = with_layout(tensors[0], "channels_last")
+    return [*tensors[:2], tensors[2] if bias else None], arguments
 
 
-def results(function, call: dict[str, Any]) -> list[Tensor]:
+def results(function, call: dict[str, Any], dtype: torch.dtype) -> list[Tensor | None]:
     """Output, and gradients of all operands for an output gradient of small integers."""
-    operands, arguments = tensors(call, torch.float64 if function is stock else call["dtype"])
-    leaves = {k: t if t is None else t.requires_grad_() for k, t in operands.items()}
-    output = function(**leaves, **arguments)
+    tensors, arguments = operands(**{**call, "dtype": dtype})
+    leaves = checks.leaves_of(tensors)
+    output = function(*leaves, **arguments)
     numbers = torch.arange(output.numel()).mul(7).remainder(5).sub(2)
-    output.backward(numbers.view(output.shape).to(output.dtype))
-    return [output.detach(), *(t.grad for t in leaves.values() if t is not None)]
+    output.backward(numbers.view(output.shape).to(dtype))
+    return [output.detach(), *(t if t is None else t.grad for t in leaves)]
 
 
 def check(call: dict[str, Any]) -> None:
     try:
-        expected = results(stock, call)
+        expected = results(stock, call, torch.float64)
     except (RuntimeError, ValueError, TypeError) as stock_error:
         event("refused")
         with pytest.raises(type(stock_error), match=r"^\w+: "):
-            results(conv_relu_max_pool2d, call)
+            results(conv_relu_max_pool2d, call, call["dtype"])
         return
     event("compared" if expected[0].isfinite().all() else "compared, with windows of padding")
     with winograd.flags(enabled=False):  # the larger transforms round integers too
-        actual = results(conv_relu_max_pool2d, call)
-    names = ("output", "grad of input", "grad of weight", "grad of bias")
-    for name, ours, theirs in zip(names, actual, expected, strict=False):
-        assert ours.shape == theirs.shape, name
-        assert ours.dtype == call["dtype"], name
-        assert torch.equal(ours.double(), theirs), name
+        actual = results(conv_relu_max_pool2d, call, call["dtype"])
+    checks.assert_equal(actual, [t if t is None else t.to(call["dtype"]) for t in expected])
     if expected[0].numel():
         compare_forward_kernels(call, expected[0])
 
 
 def compare_forward_kernels(call: dict[str, Any], expected: Tensor) -> None:
     """Every exact forward kernel of the selected ISA gives this output, and all the same code."""
-    operands, arguments = tensors(call, call["dtype"])
-    geometry = pack_geometry(operands["weight"].shape[2:], **arguments)
+    tensors, arguments = operands(**call)
+    geometry = pack_geometry(tensors[1].shape[2:], **arguments)
     codes = []
     isa = _C.forced()[0]
     for kernel in FORWARD_KERNELS:
         with force(isa, kernel):
             try:
-                output, code = forward_op(*operands.values(), geometry, True)
+                output, code = forward_op(*tensors, geometry, True)
             except RuntimeError as error:
                 if "no forward kernel covers" in str(error):
                     continue
@@ -170,16 +156,14 @@ def test_specialised_geometries(call, isa):
 
 
 @pytest.mark.slow
-@thorough(20000)
-@given(calls(general=True), st.sampled_from(ISAS))
-def test_any_geometry_at_length(call, isa):
-    with force(isa):
-        check(call)
+@pytest.mark.parametrize("general", [True, False])
+def test_at_length(general):
+    """Twenty thousand of each kind."""
 
+    @thorough(20000)
+    @given(calls(general=general), st.sampled_from(ISAS))
+    def run(call, isa):
+        with force(isa):
+            check(call)
 
-@pytest.mark.slow
-@thorough(20000)
-@given(calls(general=False), st.sampled_from(ISAS))
-def test_specialised_geometries_at_length(call, isa):
-    with force(isa):
-        check(call)
+    run()

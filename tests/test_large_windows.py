@@ -7,11 +7,11 @@ import subprocess
 import sys
 import time
 
-import pytest
 import torch
+from checks import over, step
 from geometries import Block
 
-BLOCKS = [
+over_blocks = over([
     Block("image", (1, 32, 256, 256), 32, padding=1, pool=256),
     Block("few_channels", (2, 16, 128, 128), 4, padding=1, pool=128),
     Block("depthwise", (2, 32, 128, 128), 32, padding=1, groups=32, pool=128),
@@ -19,7 +19,7 @@ BLOCKS = [
     Block("text_kernel", (8, 1, 400, 100), 100, kernel=(3, 100), pool=(398, 1)),
     Block("text_column", (16, 64, 600, 1), 64, (3, 1), padding=(1, 0), pool=(600, 1)),
     Block("overlapping", (1, 16, 96, 96), 16, padding=1, pool=32, pool_stride=2, pool_padding=16),
-]
+])  # fmt: skip
 
 _GROWTH = """
 import json, resource, sys, torch
@@ -39,26 +39,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 def prepare(block: Block) -> list:
     """Forward and backward of the stock layers and of the fused one, each ready to be called."""
-    import fusedcnn
-
     torch.manual_seed(0)
-    input = torch.randn(block.input, requires_grad=True)
-    weight = torch.randn(block.weight, requires_grad=True)
-    bias = torch.randn(block.out_channels, requires_grad=True)
-
-    def fused(*operands):
-        return fusedcnn.conv_relu_max_pool2d(
-            *operands, *block.conv_arguments, **block.fused_keywords
-        )
-
-    def call(layer):
-        def run():
-            output = layer(input, weight, bias)
-            torch.autograd.grad(output, (input, weight, bias), torch.ones_like(output))
-
-        return run
-
-    return [call(block.stock), call(fused)]
+    operands = [torch.randn(s) for s in (block.input, block.weight, (block.out_channels,))]
+    return [lambda: step(block.stock, operands), lambda: step(block.fused, operands)]
 
 
 def _growth(block: Block, which: int) -> int:
@@ -70,14 +53,14 @@ def _growth(block: Block, which: int) -> int:
     return int(run.stdout) * 1024
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+@over_blocks
 def test_memory(block):
     stock, fused = _growth(block, 0), _growth(block, 1)
     # Allocators round up, and libraries keep buffers: a few megabytes either way.
     assert fused <= 2 * stock + (8 << 20), f"{fused} bytes, stock layers {stock}"
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+@over_blocks
 def test_time(block):
     """Within a factor that no noise reaches; a plane for every place of a window costs far more."""
     calls = prepare(block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import csv
+import functools
 import multiprocessing
 import os
 import subprocess
@@ -14,8 +15,9 @@ import fusedcnn
 import pytest
 import torch
 import torch.distributed
-import torch.nn.functional as F
+from checks import step
 from fusedcnn import conv_relu_max_pool2d
+from geometries import stock
 from torch.utils.data import DataLoader, Dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,24 +28,29 @@ needs_gloo = pytest.mark.skipif(
 )
 
 
-def torchrun(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Two processes on this machine; at a free port, and ended with the test."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+@pytest.fixture
+def example() -> Path:
+    """The example, where what it needs is installed."""
+    pytest.importorskip("tqdm")
+    pytest.importorskip("matplotlib")
+    return ROOT / "examples/train_cifar10.py"
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     environ = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environ,
-    )
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environ)
+
+
+# Two processes on this machine; at a free port, and ended with the test.
+torchrun = functools.partial(
+    run, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
+)
 
 
 @needs_gloo
 @pytest.mark.parametrize("kind", ["ddp", "ddp_compiled", "fsdp", "dtensor"])
-def test_gradients_are_those_of_one_process_on_the_whole_batch(kind):
-    pytest.importorskip("tqdm")
-    pytest.importorskip("matplotlib")
+def test_gradients_are_those_of_one_process_on_the_whole_batch(kind, example):
     if kind == "dtensor" and torch.__version__ < (2, 11):
         pytest.skip("torch 2.10 has no max_pool2d for DTensors")
     done = torchrun(ROOT / "tests/distributed_worker.py", kind)
@@ -53,11 +60,9 @@ def test_gradients_are_those_of_one_process_on_the_whole_batch(kind):
 
 
 @needs_gloo
-def test_train_cifar10_under_torchrun(tmp_path):
+def test_train_cifar10_under_torchrun(tmp_path, example):
     """The example as it is: both train, one speaks and writes; resumed by one process alone."""
-    pytest.importorskip("tqdm")
-    pytest.importorskip("matplotlib")
-    example, output = ROOT / "examples/train_cifar10.py", tmp_path / "run"
+    output = tmp_path / "run"
     small = ["--train-images", 61, "--test-images", 20, "--batch-size", 16, "--output", output]
     done = torchrun(example, *small, "--epochs", 2, "--checkpoint-steps", 2)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -77,11 +82,7 @@ def test_train_cifar10_under_torchrun(tmp_path):
     assert bad.returncode != 0
     assert "holds a run already" in bad.stderr
 
-    alone = subprocess.run(
-        [sys.executable, str(example), "--resume", str(output), "--epochs", "3", "--threads", "1"],
-        capture_output=True,
-        text=True,
-    )
+    alone = run(example, "--resume", output, "--epochs", 3, "--threads", 1)
     assert alone.returncode == 0, alone.stdout + alone.stderr
     assert "note: was" in alone.stdout
     assert "processes 2" in alone.stdout
@@ -90,30 +91,18 @@ def test_train_cifar10_under_torchrun(tmp_path):
 # ---- fork ----------------------------------------------------------------------------------------
 
 
-def case(seed: int) -> list[torch.Tensor]:
-    """Operands of different sizes; integers, so that every kernel's result is exact."""
+def results(function, seed: int) -> list[torch.Tensor]:
+    """On operands of different sizes; integers, so that every kernel's result is exact."""
     generator = torch.Generator().manual_seed(seed)
     channels, size = 3 + seed % 5, 8 + 3 * (seed % 7)
     shapes = ((1 + seed % 4, channels, size, size + 1), (16, channels, 3, 3), (16,))
-    return [torch.randint(-2, 3, s, generator=generator).float() for s in shapes]
+    tensors = [torch.randint(-2, 3, s, generator=generator).float() for s in shapes]
+    return step(functools.partial(function, padding=1), tensors)
 
 
-def forward_and_backward(seed: int) -> list[torch.Tensor]:
-    leaves = [t.requires_grad_() for t in case(seed)]
-    output = conv_relu_max_pool2d(*leaves, padding=1)
-    output.backward(torch.ones_like(output))
-    return [output.detach(), *(leaf.grad for leaf in leaves)]
-
-
-def expected(seed: int) -> list[torch.Tensor]:
-    leaves = [t.requires_grad_() for t in case(seed)]
-    output = F.max_pool2d(F.relu(F.conv2d(*leaves, padding=1)), 2)
-    output.backward(torch.ones_like(output))
-    return [output.detach(), *(leaf.grad for leaf in leaves)]
-
-
-def agrees(seed: int) -> bool:
-    pairs = zip(forward_and_backward(seed), expected(seed), strict=True)
+def agrees(seed: int, expected: list[torch.Tensor] | None = None) -> bool:
+    expected = expected or results(stock, seed)
+    pairs = zip(results(conv_relu_max_pool2d, seed), expected, strict=True)
     return all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
@@ -167,20 +156,14 @@ def test_fork(exact):
 
 def test_python_threads(exact):
     """Eight threads at once, each with sizes of its own, forward and backward."""
-    wanted = {seed: expected(seed) for seed in range(16)}
+    expected = [results(stock, seed) for seed in range(16)]
 
-    def work(thread: int) -> int:
-        wrong = 0
-        for turn in range(20):
-            seed = (thread * 3 + turn) % 16
-            wrong += not all(
-                torch.equal(ours, theirs)
-                for ours, theirs in zip(forward_and_backward(seed), wanted[seed], strict=True)
-            )
-        return wrong
+    def wrong(thread: int) -> int:
+        seeds = ((thread * 3 + turn) % 16 for turn in range(20))
+        return sum(not agrees(seed, expected[seed]) for seed in seeds)
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(work, range(8))) == [0] * 8
+        assert list(pool.map(wrong, range(8))) == [0] * 8
 
 
 def test_python_threads_share_a_model():
@@ -188,14 +171,12 @@ def test_python_threads_share_a_model():
     model = fusedcnn.FusedSimpleCNN().eval()
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
-        alone = [model(images), model(images[:1])]
+        alone = {count: model(images[:count]) for count in (1, 4)}
 
-    def work(thread: int) -> bool:
-        with torch.no_grad():
-            return all(
-                torch.equal(model(images[: 4 if thread % 2 else 1]), alone[1 - thread % 2])
-                for _ in range(20)
-            )
+    @torch.no_grad()
+    def right(thread: int) -> bool:
+        count = 4 if thread % 2 else 1
+        return all(torch.equal(model(images[:count]), alone[count]) for _ in range(20))
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(work, range(8)))
+        assert all(pool.map(right, range(8)))

@@ -13,72 +13,54 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from fusedcnn import conv_relu_max_pool2d
-from geometries import DTYPES, Block, by_name, dtype_name
-from reference import GRADS, integer_operands, stock_result
+from checks import assert_equal, over, over_dtypes, step
+from geometries import Block, by_name
+from reference import GRADS, integer_operands, stock_result, with_layout
 from torch import Tensor
-
-TESTS = Path(__file__).parent
-over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 
 
 def apart(code: str, *arguments: object) -> subprocess.CompletedProcess:
     """What became of a program that sees the tests' modules."""
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=TESTS,
+        cwd=Path(__file__).parent,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )
 
 
-def assert_block_is_right(block: Block, dtype: torch.dtype, channels_last: bool = False) -> None:
+def assert_block_is_right(block: Block, dtype: torch.dtype, layout: str = "contiguous") -> None:
     """Output and gradients on integers are those of float64, to the bit."""
     operands = integer_operands(block, dtype)
-    if channels_last:
-        layout = torch.channels_last
-        operands = operands._replace(input=operands.input.contiguous(memory_format=layout))
     right = stock_result(block, operands.map(Tensor.double))
-    leaves = [tensor.requires_grad_() for tensor in operands[:3]]
-    output = conv_relu_max_pool2d(*leaves, *block.conv_arguments, **block.fused_keywords)
-    output.backward(operands.grad_output)
-    assert torch.equal(output, right.output.to(dtype))
-    for leaf, name in zip(leaves, GRADS, strict=True):
-        assert torch.equal(leaf.grad, getattr(right, name).to(dtype)), name
+    tensors = with_layout(operands.input, layout), *operands[1:3]
+    expected = [getattr(right, name).to(dtype) for name in ("output", *GRADS)]
+    assert_equal(step(block.fused, tensors, operands.grad_output), expected)
 
 
 # ---- windows wholly in padding -------------------------------------------------------------------
 
+over_windows_of_padding = over(["pool_of_padding", "pool_of_padding16"])
+
 
 @over_dtypes
-@pytest.mark.parametrize("name", ["pool_of_padding", "pool_of_padding16"])
-def test_windows_wholly_in_padding(name, dtype):
+@over_windows_of_padding
+def test_windows_wholly_in_padding(block, dtype):
     """The maximum of nothing is -inf, and no gradient flows."""
-    block = by_name(name)
     assert_block_is_right(block, dtype)
-    operands = integer_operands(block, dtype)
-    input = operands.input.requires_grad_()
-    output = conv_relu_max_pool2d(
-        input, *operands[1:3], *block.conv_arguments, **block.fused_keywords
-    )
+    output, grad_input, *_ = step(block.fused, integer_operands(block, dtype)[:3])
     assert output.isneginf().all()
-    output.sum().backward()
-    assert input.grad.eq(0).all()
+    assert grad_input.eq(0).all()
 
 
-@pytest.mark.parametrize("name", ["pool_of_padding", "pool_of_padding16"])
-def test_windows_wholly_in_padding_under_transforms(name):
+@over_windows_of_padding
+def test_windows_wholly_in_padding_under_transforms(block):
     """What the stock layers compute for us is right, too."""
-    block = by_name(name)
     operands = integer_operands(block, torch.float64)[:3]
-
-    def output(*tensors):
-        return conv_relu_max_pool2d(*tensors, *block.conv_arguments, **block.fused_keywords)
-
-    grads = torch.func.grad(lambda *t: output(*t).sum(), argnums=(0, 1, 2))(*operands)
+    grads = torch.func.grad(lambda *t: block.fused(*t).sum(), argnums=(0, 1, 2))(*operands)
     assert all(grad.eq(0).all() for grad in grads)
-    primal, tangent = torch.func.jvp(output, operands, operands)
+    primal, tangent = torch.func.jvp(block.fused, operands, operands)
     assert primal.isneginf().all()
     assert tangent.eq(0).all()
 
@@ -143,7 +125,7 @@ for block in ONE_COLUMN:
 
 
 @over_dtypes
-@pytest.mark.parametrize("block", ONE_COLUMN, ids=lambda block: block.name)
+@over(ONE_COLUMN)
 def test_one_column_of_outputs(block, dtype):
     assert_block_is_right(block, dtype)
 
@@ -154,9 +136,7 @@ def test_stock_one_column_of_outputs():
     assert process.returncode == 0, process.stderr
     errors = [float(line) for line in process.stdout.split()]
     if max(errors) < torch.finfo(torch.bfloat16).eps:
-        pytest.skip(
-            "the stock bfloat16 convolution is right here: wrong results need a CPU with AMX"
-        )
+        pytest.skip("the stock convolution is right here: wrong results need a CPU with AMX")
     assert min(errors) > 0.1, errors
 
 
@@ -178,7 +158,7 @@ print((plane - right).abs().max().item())
 
 @over_dtypes
 def test_dilated_pointwise_convolutions(dtype):
-    assert_block_is_right(POINTWISE, dtype, channels_last=True)
+    assert_block_is_right(POINTWISE, dtype, "channels_last")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import assert_equal, over, over_dtypes, step
 from forcing import KERNELS, run_everywhere, run_pass
 from fusedcnn import conv_relu_max_pool2d
-from geometries import DTYPES, Block, by_name, dtype_name
+from geometries import Block, by_name
 from reference import (
     Operands,
     exact_case,
@@ -22,19 +23,11 @@ from torch import Tensor
 
 NAN, INF = math.nan, math.inf
 
-over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 # A specialised shape with full and with ragged vectors, and two that only the general kernel runs.
-over_blocks = pytest.mark.parametrize(
-    "name",
-    [
-        "simplecnn1_n2",
-        "channels16to16",
-        "channels3to17",
-        "kernel5x5",
-        "pool3_stride2",
-        "pool3_padding1",
-    ],
-)
+over_blocks = over([
+    "simplecnn1_n2", "channels16to16", "channels3to17",
+    "kernel5x5", "pool3_stride2", "pool3_padding1",
+])  # fmt: skip
 
 
 def stock(block: Block, operands: Operands) -> dict[str, Tensor]:
@@ -54,55 +47,35 @@ def assert_equal_everywhere(
                 assert torch.equal(result, expected[name]), (ran, name)
 
 
+@pytest.mark.parametrize(
+    ("value", "changed"),
+    [
+        # All elements equal and positive: the first one takes the gradient.
+        (1, {"weight": 0, "bias": 1}),
+        # ReLU's gradient at 0 is 0: nothing flows anywhere. So it is at -0.0, whether that comes
+        # from a product or from a bias.
+        (0, {"input": 0, "bias": 0}),
+        (0, {"input": -0.0, "weight": 1, "bias": -0.0}),
+    ],
+    ids=["tied", "zero", "negative_zero"],
+)
 @over_dtypes
 @over_blocks
-def test_every_window_tied(name, dtype):
-    """All elements equal and positive: the first one takes the gradient."""
-    block = by_name(name)
+def test_all_windows_alike(block, dtype, value, changed):
     operands = integer_operands(block, dtype)
     operands = operands._replace(
-        weight=torch.zeros_like(operands.weight), bias=torch.ones_like(operands.bias)
+        **{name: torch.full_like(getattr(operands, name), x) for name, x in changed.items()}
     )
     expected = stock(block, operands)
-    assert expected["output"].eq(1).all()
-    assert_equal_everywhere(block, operands, expected, exact_only=False)
-
-
-@over_dtypes
-@over_blocks
-def test_all_windows_zero(name, dtype):
-    """ReLU's gradient at 0 is 0: nothing flows anywhere."""
-    block = by_name(name)
-    operands = integer_operands(block, dtype)
-    operands = operands._replace(
-        input=torch.zeros_like(operands.input), bias=torch.zeros_like(operands.bias)
-    )
-    expected = stock(block, operands)
-    assert all(result.eq(0).all() for result in expected.values())
-    assert_equal_everywhere(block, operands, expected, exact_only=False)
-
-
-@over_dtypes
-@over_blocks
-def test_negative_zero(name, dtype):
-    """-0.0 is 0: no gradient, whether it comes from a product or from a bias."""
-    block = by_name(name)
-    operands = integer_operands(block, dtype)
-    operands = operands._replace(
-        input=torch.full_like(operands.input, -0.0),
-        weight=operands.weight.abs(),
-        bias=torch.full_like(operands.bias, -0.0),
-    )
-    expected = stock(block, operands)
-    assert all(result.eq(0).all() for result in expected.values())
+    assert expected["output"].eq(value).all()
+    assert value or all(result.eq(0).all() for result in expected.values())
     assert_equal_everywhere(block, operands, expected, exact_only=False)
 
 
 @over_blocks
-def test_tied_pairs_in_every_place(name):
+def test_tied_pairs_in_every_place(block):
     """Equal maxima at random places of the windows: the first in row order wins."""
-    block = by_name(name)
-    operands, _ = exact_case(name, torch.float32)
+    operands, _ = exact_case(block.name, torch.float32)
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
         bits = torch.randint(0, 2, operands.input.shape, generator=generator).float()
@@ -112,23 +85,29 @@ def test_tied_pairs_in_every_place(name):
         assert_equal_everywhere(block, tied, stock(block, tied))
 
 
-def with_specials(block: Block, which: str, value: float, operands: Operands) -> Operands:
+def with_specials(which: str, value: float, operands: Operands) -> Operands:
     """The operands with `value` at a few places of one of them."""
     tensor = getattr(operands, which).clone()
     tensor.view(-1)[3 :: max(7, tensor.numel() // 5)] = value
     return operands._replace(**{which: tensor})
 
 
+def without_padding(block: Block, which: str) -> Block:
+    """Where the weight is special: the stock layers part among themselves on whether padding times
+    a NaN weight is NaN (see test_nan_weight_over_padding).
+    """
+    return block._replace(padding=0) if which == "weight" else block
+
+
 @over_dtypes
 @over_blocks
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("which", ["input", "weight", "bias"])
-def test_special_values(which, value, name, dtype):
+def test_special_values(which, value, block, dtype):
     """NaN and infinities give the stock layers' output, and route gradients as they do.
 
     The reference is the stock layers in float32: in bfloat16 their convolution spreads a NaN to
-    pixels that do not see it. And they part among themselves on whether padding times a NaN weight
-    is NaN, so there is no padding where the weight is special (see the next test but one).
+    pixels that do not see it.
 
     Their backward is dense: it multiplies the zero gradients of elements that did not win by input
     and weight as well, and 0 * NaN is NaN. The fused backward does not touch what did not win. So
@@ -136,44 +115,39 @@ def test_special_values(which, value, name, dtype):
     others; and nothing else may differ. (Where windows overlap, the stock pool adds up an element's
     gradients before they meet an infinity: inf there may be inf - inf here.)
     """
-    block = by_name(name)
-    if which == "weight":
-        block = block._replace(padding=0)
-    operands = with_specials(block, which, value, integer_operands(block, dtype))
+    block = without_padding(block, which)
+    operands = with_specials(which, value, integer_operands(block, dtype))
     expected = stock(block, operands.map(Tensor.float))
     overlapping = block.pool_stride not in (None, block.pool)
     factors = {"grad_input": operands.weight, "grad_weight": operands.input}
     for ran, results in run_everywhere(block, operands):
         results.pop("code", None)
-        for result_name, result in results.items():
-            right = expected[result_name].to(dtype)
+        for name, result in results.items():
+            right = expected[name].to(dtype)
             agree = (result == right) | (result.isnan() & right.isnan())
-            if result_name in factors and not factors[result_name].isfinite().all():
+            if name in factors and not factors[name].isfinite().all():
                 agree |= right.isnan()
                 if overlapping:
                     agree |= ~result.isfinite() & right.isinf()
-            assert agree.all(), (ran, result_name)
+            assert agree.all(), (ran, name)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 1e38, -1e38])
 @pytest.mark.parametrize("which", ["input", "weight"])
-@pytest.mark.parametrize("name", ["simplecnn1_n2", "simplecnn2_n2", "wide_map13x34_p1", "vgg64"])
-def test_special_values_stay_where_they_belong(name, which, value):
+@over(["simplecnn1_n2", "simplecnn2_n2", "wide_map13x34_p1", "vgg64"])
+def test_special_values_stay_where_they_belong(block, which, value):
     """The same among random floats, for kernels that round: they mix pixels in their transforms.
 
     NaN and infinities in the same places; what is finite, within the bound of the same operands
     without the special ones where those do not reach.
     """
-    block = by_name(name)
-    if which == "weight":
-        block = block._replace(padding=0)
+    block = without_padding(block, which)
     plain = normal_operands(block, torch.float32)
-    operands = with_specials(block, which, value, plain)
-    expected = block.stock(*operands[:3])
-    untouched = expected == block.stock(*plain[:3])
+    operands = with_specials(which, value, plain)
+    expected, plain_output = block.stock(*operands[:3]), block.stock(*plain[:3])
+    untouched = expected == plain_output
     wide = block.stock(*operands.map(Tensor.double)[:3])
-    usual = block.stock(*plain.map(Tensor.double)[:3])
-    error = (block.stock(*plain[:3]) - usual).abs().max()
+    error = (plain_output - block.stock(*plain.map(Tensor.double)[:3])).abs().max()
     for forced in (f for f in KERNELS if f.pass_name == "forward"):
         results = run_pass(forced, block, operands)
         if results is None:
@@ -184,15 +158,14 @@ def test_special_values_stay_where_they_belong(name, which, value):
         assert (output - wide)[untouched].abs().max() <= 5 * error, str(forced)
 
 
-@pytest.mark.parametrize("name", ["simplecnn1_n2", "kernel5x5"])
-def test_nan_weight_over_padding(name):
+@over(["simplecnn1_n2", "kernel5x5"])
+def test_nan_weight_over_padding(block):
     """A NaN tap spoils what it meets a pixel in; where it meets padding, torch has it both ways."""
-    block = by_name(name)
-    operands = with_specials(block, "weight", NAN, integer_operands(block, torch.float32))
+    operands = with_specials("weight", NAN, integer_operands(block, torch.float32))
     tap = operands.weight.isnan().float()
     unpadded = torch.ones_like(operands.input)
     padded = F.pad(unpadded, [block.padding] * 4, value=1.0)
-    spoilt = F.max_pool2d(block.conv(unpadded, tap, None), *block.pool_arguments) > 0
+    spoilt = F.max_pool2d(block.conv(unpadded, tap), *block.pool_arguments) > 0
     may_be = F.max_pool2d(F.conv2d(padded, tap), *block.pool_arguments) > 0
     expected = block.stock(operands.input, operands.weight.nan_to_num(0), operands.bias)
     for ran, results in run_everywhere(block, operands):
@@ -204,19 +177,16 @@ def test_nan_weight_over_padding(name):
 
 def test_the_last_nan_of_a_window_takes_the_gradient():
     """As in torch, whose comparison lets every NaN replace what came before it."""
-    input = torch.tensor([[[[NAN, 5.0], [NAN, 1.0]]]], requires_grad=True)
-    weight, bias = torch.ones(1, 1, 1, 1), torch.zeros(1)
-    conv_relu_max_pool2d(input, weight, bias).sum().backward()
-    assert torch.equal(input.grad, torch.tensor([[[[0.0, 0.0], [1.0, 0.0]]]]))
+    tensors = torch.tensor([[[[NAN, 5.0], [NAN, 1.0]]]]), torch.ones(1, 1, 1, 1), torch.zeros(1)
+    grad_input = step(conv_relu_max_pool2d, tensors)[1]
+    assert_equal(grad_input, torch.tensor([[[[0.0, 0.0], [1.0, 0.0]]]]))
 
 
 def test_nan_stays_in_its_channel():
     """A NaN spreads no further than the output channel that it belongs to: vectors hold many."""
     block = by_name("simplecnn2_n2")
     operands = integer_operands(block, torch.float32)
-    weight = operands.weight.clone()
-    weight[5, 3, 1, 1] = NAN  # the middle tap, which meets no padding
-    operands = operands._replace(weight=weight)
+    operands.weight[5, 3, 1, 1] = NAN  # the middle tap, which meets no padding
     expected = stock(block, operands)
     assert expected["output"].isnan().sum() == expected["output"][:, 5].numel()
     for ran, results in run_everywhere(block, operands, exact_only=False):
@@ -252,16 +222,13 @@ def test_overflow_and_the_smallest_numbers(dtype, layout):
     assert infinite.sum() == infinite.numel() / 2
 
 
-@pytest.mark.parametrize("name", ["simplecnn1_n2", "kernel5x5"])
-def test_garbage_around_the_operands_is_not_read(name):
+@over(["simplecnn1_n2", "kernel5x5"])
+def test_garbage_around_the_operands_is_not_read(block):
     """NaN between the elements of strided operands must not leak into any result."""
-    block = by_name(name)
-    operands, expected = exact_case(name, torch.float32)
+    operands, expected = exact_case(block.name, torch.float32)
 
     def amid_nan(tensor):
         larger = torch.full([2 * size + 1 for size in tensor.shape], NAN)
         return larger[tuple(slice(1, None, 2) for _ in tensor.shape)].copy_(tensor)
 
-    amid = operands.map(amid_nan)
-    expected = {"code": expected.code, **stock(block, operands)}
-    assert_equal_everywhere(block, amid, expected)
+    assert_equal_everywhere(block, operands.map(amid_nan), expected._asdict())
