@@ -48,7 +48,7 @@ constexpr int kChainSlices = 4;
 // of 168.
 template <int Groups, int TileH, int TileW, bool Chains>
 struct WindowsTile {
-  static constexpr int kTileH = TileH, kTileW = TileW, kGroups = Groups;
+  static constexpr int kTileH = TileH, kTileW = TileW;
   static constexpr bool kChains = Chains;
   static constexpr int kPairs = TileH * TileW / 2;  // of windows
   static constexpr int kThreads = Groups * kPairs;
