@@ -75,14 +75,14 @@ struct Geometry {
 };
 
 // The operators' `geometry` argument: one flat list, since a packed list costs half of what six
-// small ones do at every call. Order: see unpack in geometry.cpp; written by functional.py.
+// small ones do at every call. Order: see unpack in geometry.cpp; written by _geometry.py.
 constexpr size_t kPackedGeometrySize = 18;
 
 // The geometry of an input [N, C, H, W], a weight [OC, C / groups, KH, KW] and packed arguments,
 // checked, with its output sizes. Throws std::runtime_error with a message that names the argument.
 //
-// Here and nowhere else is arithmetic on sizes in doubt: of this geometry, kernels may form any of
-// the quantities below, in elements or in bytes, without looking for overflow.
+// Arithmetic on sizes is checked for overflow here and nowhere else: of this geometry, kernels may
+// form any of the quantities below, in elements or in bytes, without a check.
 //
 //   along one axis: padded sizes, extents, step, origin, reach          at most 2^46
 //   elements of a group's padded image, of the output                   at most 2^54

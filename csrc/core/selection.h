@@ -30,8 +30,8 @@ auto first_covering(const List& list, Pass pass, const char* forced, const WhyNo
   return nullptr;
 }
 
-// The listed name that is `kernel`, or null where that is empty: "choose". Names may be listed
-// several times. Throws std::invalid_argument.
+// The listed name that equals `kernel`, or null where `kernel` is empty: "choose". Names may be
+// listed several times. Throws std::invalid_argument.
 template <typename List>
 const char* listed_name(const std::vector<List>& lists, const std::string& kernel) {
   std::string names;

@@ -19,9 +19,9 @@ struct DerivedKey {
   int64_t out_channels, in_channels, kernel_h, kernel_w;
 };
 
-// One call's hold on a derived array. The array is only taken over from an earlier call while the
-// weight's bytes equal the copy that is kept beside it: a weight that was changed in place, by
-// whatever means, or another one at the same address never meets what was derived before.
+// One call's hold on a derived array. An earlier call's array is reused only while the weight's
+// bytes equal the copy that is kept beside it: a weight that was changed in place, by whatever
+// means, or another one at the same address never meets what was derived before.
 //
 // Members are compiled once, outside the ISA objects.
 class DerivedWeights {

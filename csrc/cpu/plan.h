@@ -8,16 +8,16 @@
 
 namespace fusedcnn::cpu {
 
-// A growable-at-birth array; plain pointers keep std::vector's inline functions out of the ISA
-// objects, where the linker could keep the wrong machine's copy.
+// An array of a size set at run time. It keeps std::vector's inline functions out of the ISA
+// objects: of those the linker could keep the wrong machine's copy.
 template <typename T>
 using Array = std::unique_ptr<T[]>;
 
 // The forward's view of one axis. Pooled outputs lie `step` input elements apart, so everything
-// that pooled output o reads is found at o * step plus an offset that does not depend on o. Split
-// the padded input into `step` phases (element x goes to phase x % step, place x / step) and every
-// convolution tap of every window element becomes a contiguous run over o in one phase: strides,
-// dilation and pooling disappear from the inner loops, for any combination of them.
+// that pooled output o reads is found at o * step plus an offset that does not depend on o. The
+// padded input is split into `step` phases: element x goes to phase x % step, place x / step. Each
+// convolution tap of each window element is then a contiguous run over o in one phase: the inner
+// loops see no strides, dilation or pooling, for any combination of them.
 struct AxisPhases {
   int64_t step;
   int64_t origin;              // input element at place 0 of phase 0; may be negative

@@ -16,7 +16,7 @@ using fusedcnn::Problem;
 // The device that a call runs on.
 struct Device {
   int capability;  // 10 * major + minor: 90 for sm_90
-  int code;        // and of the code that runs there: less, where it is an older GPU's PTX
+  int code;        // the same of the code that runs there; lower for an older GPU's PTX
   int multiprocessors;
   int64_t shared_bytes;  // that one block can have
 };

@@ -1,4 +1,4 @@
-// One image's codes and gradients with the output channels of a pooled pixel side by side.
+// The 3x3 block, and one image's codes and gradients with a pixel's output channels side by side.
 #pragma once
 
 #include "cpu/kernel.h"

@@ -1,6 +1,6 @@
 // The forward for enough output channels to fill vectors, for any kernel, stride, dilation and
-// pool: a lane is an output channel, so no lane is spent on places between rows, as in the general
-// kernel.
+// pool. A lane is an output channel: unlike the general kernel, this one spends no lanes on places
+// between rows.
 //
 // A task owns a band of pooled rows of one image. For each block of Z vectors of output channels it
 // computes the band's convolution outputs row by row (X, U and V: direct_rows.h), then pools them:

@@ -5,8 +5,8 @@
 // in 36 multiplications per input channel instead of 144. The interpolation points are 0, +-a, +-b
 // and infinity with a = 1/sqrt(2), b = sqrt(2): their powers stay near 1, which keeps the error
 // several times below that of the customary 0, +-1, +-2. It is still two to three times the stock
-// layers': outputs that are equal in exact arithmetic may differ in the last place, so that such a
-// tie is decided by it. That and only that distinguishes `exact` kernels from this one.
+// layers'. Outputs that are equal in exact arithmetic may differ in the last place, so rounding may
+// decide such a tie: this alone is why the kernel is not `exact`.
 //
 // A task owns a band of pooled rows of one image; tiles are numbered row by row:
 //   X  [runs][4 tile rows + 2][4 tile cols + 2][kRun]  the padded image, runs of kRun channels

@@ -2,9 +2,9 @@
 //
 // A task owns a slice of the convolution's rows of one image, and a part of the output channels. It
 // computes a few rows at a time and takes them into the maxima of every pooled row whose windows
-// they lie in. A batch is one slice an image; of few images, slices follow one another, so that
-// several threads have work, and their maxima are joined in order. Where weights outgrow the
-// caches, a task takes several images with each block of them.
+// they lie in. In a large batch each image is one slice. In a small one an image has several, so
+// that several threads have work, and their maxima are joined in order. Where weights outgrow the
+// caches, a task takes several images with each block of weights.
 //
 // Working memory, in elements of the accumulation type, for each thread, or for each image where
 // tasks share one:

@@ -1,5 +1,5 @@
-// What forward kernels share whose lanes are output channels: the weights on their way in, pooled
-// pixels on their way out.
+// What forward kernels with a lane for each output channel share: the weights on their way in,
+// pooled pixels on their way out.
 #pragma once
 
 #include "cpu/derived_weights.h"

@@ -1,4 +1,4 @@
-// Which elements of a window there are, and maps of one column laid down as rows.
+// Which elements of a window exist, and maps of one column laid down as rows.
 #pragma once
 
 #include "cpu/kernel.h"
@@ -33,9 +33,9 @@ FUSEDCNN_INLINE bool empty_window(const Axis& axis, int64_t o) {
   return begin >= end;
 }
 
-// What kernels do with a row of convolution outputs they do badly with single ones. Where both the
+// Kernels are made for rows of convolution outputs, and slow with single ones. Where both the
 // convolution's output and the window are one column wide, as over text, height and width change
-// places: codes then mean the same.
+// places; codes mean the same then.
 FUSEDCNN_INLINE bool lies_upright(const Geometry& g) {
   return g.w.conv == 1 && g.w.pool_kernel == 1 && g.h.conv > 1;
 }

@@ -7,10 +7,10 @@
 // mix a filter's taps: an output errs in proportion to its filter's norm, also where a large tap
 // meets only zeros.
 //
-// Sums of patch elements could overflow, and an infinity less another is NaN: an image with values
-// beyond kModerate, infinity or NaN is left to the general kernel by winograd_f2 and winograd_f2x2,
-// a tile by winograd_f4x4 to plain sums. So is the whole call where the weights or the bias hold
-// such a value.
+// Sums of patch elements could overflow, and an infinity less another is NaN. winograd_f2 and
+// winograd_f2x2 therefore leave an image with values beyond kModerate, infinity or NaN to the
+// general kernel; winograd_f4x4 leaves such a tile to plain sums. Where the weights or the bias
+// hold such a value, the general kernel takes the whole call.
 #pragma once
 
 #include "cpu/derived_weights.h"

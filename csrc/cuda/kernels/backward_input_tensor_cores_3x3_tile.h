@@ -1,4 +1,4 @@
-// What the products of backward_input_tensor_cores_3x3.cu are taken of: a tile's gradients and the
+// The operands of the products in backward_input_tensor_cores_3x3.cu: a tile's gradients and the
 // weights, both in shared memory.
 #pragma once
 

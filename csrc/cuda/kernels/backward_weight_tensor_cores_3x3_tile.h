@@ -1,4 +1,4 @@
-// What the products of backward_weight_tensor_cores_3x3.cu are taken of: a tile's pixels, in shared
+// The operands of the products in backward_weight_tensor_cores_3x3.cu: a tile's pixels, in shared
 // memory, and the gradients of a lane's windows, in its registers.
 #pragma once
 

@@ -22,8 +22,8 @@
 // memory takes 4.2 (7.6) at 4.3 TB/s for 18 (32) KiB. 16 -> 32 at 16x16: 4 x 9 (18) x 24 = 864
 // (1,728) cycles, 3.3 (6.6) ns, beside 3.3 (6.2) for 14 (26) KiB. Staging comes on top:
 // asynchronous for tf32 and for channels_last halves, by way of registers for halves in planes.
-// Outputs in channels_last are written one by one. Counts, not measurements: so far this has run on
-// a CPU only, which knows nothing of the order of sums inside a matrix instruction.
+// Outputs in channels_last are written one by one. These are counts, not measurements: the kernel
+// has run on a CPU only, which does not show the order of sums inside a matrix instruction.
 //
 // With three products (split_tf32.h), pixels and weights are split once, when they have arrived,
 // not in each of the nine taps that load them: hi in place, low in a stage of its own. A step then

@@ -13,10 +13,10 @@
 // come the matrix instructions' sums, whose rounding is not specified (on a CPU, truncating every
 // term to 24 bits of the largest changed little), and 9 C / 8 float additions of relative error
 // 2^-24. Parts under 2^-136 are lost: that adds 2^-136 (|x| + |w|) per product, 2^-86 at most. It
-// supposes that the hardware keeps subnormal tf32 numbers; the self-test on a GPU will tell.
+// supposes that the hardware keeps subnormal tf32 numbers, which only a GPU can show.
 //
-// What could come out otherwise than in float is not computed so. inf - inf, inf * 0 where a part
-// is zero, rounding to tf32 beyond the largest float, and hi * hi beyond it where x * w is not: all
+// What could differ from float's result is not computed so: inf - inf, inf * 0 where a part is
+// zero, rounding to tf32 beyond the largest float, and hi * hi beyond it where x * w is not. All
 // need an operand that is not finite or of 2^49 or more. (Two smaller ones make products under
 // 2^98, and sums of up to 2^28 of them, which is as many as there may be, stay under 2^127.) Such
 // operands are found while splitting. All threads of the block then multiply that slice of channels
