@@ -254,8 +254,8 @@ grad_input_winners_3x3_kernel(BackwardArgs args, InputWinnersSizes sizes) {
   const bool resident = sizes.slice >= sizes.out_channels;
   bool fetched = false;
 
+  // The barrier behind the first weights shows them to everyone.
   for (int i = thread_index(); i < (2 * sizes.band + 2) * row_words; i += threads) sums[i] = 0;
-  sync_threads();
 
   const int64_t step = grid_blocks() / sizes.channel_blocks;
   for (int64_t unit = block_index() / sizes.channel_blocks; unit < sizes.units; unit += step) {
