@@ -16,9 +16,11 @@
 namespace {
 
 constexpr char kUsage[] =
-    "usage: fusedcnn_selftest [--quick] [--isa NAME] [--expect NAME] [--fuzz COUNT [--seed S]]\n"
+    "usage: fusedcnn_selftest [--quick] [--share K/N] [--isa NAME] [--expect NAME]\n"
+    "                         [--fuzz COUNT [--seed S]]\n"
     "  --quick        a third of the calls: every kernel, case, type and layout, but not each\n"
     "                 layout with each way of running the tasks\n"
+    "  --share K/N    share K (from 0) of the calls, of N that make the whole together\n"
     "  --isa NAME     only this ISA; fails when the machine lacks it\n"
     "  --expect NAME  fails unless this ISA is the one selected on this machine\n"
     "  --fuzz COUNT   instead of all that: as many geometries drawn at random, for each ISA\n"
@@ -31,10 +33,16 @@ int main(int count, char** arguments) {
   std::string only, expected;
   int64_t fuzz_count = 0;
   uint64_t seed = 1;
+  int share = 0, shares = 1;
   for (int i = 1; i < count; ++i) {
     const std::string argument = arguments[i];
     if (argument == "--quick") {
       quick = true;
+    } else if (argument == "--share" && i + 1 < count &&
+               std::sscanf(arguments[i + 1], "%d/%d", &share, &shares) == 2 && share >= 0 &&
+               share < shares) {
+      selftest::take_share(share, shares);
+      ++i;
     } else if (argument == "--isa" && i + 1 < count) {
       only = arguments[++i];
     } else if (argument == "--expect" && i + 1 < count) {
