@@ -10,7 +10,8 @@ namespace fusedcnn {
 
 // Pointers are to elements of `type`, except the code's. Tensors have the sizes of the geometry:
 // input [N, C, H, W], weight [OC, C/groups, KH, KW], bias [OC], output, grad_output and code
-// [N, OC, OH, OW]. `wide_code`: the code's elements are int32 instead of uint8.
+// [N, OC, OH, OW]. `wide_code`: the code's elements are int32 instead of uint8. `plane`: for
+// library kernels, the stock convolution's output or its gradient, [N, conv h, conv w, OC], dense.
 struct ForwardArgs {
   Geometry geometry;
   DataType type;
@@ -25,6 +26,7 @@ struct ForwardArgs {
   void* code;  // null: not wanted
   // The code's too. Contiguous or channels_last, without gaps: what the operator allocates.
   Strides output_strides;
+  const void* plane;
 };
 
 // Any of the three gradients may be null: not wanted. Each is overwritten, not added to.
@@ -45,6 +47,7 @@ struct BackwardArgs {
   void* grad_weight;
   Strides grad_weight_strides;
   void* grad_bias;  // contiguous
+  void* plane;
 };
 
 // What selection may look at: enough to decide, nothing that changes from call to call.

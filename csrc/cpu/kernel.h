@@ -58,6 +58,11 @@ struct Kernel {
   const char* (*why_not)(const Problem& problem);
   void (*forward)(const ForwardArgs& args, const ThreadPool& pool);
   void (*backward)(const BackwardArgs& args, const ThreadPool& pool);
+  // Whether it stands around the stock convolution, which the caller runs: the forward reads
+  // args.plane instead of input and weight, the backward writes args.plane instead of gradients.
+  bool library = false;
+  // Null, or why another kernel would be faster: holds only where no kernel is forced.
+  const char* (*why_slower)(const Problem& problem) = nullptr;
 };
 
 struct KernelList {

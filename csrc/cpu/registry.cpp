@@ -6,6 +6,7 @@
 #include "cpu/kernels/forward_winograd_f2.h"
 #include "cpu/kernels/forward_winograd_f2x2.h"
 #include "cpu/kernels/forward_winograd_f4x4.h"
+#include "cpu/kernels/library.h"
 #include "cpu/kernels/multiply_add_rate.h"
 #if defined(__AVX512BW__)
 #include "cpu/kernels/backward_input_winners_3x3.h"
@@ -19,8 +20,10 @@ namespace fusedcnn::cpu::FUSEDCNN_ISA {
 KernelList kernels();
 
 KernelList kernels() {
-  // name, pass, exact, error, winograd, why_not, forward, backward
+  // name, pass, exact, error, winograd, why_not, forward, backward, library, why_slower
   static constexpr Kernel list[] = {
+      {"library", Pass::kForward, true, 2, false, why_not_library, forward_library, nullptr, true,
+       library_is_slower},
       {"winograd_f4x4", Pass::kForward, false, 4, true, why_not_winograd_f4x4,
        forward_winograd_f4x4, nullptr},
       {"winograd_f2", Pass::kForward, true, 2, true, why_not_winograd_f2, forward_winograd_f2,
@@ -30,12 +33,16 @@ KernelList kernels() {
       {"direct", Pass::kForward, true, 2, false, why_not_direct, forward_direct, nullptr},
       {"general", Pass::kForward, true, 2, false, why_not_forward_general, forward_general,
        nullptr},
+      {"library", Pass::kGradWeight, true, 2, false, why_not_library, nullptr, backward_library,
+       true, library_is_slower},
 #if defined(__AVX512BW__)
       {"winners_3x3", Pass::kGradWeight, true, 2, false, why_not_grad_weight_winners_3x3, nullptr,
        grad_weight_winners_3x3},
 #endif
       {"general", Pass::kGradWeight, true, 2, false, why_not_backward_general, nullptr,
        grad_weight_general},
+      {"library", Pass::kGradInput, true, 2, false, why_not_library, nullptr, backward_library,
+       true, library_is_slower},
 #if defined(__AVX512BW__)
       {"winners_3x3", Pass::kGradInput, true, 2, false, why_not_3x3_block, nullptr,
        grad_input_winners_3x3},

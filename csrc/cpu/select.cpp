@@ -105,7 +105,9 @@ const Kernel* select(Pass pass, const Problem& problem, std::string* reason) {
   const char* const forced = forced_kernel_name.load(std::memory_order_acquire);
   const auto why_not = [&](const Kernel& kernel) {
     const bool ruled_out = kernel.winograd && !forced && !winograd_allowed();
-    return ruled_out ? "Winograd is switched off" : kernel.why_not(problem);
+    if (ruled_out) return "Winograd is switched off";
+    const char* const because = kernel.why_not(problem);
+    return because || forced || !kernel.why_slower ? because : kernel.why_slower(problem);
   };
   const Kernel* const kernel = first_covering(selected_isa().list, pass, forced, why_not, reason);
   if (kernel) {

@@ -18,6 +18,7 @@
 #include "cpu/select.h"
 #include "ops/calls.h"
 #include "ops/checks.h"
+#include "ops/stock_convolution.h"
 
 namespace fusedcnn {
 namespace {
@@ -91,10 +92,15 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool2d(const Tensor& input, const Tenso
     throw std::runtime_error(
         "padding: expected a padded image of fewer than 2^32 elements where gradients are wanted");
   }
-  const ForwardCall call = forward_call(g, input, weight, bias, with_code);
+  ForwardCall call = forward_call(g, input, weight, bias, with_code);
   if (g.batch > 0) {
     const cpu::Kernel& kernel =
         select_or_throw(cpu::Pass::kForward, {g, call.args.type, call.args.wide_code});
+    std::optional<Tensor> plane;
+    if (kernel.library) {
+      plane = stock_convolution(input, weight, bias, g);
+      call.args.plane = plane->const_data_ptr();
+    }
     with_memory([&] { kernel.forward(call.args, thread_pool(g)); });
   }
   return {call.output, call.code};
@@ -113,13 +119,28 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward(
   }
   const cpu::Problem problem{g, call.args.type, call.args.wide_code};
   const cpu::ThreadPool pool = thread_pool(g);
-  if (call.run_grad_weight()) {
-    const cpu::Kernel& kernel = select_or_throw(cpu::Pass::kGradWeight, problem);
-    with_memory([&] { kernel.backward(call.weight_args(), pool); });
-  }
-  if (call.run_grad_input()) {
-    const cpu::Kernel& kernel = select_or_throw(cpu::Pass::kGradInput, problem);
-    with_memory([&] { kernel.backward(call.input_args(), pool); });
+  const auto kernel_if = [&](bool wanted, cpu::Pass pass) {
+    return wanted ? &select_or_throw(pass, problem) : nullptr;
+  };
+  const cpu::Kernel* const for_weight = kernel_if(call.run_grad_weight(), cpu::Pass::kGradWeight);
+  const cpu::Kernel* const for_input = kernel_if(call.run_grad_input(), cpu::Pass::kGradInput);
+  with_memory([&] {
+    if (for_weight && !for_weight->library) for_weight->backward(call.weight_args(), pool);
+    if (for_input && !for_input->library) for_input->backward(call.input_args(), pool);
+  });
+  const bool library_weight = for_weight && for_weight->library;
+  const bool library_input = for_input && for_input->library;
+  if (library_weight || library_input) {
+    const Tensor plane = empty_plane(input, g);
+    BackwardArgs args = call.args;
+    args.plane = plane.mutable_data_ptr();
+    with_memory([&] { (library_weight ? for_weight : for_input)->backward(args, pool); });
+    const auto wanted = [](bool want, const Tensor& gradient) {
+      return want ? std::optional<Tensor>(gradient) : std::nullopt;
+    };
+    stock_convolution_backward(plane, input, weight, g, wanted(library_input, call.grad_input),
+                               wanted(library_weight && call.want_weight, call.grad_weight),
+                               wanted(library_weight && call.want_bias, call.grad_bias));
   }
   return {call.grad_input, call.grad_weight, call.grad_bias};
 }

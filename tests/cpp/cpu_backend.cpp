@@ -8,7 +8,9 @@
 #include <thread>
 
 #include "cpu/scratch.h"
+#include "stock_convolution.h"
 #include "storage.h"
+#include "tensor.h"
 
 namespace selftest {
 namespace {
@@ -125,14 +127,32 @@ Backend cpu_backend(const fusedcnn::cpu::Isa& isa) {
   backend.misuse = [] { return misuse; };
   for (int i = 0; i < isa.list.count; ++i) {
     const fusedcnn::cpu::Kernel& kernel = isa.list.kernels[i];
-    TestedKernel tested{kernel.name, kernel.pass, kernel.exact, kernel.why_not, nullptr, nullptr};
+    // Of a plane that nobody has written.
+    const auto plane_of = [](const fusedcnn::Geometry& g, fusedcnn::DataType type) {
+      return Tensor({g.batch, g.h.conv, g.w.conv, g.out_channels},
+                    strides_for(Layout::kContiguous, {g.batch, g.h.conv, g.w.conv, g.out_channels}),
+                    element_size(type), signalling_nan(type));
+    };
+    TestedKernel tested{kernel.name, kernel.pass, kernel.exact,  kernel.why_not,
+                        nullptr,     nullptr,     kernel.library};
     if (kernel.forward) {
-      tested.forward = [&kernel](const fusedcnn::ForwardArgs& args, int way) {
+      tested.forward = [&kernel, plane_of](fusedcnn::ForwardArgs args, int way) {
+        if (!kernel.library) return call(kernel.forward, args, way);
+        Tensor plane = plane_of(args.geometry, args.type);
+        stock_convolution(args, plane.data());
+        args.input = args.weight = args.bias = nullptr;
+        args.plane = plane.data();
         call(kernel.forward, args, way);
       };
     } else {
-      tested.backward = [&kernel](const fusedcnn::BackwardArgs& args, int way) {
-        call(kernel.backward, args, way);
+      tested.backward = [&kernel, plane_of](const fusedcnn::BackwardArgs& args, int way) {
+        if (!kernel.library) return call(kernel.backward, args, way);
+        Tensor plane = plane_of(args.geometry, args.type);
+        fusedcnn::BackwardArgs scatter = args;
+        scatter.input = scatter.weight = nullptr;
+        scatter.plane = plane.data();
+        call(kernel.backward, scatter, way);
+        stock_convolution_backward(args, plane.data());
       };
     }
     backend.kernels.push_back(tested);

@@ -42,9 +42,9 @@ FUSEDCNN_INLINE void convert_run(const From* from, To* to, int64_t count) {
 
 // ---- square blocks in registers -----------------------------------------------------------------
 
-// A block is as wide as a vector; bytes use the 16 lanes that every ISA has.
+// A block is as wide as a vector, but has at most 16 lanes: bytes use those that every ISA has.
 template <typename E>
-constexpr int kBlock = sizeof(E) == 1 ? 16 : kLanes<E>;
+constexpr int kBlock = kLanes<E> < 16 ? kLanes<E> : 16;
 
 template <typename E>
 struct BlockOf {
