@@ -26,10 +26,25 @@ void allow_tf32(bool allowed) { tf32_switch.store(allowed, std::memory_order_rel
 
 bool tf32_allowed() { return tf32_switch.load(std::memory_order_relaxed); }
 
-const Kernel* select(Pass pass, const Problem& problem, const Target& target, std::string* reason) {
-  const auto why_not = [&](const Kernel& kernel) { return kernel.why_not(problem, target); };
-  return first_covering(kernels(), pass, forced_name.load(std::memory_order_acquire), why_not,
-                        reason);
+namespace {
+
+auto why_not(const Problem& problem, const Target& target) {
+  return [&](const Kernel& kernel) { return kernel.why_not(problem, target); };
+}
+
+}  // namespace
+
+const Kernel* select(Pass pass, const Problem& problem, const Target& target) {
+  return first_serving(kernels(), pass, forced_name.load(std::memory_order_acquire),
+                       why_not(problem, target));
+}
+
+std::vector<Verdict> explain(Pass pass, const Problem& problem, const Target& target) {
+  std::vector<Verdict> verdicts;
+  bool found = false;
+  add_verdicts(kernels(), pass, forced_name.load(std::memory_order_acquire),
+               why_not(problem, target), verdicts, found);
+  return verdicts;
 }
 
 }  // namespace fusedcnn::cuda
