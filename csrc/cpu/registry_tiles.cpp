@@ -7,6 +7,6 @@ namespace fusedcnn::cpu::FUSEDCNN_ISA {
 // The feature's own kernels; what they do not cover is left to the list of AVX-512.
 KernelList kernels();
 
-KernelList kernels() { return {nullptr, 0, nullptr}; }
+KernelList kernels() { return {nullptr, 0, nullptr, nullptr}; }
 
 }  // namespace fusedcnn::cpu::FUSEDCNN_ISA

@@ -41,9 +41,10 @@ bool supported(const std::string& isa) {
 std::atomic<const Isa*> forced_isa_entry{nullptr};
 std::atomic<const char*> forced_kernel_name{nullptr};
 std::atomic<bool> winograd_switch{true};
+std::atomic<bool> benchmark_switch{false};
 
 // By pass.
-std::atomic<const char*> last_selected_name[3] = {};
+std::atomic<const char*> last_chosen_name[3] = {};
 
 }  // namespace
 
@@ -111,8 +112,16 @@ void allow_winograd(bool allowed) { winograd_switch.store(allowed, std::memory_o
 
 bool winograd_allowed() { return winograd_switch.load(std::memory_order_relaxed); }
 
-const char* last_selected(Pass pass) {
-  return last_selected_name[static_cast<int>(pass)].load(std::memory_order_relaxed);
+void benchmark(bool enabled) { benchmark_switch.store(enabled, std::memory_order_relaxed); }
+
+bool benchmarking() { return benchmark_switch.load(std::memory_order_relaxed); }
+
+void chosen(Pass pass, const Kernel& kernel) {
+  last_chosen_name[static_cast<int>(pass)].store(kernel.name, std::memory_order_relaxed);
+}
+
+const char* last_chosen(Pass pass) {
+  return last_chosen_name[static_cast<int>(pass)].load(std::memory_order_relaxed);
 }
 
 namespace {
@@ -132,9 +141,7 @@ const Kernel* select(Pass pass, const Problem& problem) {
   const char* const forced = forced_kernel_name.load(std::memory_order_acquire);
   for (const Isa* isa = &selected_isa(); isa; isa = isa->base) {
     const Kernel* const kernel = first_serving(isa->list, pass, forced, why_not(problem, forced));
-    if (!kernel) continue;
-    last_selected_name[static_cast<int>(pass)].store(kernel->name, std::memory_order_relaxed);
-    return kernel;
+    if (kernel) return kernel;
   }
   return nullptr;
 }

@@ -39,6 +39,11 @@ FUSEDCNN_EXPORT std::string forced_kernel();
 FUSEDCNN_EXPORT void allow_winograd(bool allowed);
 FUSEDCNN_EXPORT bool winograd_allowed();
 
+// Whether the operators measure which kernel is the quickest instead of asking `select` (default:
+// no); a forced kernel runs regardless.
+FUSEDCNN_EXPORT void benchmark(bool enabled);
+FUSEDCNN_EXPORT bool benchmarking();
+
 // The first kernel of the pass that serves, or null: `explain` says why not.
 FUSEDCNN_EXPORT const Kernel* select(Pass pass, const Problem& problem);
 
@@ -48,8 +53,9 @@ FUSEDCNN_EXPORT std::vector<Verdict> explain(Pass pass, const Problem& problem);
 // The kernels that could serve, however fast they are, in the list's order.
 FUSEDCNN_EXPORT std::vector<const Kernel*> candidates(Pass pass, const Problem& problem);
 
-// Name of the kernel that the latest call of `select` returned for this pass, in any thread, or
-// null where there was none yet: tells benchmarks and tests what ran.
-FUSEDCNN_EXPORT const char* last_selected(Pass pass);
+// Tells benchmarks and tests what ran: the name of the kernel of the latest call of `chosen` for
+// this pass, in any thread, or null where there was none yet.
+FUSEDCNN_EXPORT void chosen(Pass pass, const Kernel& kernel);
+FUSEDCNN_EXPORT const char* last_chosen(Pass pass);
 
 }  // namespace fusedcnn::cpu
