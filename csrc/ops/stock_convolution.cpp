@@ -72,6 +72,13 @@ Tensor channels_last(const Tensor& tensor, const cpu::ThreadPool& pool) {
   return to;
 }
 
+// As it is where its values are wanted; otherwise only its sizes are, and its memory may be gone.
+Tensor read_if(bool wanted, const Tensor& tensor, const cpu::ThreadPool& pool) {
+  if (wanted) return channels_last(tensor, pool);
+  return empty_image(tensor, true, tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3),
+                     tensor.scalar_type(), true);
+}
+
 // The gradient that torch computed, into the one that the operator returns.
 void put(const std::optional<Tensor>& to, AtenTensorHandle result, const cpu::ThreadPool& pool) {
   if (!result) return;
@@ -111,7 +118,8 @@ void stock_convolution_backward(const Tensor& plane, const Tensor& input, const 
                                 const cpu::ThreadPool& pool) {
   const WithoutGrad without_grad;
   const Pairs pairs(g);
-  const Tensor image = channels_last(batched(input), pool), taps = channels_last(weight, pool);
+  const Tensor image = read_if(grad_weight.has_value(), batched(input), pool);
+  const Tensor taps = read_if(grad_input.has_value(), weight, pool);
   const int64_t* bias_sizes = &g.out_channels;
   const int32_t wanted[] = {grad_input.has_value(), grad_weight.has_value(), grad_bias.has_value()};
   AtenTensorHandle results[3] = {};
