@@ -54,9 +54,7 @@ bool dense(const Tensor& tensor, bool channels_last) {
 
 void transpose(const Tensor& from, const Tensor& to, bool to_channels_last,
                const cpu::ThreadPool& pool) {
-  const cpu::Isa* isa = &cpu::selected_isa();
-  while (isa->base) isa = isa->base;
-  isa->list.transpose(
+  cpu::selected_isa().whole().list.transpose(
       {element_size(check_type(from)), from.size(0), from.size(1), from.size(2) * from.size(3),
        from.const_data_ptr(), to.mutable_data_ptr(), to_channels_last},
       pool);
