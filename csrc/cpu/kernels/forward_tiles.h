@@ -1,0 +1,213 @@
+// The forward of bfloat16 by products of tiles (tile_machine.h), for any kernel, stride, dilation
+// and pool.
+//
+// A task owns a band of pooled rows of one image. It copies what they see of the image
+// (tile_convolution.h), and for each block of up to 32 output channels computes convolution rows
+// into a ring as high as a window,
+//   V  [window rows][conv cols][lanes]  float32, bias included
+// and pools every pooled row as soon as its window's rows are there:
+//   P  [pooled pixels][out channels]    pooled values and codes, or the output itself
+#pragma once
+
+#include "cpu/kernel.h"
+#include "cpu/kernels/ahead.h"
+#include "cpu/kernels/output_lanes.h"
+#include "cpu/kernels/tile_convolution.h"
+#include "cpu/kernels/tile_image.h"
+#include "cpu/kernels/window_range.h"
+#include "cpu/scratch.h"
+
+namespace fusedcnn::cpu::FUSEDCNN_ISA {
+namespace {
+
+// Bytes of a band's copy of the image: a small part of L2, beside the weights.
+constexpr int64_t kTileBandBytes = int64_t{256} << 10;
+// And of one of its rows, at most.
+constexpr int64_t kTileRowBytes = int64_t{1} << 20;
+
+// One window of 16 output channels: max, ReLU, code. rows: [PH] rows of V at the window's first
+// column, columns `step` floats apart. Elements are numbered from `first` on, `next_row` from row
+// to row. PH and PW: 0 where known at run time alone.
+template <int PH, int PW>
+FUSEDCNN_INLINE void pool_tile_window(const float* const* rows, int64_t ph_count, int64_t pw_count,
+                                      int64_t at, int64_t step, int64_t first, int64_t next_row,
+                                      uint16_t* value, uint8_t* code) {
+  const int64_t height = PH ? PH : ph_count, width = PW ? PW : pw_count;
+  __m512 best = _mm512_loadu_ps(rows[0] + at);
+  __m512i winner = _mm512_set1_epi32(static_cast<int>(first));
+  FUSEDCNN_UNROLL
+  for (int64_t h = 0; h < height; ++h) {
+    FUSEDCNN_UNROLL
+    for (int64_t w = 0; w < width; ++w) {
+      if (h + w == 0) continue;
+      // The first maximum wins; NaN beats everything, a later NaN too, as in torch.
+      const __m512 v = _mm512_loadu_ps(rows[h] + at + w * step);
+      const __mmask16 wins =
+          _mm512_cmp_ps_mask(v, best, _CMP_GT_OQ) | _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+      best = _mm512_mask_mov_ps(best, wins, v);
+      winner = _mm512_mask_mov_epi32(winner, wins,
+                                     _mm512_set1_epi32(static_cast<int>(first + h * next_row + w)));
+    }
+  }
+  const __mmask16 on = _mm512_cmp_ps_mask(best, _mm512_setzero_ps(), _CMP_NLE_UQ);
+  narrow_vector((Vector<float>)_mm512_maskz_mov_ps(on, best), reinterpret_cast<BFloat16*>(value));
+  winner = _mm512_mask_mov_epi32(_mm512_set1_epi32(kOff<uint8_t>), on, winner);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(code), _mm512_cvtepi32_epi8(winner));
+}
+
+// One pooled row of one block of tiles. rows: [pool_kernel] rows of V, null where the window has
+// none; values, codes: [OW][stride].
+template <int PH, int PW>
+FUSEDCNN_NOINLINE void pool_tile_row(const Geometry& g, const float* const* rows, int64_t top,
+                                     int64_t bottom, int64_t lanes, uint16_t* values,
+                                     uint8_t* codes, int64_t stride) {
+  const int64_t step = g.w.pool_dilation * lanes;
+  for (int64_t ow = 0; ow < g.w.out; ++ow, values += stride, codes += stride) {
+    const int64_t start = ow * g.w.pool_stride - g.w.pool_padding;
+    const bool whole =
+        bottom - top == g.h.pool_kernel && start >= 0 && start + g.w.window() <= g.w.conv;
+    if (whole) {
+      for (int64_t c = 0; c < lanes; c += kTileLanes) {
+        pool_tile_window<PH, PW>(rows, g.h.pool_kernel, g.w.pool_kernel, start * lanes + c, step, 0,
+                                 g.w.pool_kernel, values + c, codes + c);
+      }
+      continue;
+    }
+    int64_t left, right;
+    window_range(g.w, ow, 0, g.w.conv, left, right);
+    for (int64_t c = 0; c < lanes; c += kTileLanes) {
+      if (top >= bottom || left >= right) {  // an empty window
+        for (int64_t i = c; i < c + kTileLanes; ++i) values[i] = 0xff80, codes[i] = kOff<uint8_t>;
+        continue;
+      }
+      pool_tile_window<0, 0>(rows + top, bottom - top, right - left,
+                             (start + left * g.w.pool_dilation) * lanes + c, step,
+                             top * g.w.pool_kernel + left, g.w.pool_kernel, values + c, codes + c);
+    }
+  }
+}
+
+struct TileForward {
+  const ForwardArgs& args;
+  const TileConvolution& conv;
+  const float* bias;
+  int64_t ring_rows;
+  int64_t padded;  // output channels in whole tiles
+
+  void band(int64_t n, int64_t first_out, int64_t count) const {
+    const Geometry& g = args.geometry;
+    int64_t begin, end;
+    conv_range(g.h, first_out, count, begin, end);
+    end = larger(begin, end);  // windows may all be empty
+    const int64_t rows = end > begin ? (end - 1 - begin) * g.h.stride + g.h.extent() : 0;
+    uint16_t* image = static_cast<uint16_t*>(scratch(Slot::kPatch, conv.size(rows) * 2));
+    copy_image(conv, static_cast<const uint16_t*>(args.input) + n * args.input_strides.n,
+               args.input_strides, g.h, g.w, begin * g.h.stride, rows, image);
+    const bool masked = conv.mixed() && !all_finite(image, conv.size(rows));
+
+    const Strides& s = args.output_strides;
+    const int64_t at = n * s.n + first_out * s.h, pixels = count * g.w.out;
+    const bool in_place = s.c == 1 && padded == g.out_channels && args.code;
+    uint16_t* values = static_cast<uint16_t*>(args.output) + at;
+    uint8_t* codes = args.code ? static_cast<uint8_t*>(args.code) + at : nullptr;
+    const int64_t ring_bytes = ring_rows * conv.row_size(0) * int64_t{sizeof(float)};
+    float* ring = static_cast<float*>(
+        scratch(Slot::kGradient, ring_bytes + (in_place ? 0 : pixels * padded * 3)));
+    if (!in_place) {
+      values = reinterpret_cast<uint16_t*>(reinterpret_cast<char*>(ring) + ring_bytes);
+      codes = reinterpret_cast<uint8_t*>(values + pixels * padded);
+    }
+    [[maybe_unused]] const TileMachine machine;
+    Ahead ahead = Ahead::of(static_cast<const uint16_t*>(args.input), args.input_strides,
+                            g.in_channels, g.h.in, g.w.in, n, g.batch, conv.blocks() * count);
+    for (int64_t block = 0; block < conv.blocks(); ++block) {
+      int64_t done = begin;
+      const int64_t channel = block * 2 * kTileLanes;
+      for (int64_t r = 0; r < count; ++r) {
+        ahead.step();
+        done = pooled_row(image, masked, begin, first_out + r, block, done, ring,
+                          values + r * g.w.out * padded + channel,
+                          codes + r * g.w.out * padded + channel);
+      }
+    }
+    if (!in_place) {
+      write_strip(values, padded, pixels, g.out_channels, static_cast<uint16_t*>(args.output) + at,
+                  s);
+      if (args.code) {
+        write_strip(codes, padded, pixels, g.out_channels, static_cast<uint8_t*>(args.code) + at,
+                    s);
+      }
+    }
+  }
+
+  // Returns up to which row the convolution has been computed; `done`: so far.
+  int64_t pooled_row(const uint16_t* image, bool masked, int64_t first, int64_t oh, int64_t block,
+                     int64_t done, float* ring, uint16_t* values, uint8_t* codes) const {
+    const Geometry& g = args.geometry;
+    int64_t top, bottom;
+    window_range(g.h, oh, 0, g.h.conv, top, bottom);
+    const int64_t start = oh * g.h.pool_stride - g.h.pool_padding, lanes = conv.lanes(block);
+    const float* rows[kLargestByteWindow];
+    if (top < bottom) {
+      const int64_t end = start + (bottom - 1) * g.h.pool_dilation + 1;
+      done = larger(done, start);  // no later window begins further up
+      if (done < end) {
+        conv.rows(image, first, done, end, block, bias, masked, ring, ring_rows);
+        done = end;
+      }
+    }
+    for (int64_t p = top; p < bottom; ++p) {
+      const int64_t y = start + p * g.h.pool_dilation;
+      rows[p] = ring + y % ring_rows * conv.row_size(block);
+    }
+    if (g.h.pool_kernel == 2 && g.w.pool_kernel == 2) {
+      pool_tile_row<2, 2>(g, rows, top, bottom, lanes, values, codes, padded);
+    } else {
+      pool_tile_row<0, 0>(g, rows, top, bottom, lanes, values, codes, padded);
+    }
+    return done;
+  }
+};
+
+const char* why_not_tiles(const Problem& problem) {
+  const Geometry& g = problem.geometry;
+  if (problem.type != DataType::kBFloat16) return "only for bfloat16";
+  if (problem.wide_code) return "only for codes of one byte";
+  if (g.groups != 1) return "only for groups = 1";
+  return nullptr;
+}
+
+const char* why_not_forward_tiles(const Problem& problem) {
+  const Geometry& g = problem.geometry;
+  if (const char* const because = why_not_tiles(problem)) return because;
+  const TileConvolution conv(g.in_channels, g.out_channels, g.h, g.w, g.w.conv);
+  if (double(conv.cols) * conv.pixel * 2 > kTileRowBytes) return "rows too long to be copied";
+  return nullptr;
+}
+
+void forward_tiles(const ForwardArgs& args, const ThreadPool& pool) {
+  const Geometry& g = args.geometry;
+  TileConvolution conv(g.in_channels, g.out_channels, g.h, g.w, g.w.conv);
+  conv.prepare(pool, {args.weight, args.weight_strides});
+  const int64_t padded = round_up(g.out_channels, kTileLanes);
+  // Of two tiles for each 16 channels where outputs share rows of A.
+  float* bias = static_cast<float*>(scratch(Slot::kLists, conv.tiles * kTileLanes * 4));
+  memset(bias, 0, conv.tiles * kTileLanes * sizeof(float));
+  for (int64_t i = 0; args.bias && i < conv.tiles * kTileLanes; ++i) {
+    const int64_t oc = conv.packed > 1 ? i % kTileLanes : i;
+    if (oc >= g.out_channels) continue;
+    bias[i] = widen(static_cast<const BFloat16*>(args.bias)[oc * args.bias_stride]);
+  }
+  const TileForward forward{args, conv, bias, smaller(g.h.window(), g.h.conv), padded};
+
+  const double row = double(g.h.step()) * conv.cols * conv.pixel * 2;
+  const int64_t band = band_rows(g, static_cast<int64_t>(kTileBandBytes / row), 1);
+  const int64_t bands = (g.h.out + band - 1) / band;
+  parallel_tasks(pool, g.batch * bands, [&](int64_t task) {
+    const int64_t first = task % bands * band;
+    forward.band(task / bands, first, smaller(band, g.h.out - first));
+  });
+}
+
+}  // namespace
+}  // namespace fusedcnn::cpu::FUSEDCNN_ISA
