@@ -20,11 +20,6 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-// Bytes of a band's copy of the image: a small part of L2, beside the weights.
-constexpr int64_t kTileBandBytes = int64_t{256} << 10;
-// And of one of its rows, at most.
-constexpr int64_t kTileRowBytes = int64_t{1} << 20;
-
 // One window of 16 output channels: max, ReLU, code. rows: [PH] rows of V at the window's first
 // column, columns `step` floats apart. Elements are numbered from `first` on, `next_row` from row
 // to row. PH and PW: 0 where known at run time alone.
@@ -90,7 +85,6 @@ FUSEDCNN_NOINLINE void pool_tile_row(const Geometry& g, const float* const* rows
 struct TileForward {
   const ForwardArgs& args;
   const TileConvolution& conv;
-  const float* bias;
   int64_t ring_rows;
   int64_t padded;  // output channels in whole tiles
 
@@ -152,7 +146,7 @@ struct TileForward {
       const int64_t end = start + (bottom - 1) * g.h.pool_dilation + 1;
       done = larger(done, start);  // no later window begins further up
       if (done < end) {
-        conv.rows(image, first, done, end, block, bias, masked, ring, ring_rows);
+        conv.rows(image, first, done, end, block, masked, ring, ring_rows);
         done = end;
       }
     }
@@ -188,17 +182,9 @@ const char* why_not_forward_tiles(const Problem& problem) {
 void forward_tiles(const ForwardArgs& args, const ThreadPool& pool) {
   const Geometry& g = args.geometry;
   TileConvolution conv(g.in_channels, g.out_channels, g.h, g.w, g.w.conv);
-  conv.prepare(pool, {args.weight, args.weight_strides});
+  conv.prepare(pool, {args.weight, args.weight_strides}, args.bias, args.bias_stride);
   const int64_t padded = round_up(g.out_channels, kTileLanes);
-  // Of two tiles for each 16 channels where outputs share rows of A.
-  float* bias = static_cast<float*>(scratch(Slot::kLists, conv.tiles * kTileLanes * 4));
-  memset(bias, 0, conv.tiles * kTileLanes * sizeof(float));
-  for (int64_t i = 0; args.bias && i < conv.tiles * kTileLanes; ++i) {
-    const int64_t oc = conv.packed > 1 ? i % kTileLanes : i;
-    if (oc >= g.out_channels) continue;
-    bias[i] = widen(static_cast<const BFloat16*>(args.bias)[oc * args.bias_stride]);
-  }
-  const TileForward forward{args, conv, bias, smaller(g.h.window(), g.h.conv), padded};
+  const TileForward forward{args, conv, smaller(g.h.window(), g.h.conv), padded};
 
   const double row = double(g.h.step()) * conv.cols * conv.pixel * 2;
   const int64_t band = band_rows(g, static_cast<int64_t>(kTileBandBytes / row), 1);

@@ -46,6 +46,8 @@ struct TileConvolution {
   int64_t* offsets = nullptr;
   // [blocks of two tiles][chunks][1 or 2][kTileB]
   uint16_t* weights = nullptr;
+  // [tiles][16]
+  float* bias = nullptr;
 
   TileConvolution(int64_t in_channels, int64_t out_channels, const Axis& h, const Axis& w,
                   int64_t width)
@@ -93,12 +95,21 @@ struct TileConvolution {
     return weights + block * 2 * chunks * kTileB;
   }
 
-  // Fills offsets and weights, in this thread's scratch.
-  void prepare(const ThreadPool& pool, const TileWeights& from) {
-    const int64_t offset_bytes = round_up(chunks * int64_t{sizeof(int64_t)}, 64);
+  // Fills offsets, weights and bias, in this thread's scratch. from_bias: null for none.
+  void prepare(const ThreadPool& pool, const TileWeights& from, const void* from_bias = nullptr,
+               int64_t bias_stride = 0) {
     const int64_t bytes = tiles * chunks * kTileB * int64_t{sizeof(uint16_t)};
-    offsets = static_cast<int64_t*>(scratch(Slot::kTransformed, offset_bytes + bytes));
-    weights = reinterpret_cast<uint16_t*>(reinterpret_cast<char*>(offsets) + offset_bytes);
+    const int64_t bias_bytes = tiles * kTileLanes * int64_t{sizeof(float)};
+    char* memory = static_cast<char*>(
+        scratch(Slot::kTransformed, bytes + bias_bytes + chunks * int64_t{sizeof(int64_t)}));
+    weights = reinterpret_cast<uint16_t*>(memory);
+    bias = reinterpret_cast<float*>(memory + bytes);
+    offsets = reinterpret_cast<int64_t*>(memory + bytes + bias_bytes);
+    for (int64_t i = 0; i < tiles * kTileLanes; ++i) {
+      const int64_t oc = packed > 1 ? i % kTileLanes : i;
+      const bool given = from_bias && oc < out_channels;
+      bias[i] = given ? widen(static_cast<const BFloat16*>(from_bias)[oc * bias_stride]) : 0;
+    }
     int64_t chunk = 0;
     for (int64_t kh = 0; kh < kernel_h; ++kh) {
       for (int64_t b = 0, s = 0; b < begun; ++b, s = next(s)) {
@@ -176,9 +187,9 @@ struct TileConvolution {
 
   // Convolution rows [begin, end) of one block of tiles. image: the copy, from the padded row of
   // tap 0 of convolution row `first` on. Row y goes to ring + y % ring_rows * row_size(block), as
-  // [outputs][lanes]. bias: [tiles][16].
+  // [outputs][lanes].
   void rows(const uint16_t* image, int64_t first, int64_t begin, int64_t end, int64_t block,
-            const float* bias, bool masked, float* ring, int64_t ring_rows) const {
+            bool masked, float* ring, int64_t ring_rows) const {
     const int64_t n = wide(block), size = row_size(block);
     const TileProduct product{packed * stride_w * pixel,    offsets,    chunks,
                               block_weights(block),         n * kTileB, n * kTileLanes,

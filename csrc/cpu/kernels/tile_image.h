@@ -8,6 +8,11 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
+// Bytes of a band's copy of the image: a small part of L2, beside the weights.
+constexpr int64_t kTileBandBytes = int64_t{256} << 10;
+// And of one of its rows, at most.
+constexpr int64_t kTileRowBytes = int64_t{1} << 20;
+
 // `width` pixels of 2 to 4 planes side by side: two pixels are one 32-bit element of a vector, or
 // half of two. to: [width][4], or [2] where there are two planes.
 FUSEDCNN_INLINE void interleave_planes(const uint16_t* from, int64_t plane, int64_t planes,
