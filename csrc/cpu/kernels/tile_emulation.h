@@ -12,12 +12,12 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-inline float flushed(float value) {
+FUSEDCNN_INLINE float flushed(float value) {
   const uint32_t bits = bits_of(value);
   return bits & 0x7f800000 ? value : float_of(bits & 0x80000000);
 }
 
-inline float bfloat16_fma(uint16_t a, uint16_t b, float c) {
+FUSEDCNN_INLINE float bfloat16_fma(uint16_t a, uint16_t b, float c) {
   return flushed(
       __builtin_fmaf(flushed(widen(BFloat16{a})), flushed(widen(BFloat16{b})), flushed(c)));
 }
@@ -27,14 +27,14 @@ inline float bfloat16_fma(uint16_t a, uint16_t b, float c) {
 inline void emulated_tdpbf16ps(const uint16_t* a, int64_t a_pitch, const uint16_t* b, float* c,
                                int64_t c_pitch) {
   for (int m = 0; m < 16; ++m, a += a_pitch, c += c_pitch) {
-    for (int n = 0; n < 16; ++n) {
-      float even = 0, odd = 0;
-      for (int k = 0; k < 16; ++k) {
-        even = bfloat16_fma(a[2 * k], b[(k * 16 + n) * 2], even);
-        odd = bfloat16_fma(a[2 * k + 1], b[(k * 16 + n) * 2 + 1], odd);
+    float even[16] = {}, odd[16] = {};
+    for (int k = 0; k < 16; ++k) {
+      for (int n = 0; n < 16; ++n) {  // innermost, so that the compiler vectorises it
+        even[n] = bfloat16_fma(a[2 * k], b[(k * 16 + n) * 2], even[n]);
+        odd[n] = bfloat16_fma(a[2 * k + 1], b[(k * 16 + n) * 2 + 1], odd[n]);
       }
-      c[n] = flushed(flushed(c[n]) + flushed(even + odd));
     }
+    for (int n = 0; n < 16; ++n) c[n] = flushed(flushed(c[n]) + flushed(even[n] + odd[n]));
   }
 }
 
