@@ -7,9 +7,10 @@ namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
 void machine(const uint16_t* a, const uint16_t* b, float* c) {
-  [[maybe_unused]] const TileMachine held;
+  [[maybe_unused]] const TileMachine held(kTileDepth);
   const int64_t offset = 0;
   TileProduct product{};
+  product.depth = kTileDepth;
   product.a_pitch = kTileDepth;
   product.offsets = &offset;
   product.chunks = 1;
@@ -20,7 +21,7 @@ void machine(const uint16_t* a, const uint16_t* b, float* c) {
 
 void emulation(const uint16_t* a, const uint16_t* b, float* c) {
 #if defined(__AMX_BF16__)
-  emulated_tdpbf16ps(a, kTileDepth, b, c, kTileLanes);
+  emulated_tdpbf16ps(kTileDepth, a, kTileDepth, b, c, kTileLanes);
 #else
   for (int i = 0; i < kTileRows * kTileLanes; ++i) {
     for (int k = 0; k < kTileDepth; k += 2) {

@@ -34,7 +34,7 @@ inline void grad_input_band(const BackwardArgs& args, const TileConvolution& con
                   plane);
   const bool masked = conv.mixed() && !all_finite(plane, conv.size(rows));
 
-  [[maybe_unused]] const TileMachine machine;
+  [[maybe_unused]] const TileMachine machine(conv.depth);
   const int64_t few = conv.across == 1 ? 2 : 1;  // rows, so that there are two tiles
   float* ring = static_cast<float*>(
       scratch(Slot::kGradient, few * conv.row_size(0) * int64_t{sizeof(float)}));

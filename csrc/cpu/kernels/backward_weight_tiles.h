@@ -113,7 +113,7 @@ struct TileGradWeight {
     for (int64_t k = 0; k < chunks; ++k) offsets[k] = k * kTileDepth;
     memset(x, 0, plane_size * 2);
     memset(gradient, 0, pixels * count * 2);
-    [[maybe_unused]] const TileMachine machine;
+    [[maybe_unused]] const TileMachine machine(kTileDepth);
     for (int64_t n = begin; n < end; ++n) {
       const TileWinners winners(args, n, 0, g.h.conv);
       for (int64_t c = 0; c < count; c += kTileLanes) {
@@ -140,8 +140,8 @@ struct TileGradWeight {
             c[j] = sums + (tile + j) * kTileRows * lanes + first + lane;
           }
           const TileProduct product{
-              plane, offsets, chunks, pairs + lane * kTileDepth, count * kTileDepth,
-              lanes, nullptr};
+              kTileDepth,         plane, offsets, chunks, pairs + lane * kTileDepth,
+              count * kTileDepth, lanes, nullptr};
           multiply_tiles(m, smaller<int64_t>(2, (count - lane) / kTileLanes), product, a, c);
         }
       }

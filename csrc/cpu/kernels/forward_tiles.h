@@ -20,22 +20,32 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-// One window of 16 output channels: max, ReLU, code. rows: [PH] rows of V at the window's first
-// column, columns `step` floats apart. Elements are numbered from `first` on, `next_row` from row
-// to row. PH and PW: 0 where known at run time alone.
-template <int PH, int PW>
-FUSEDCNN_INLINE void pool_tile_window(const float* const* rows, int64_t ph_count, int64_t pw_count,
+// ReLU, value and code of 16 output channels' windows.
+FUSEDCNN_INLINE void finish_tile_window(__m512 best, __m512i winner, uint16_t* value,
+                                        uint8_t* code) {
+  const __mmask16 on = _mm512_cmp_ps_mask(best, _mm512_setzero_ps(), _CMP_NLE_UQ);
+  best = _mm512_maskz_mov_ps(on, best);
+#if defined(__AVX512BF16__)
+  // Tiles yield no denormal numbers, which this would lose.
+  const __m256i narrow = (__m256i)_mm512_cvtneps_pbh(best);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(value), narrow);
+#else
+  narrow_vector((Vector<float>)best, reinterpret_cast<BFloat16*>(value));
+#endif
+  winner = _mm512_mask_mov_epi32(_mm512_set1_epi32(kOff<uint8_t>), on, winner);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(code), _mm512_cvtepi32_epi8(winner));
+}
+
+// One window of 16 output channels: max, ReLU, code. rows: of V, at the window's first row; `at`
+// its first column, columns `step` floats apart. Elements are numbered from `first` on, `next_row`
+// from row to row. The first maximum wins; NaN beats everything, a later NaN too, as in torch.
+FUSEDCNN_INLINE void pool_tile_window(const float* const* rows, int64_t height, int64_t width,
                                       int64_t at, int64_t step, int64_t first, int64_t next_row,
                                       uint16_t* value, uint8_t* code) {
-  const int64_t height = PH ? PH : ph_count, width = PW ? PW : pw_count;
   __m512 best = _mm512_loadu_ps(rows[0] + at);
   __m512i winner = _mm512_set1_epi32(static_cast<int>(first));
-  FUSEDCNN_UNROLL
   for (int64_t h = 0; h < height; ++h) {
-    FUSEDCNN_UNROLL
     for (int64_t w = 0; w < width; ++w) {
-      if (h + w == 0) continue;
-      // The first maximum wins; NaN beats everything, a later NaN too, as in torch.
       const __m512 v = _mm512_loadu_ps(rows[h] + at + w * step);
       const __mmask16 wins =
           _mm512_cmp_ps_mask(v, best, _CMP_GT_OQ) | _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
@@ -44,15 +54,31 @@ FUSEDCNN_INLINE void pool_tile_window(const float* const* rows, int64_t ph_count
                                      _mm512_set1_epi32(static_cast<int>(first + h * next_row + w)));
     }
   }
-  const __mmask16 on = _mm512_cmp_ps_mask(best, _mm512_setzero_ps(), _CMP_NLE_UQ);
-  narrow_vector((Vector<float>)_mm512_maskz_mov_ps(on, best), reinterpret_cast<BFloat16*>(value));
-  winner = _mm512_mask_mov_epi32(_mm512_set1_epi32(kOff<uint8_t>), on, winner);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(code), _mm512_cvtepi32_epi8(winner));
+  finish_tile_window(best, winner, value, code);
+}
+
+// The same for a whole window of 2x2: the maximum first, then who has it.
+FUSEDCNN_INLINE void pool_tile_window_2x2(const float* const* rows, int64_t at, int64_t step,
+                                          uint16_t* value, uint8_t* code) {
+  const __m512 a = _mm512_loadu_ps(rows[0] + at), b = _mm512_loadu_ps(rows[0] + at + step);
+  const __m512 c = _mm512_loadu_ps(rows[1] + at), d = _mm512_loadu_ps(rows[1] + at + step);
+  const __mmask16 nan =
+      _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) | _mm512_cmp_ps_mask(c, d, _CMP_UNORD_Q);
+  if (__builtin_expect(nan, 0)) {
+    return pool_tile_window(rows, 2, 2, at, step, 0, 2, value, code);
+  }
+  const __m512 best = _mm512_max_ps(_mm512_max_ps(a, b), _mm512_max_ps(c, d));
+  const auto pick = [&](__m512 one, __m512i otherwise, int element) {
+    return _mm512_mask_mov_epi32(otherwise, _mm512_cmp_ps_mask(one, best, _CMP_EQ_OQ),
+                                 _mm512_set1_epi32(element));
+  };
+  const __m512i winner = pick(a, pick(b, pick(c, _mm512_set1_epi32(3), 2), 1), 0);
+  finish_tile_window(best, winner, value, code);
 }
 
 // One pooled row of one block of tiles. rows: [pool_kernel] rows of V, null where the window has
 // none; values, codes: [OW][stride].
-template <int PH, int PW>
+template <bool Pool2x2>
 FUSEDCNN_NOINLINE void pool_tile_row(const Geometry& g, const float* const* rows, int64_t top,
                                      int64_t bottom, int64_t lanes, uint16_t* values,
                                      uint8_t* codes, int64_t stride) {
@@ -63,8 +89,13 @@ FUSEDCNN_NOINLINE void pool_tile_row(const Geometry& g, const float* const* rows
         bottom - top == g.h.pool_kernel && start >= 0 && start + g.w.window() <= g.w.conv;
     if (whole) {
       for (int64_t c = 0; c < lanes; c += kTileLanes) {
-        pool_tile_window<PH, PW>(rows, g.h.pool_kernel, g.w.pool_kernel, start * lanes + c, step, 0,
-                                 g.w.pool_kernel, values + c, codes + c);
+        const int64_t at = start * lanes + c;
+        if constexpr (Pool2x2) {
+          pool_tile_window_2x2(rows, at, step, values + c, codes + c);
+        } else {
+          pool_tile_window(rows, g.h.pool_kernel, g.w.pool_kernel, at, step, 0, g.w.pool_kernel,
+                           values + c, codes + c);
+        }
       }
       continue;
     }
@@ -75,9 +106,9 @@ FUSEDCNN_NOINLINE void pool_tile_row(const Geometry& g, const float* const* rows
         for (int64_t i = c; i < c + kTileLanes; ++i) values[i] = 0xff80, codes[i] = kOff<uint8_t>;
         continue;
       }
-      pool_tile_window<0, 0>(rows + top, bottom - top, right - left,
-                             (start + left * g.w.pool_dilation) * lanes + c, step,
-                             top * g.w.pool_kernel + left, g.w.pool_kernel, values + c, codes + c);
+      pool_tile_window(rows + top, bottom - top, right - left,
+                       (start + left * g.w.pool_dilation) * lanes + c, step,
+                       top * g.w.pool_kernel + left, g.w.pool_kernel, values + c, codes + c);
     }
   }
 }
@@ -111,7 +142,7 @@ struct TileForward {
       values = reinterpret_cast<uint16_t*>(reinterpret_cast<char*>(ring) + ring_bytes);
       codes = reinterpret_cast<uint8_t*>(values + pixels * padded);
     }
-    [[maybe_unused]] const TileMachine machine;
+    [[maybe_unused]] const TileMachine machine(conv.depth);
     Ahead ahead = Ahead::of(static_cast<const uint16_t*>(args.input), args.input_strides,
                             g.in_channels, g.h.in, g.w.in, n, g.batch, conv.blocks() * count);
     for (int64_t block = 0; block < conv.blocks(); ++block) {
@@ -155,9 +186,9 @@ struct TileForward {
       rows[p] = ring + y % ring_rows * conv.row_size(block);
     }
     if (g.h.pool_kernel == 2 && g.w.pool_kernel == 2) {
-      pool_tile_row<2, 2>(g, rows, top, bottom, lanes, values, codes, padded);
+      pool_tile_row<true>(g, rows, top, bottom, lanes, values, codes, padded);
     } else {
-      pool_tile_row<0, 0>(g, rows, top, bottom, lanes, values, codes, padded);
+      pool_tile_row<false>(g, rows, top, bottom, lanes, values, codes, padded);
     }
     return done;
   }

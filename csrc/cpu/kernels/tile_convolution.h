@@ -39,9 +39,10 @@ struct TileConvolution {
   int64_t packed;  // neighbouring outputs that one row of A serves: 1 or 2
   int64_t cols;    // pixels of a row of the image's copy
   int64_t tiles;   // of weights for each chunk
-  int64_t chunks;  // of 32 products
+  int64_t chunks;  // of products
   int64_t across;  // tiles of C to a row of outputs
   int64_t begun;   // pixels at which a chunk begins, of each row of taps
+  int depth;       // elements of a chunk that some weight may meet, if fewer than 32
   // [chunks]: where a chunk's elements begin in the image's copy.
   int64_t* offsets = nullptr;
   // [blocks of two tiles][chunks][1 or 2][kTileB]
@@ -72,6 +73,8 @@ struct TileConvolution {
     begun = 0;
     for (int64_t s = 0; s < w.extent(); s = next(s)) ++begun;
     chunks = kernel_h * begun * deep();
+    const int64_t needed = begun > 1 ? kTileDepth : (w.extent() + packed - 1) * pixel;
+    depth = static_cast<int>(smaller<int64_t>(kTileDepth, round_up(needed, 2)));
   }
 
   // Chunks side by side within a pixel, and pixels within a chunk.
@@ -191,9 +194,9 @@ struct TileConvolution {
   void rows(const uint16_t* image, int64_t first, int64_t begin, int64_t end, int64_t block,
             bool masked, float* ring, int64_t ring_rows) const {
     const int64_t n = wide(block), size = row_size(block);
-    const TileProduct product{packed * stride_w * pixel,    offsets,    chunks,
-                              block_weights(block),         n * kTileB, n * kTileLanes,
-                              bias + block * 2 * kTileLanes};
+    const TileProduct product{depth,          packed * stride_w * pixel,    offsets,
+                              chunks,         block_weights(block),         n * kTileB,
+                              n * kTileLanes, bias + block * 2 * kTileLanes};
     const int64_t total = (end - begin) * across;
     int64_t y = begin, x = 0;
     for (int64_t i = 0; i < total; i += 2) {

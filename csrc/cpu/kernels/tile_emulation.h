@@ -22,13 +22,13 @@ FUSEDCNN_INLINE float bfloat16_fma(uint16_t a, uint16_t b, float c) {
       __builtin_fmaf(flushed(widen(BFloat16{a})), flushed(widen(BFloat16{b})), flushed(c)));
 }
 
-// TDPBF16PS. a: [16] rows of 32, `a_pitch` apart; b: [16][16][2]; c: [16] rows of 16 floats. The
-// even and the odd products of an element are summed apart.
-inline void emulated_tdpbf16ps(const uint16_t* a, int64_t a_pitch, const uint16_t* b, float* c,
-                               int64_t c_pitch) {
+// TDPBF16PS. a: [16] rows of `depth`, `a_pitch` apart; b: [depth / 2][16][2]; c: [16] rows of 16
+// floats. The even and the odd products of an element are summed apart.
+inline void emulated_tdpbf16ps(int depth, const uint16_t* a, int64_t a_pitch, const uint16_t* b,
+                               float* c, int64_t c_pitch) {
   for (int m = 0; m < 16; ++m, a += a_pitch, c += c_pitch) {
     float even[16] = {}, odd[16] = {};
-    for (int k = 0; k < 16; ++k) {
+    for (int k = 0; k < depth / 2; ++k) {
       for (int n = 0; n < 16; ++n) {  // innermost, so that the compiler vectorises it
         even[n] = bfloat16_fma(a[2 * k], b[(k * 16 + n) * 2], even[n]);
         odd[n] = bfloat16_fma(a[2 * k + 1], b[(k * 16 + n) * 2 + 1], odd[n]);

@@ -40,6 +40,19 @@ FUSEDCNN_INLINE void interleave_planes(const uint16_t* from, int64_t plane, int6
   }
 }
 
+// `width` pixels of 3 channels to pixels of 4, the last one zero.
+FUSEDCNN_INLINE void widen_pixels_of_3(const uint16_t* from, int64_t width, uint16_t* to) {
+  const __m512i place = _mm512_set_epi16(0, 23, 22, 21, 0, 20, 19, 18, 0, 17, 16, 15, 0, 14, 13, 12,
+                                         0, 11, 10, 9, 0, 8, 7, 6, 0, 5, 4, 3, 0, 2, 1, 0);
+  for (int64_t x = 0; x < width; x += 8, from += 24, to += 32) {
+    const int64_t count = smaller<int64_t>(8, width - x);
+    const __mmask32 some = (__mmask32{1} << 3 * count) - 1;
+    const __mmask8 pixels = static_cast<__mmask8>((1u << count) - 1);
+    const __m512i read = _mm512_maskz_loadu_epi16(some, from);
+    _mm512_mask_storeu_epi64(to, pixels, _mm512_maskz_permutexvar_epi16(0x77777777, place, read));
+  }
+}
+
 // Rows [begin, begin + rows) of the padded image; row 0 is `padding` rows above the first real one.
 // image: of one image, [C, h, w] by `strides`.
 inline void copy_image(const TileConvolution& conv, const uint16_t* image, Strides strides,
@@ -62,6 +75,8 @@ inline void copy_image(const TileConvolution& conv, const uint16_t* image, Strid
     const uint16_t* from = image + source * strides.h;
     if (strides.w == 1 && channels > 1 && channels <= 4) {
       interleave_planes(from, strides.c, channels, width, pixels);
+    } else if (strides.c == 1 && strides.w == 3 && channels == 3) {
+      widen_pixels_of_3(from, width, pixels);
     } else {
       read_pixels(from, strides, pixels, conv.pixel, width, channels);
     }

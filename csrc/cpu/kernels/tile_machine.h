@@ -21,13 +21,14 @@ constexpr int kTileLanes = 16;  // columns of B and C
 constexpr int kTileA = kTileRows * kTileDepth;
 constexpr int kTileB = kTileDepth * kTileLanes;
 
-// A sum of products over `chunks` of 32. Row i of an A tile begins at
+// A sum of products over `chunks` of `depth`, 32 or less. Row i of an A tile begins at
 //   a + offsets[chunk] + i * a_pitch
-// where 32 elements must be readable, and the B tiles of a chunk lie side by side, `b_step`
+// where as many elements must be readable, and the B tiles of a chunk lie side by side, `b_step`
 // elements after those of the chunk before. C's rows are c_pitch floats apart, its tiles side by
 // side. Sums begin with the row `start` of [tiles][16], the same for all rows of C, or with C where
 // it is null.
 struct TileProduct {
+  int depth;  // even; what the TileMachine was made for
   int64_t a_pitch;
   const int64_t* offsets;
   int64_t chunks;
@@ -40,6 +41,8 @@ struct TileProduct {
 #if defined(FUSEDCNN_EMULATED_TILES)
 
 struct TileMachine {
+  explicit TileMachine(int) {}
+
   template <int M, int N>
   static void multiply(const TileProduct& p, const uint16_t* const* a, float* const* c) {
     for (int t = 0; t < M * N; ++t) {
@@ -48,8 +51,8 @@ struct TileMachine {
         memcpy(to + i * p.c_pitch, p.start + t % N * kTileLanes, kTileLanes * sizeof(float));
       }
       for (int64_t k = 0; k < p.chunks; ++k) {
-        emulated_tdpbf16ps(a[t / N] + p.offsets[k], p.a_pitch, p.b + k * p.b_step + t % N * kTileB,
-                           to, p.c_pitch);
+        emulated_tdpbf16ps(p.depth, a[t / N] + p.offsets[k], p.a_pitch,
+                           p.b + k * p.b_step + t % N * kTileB, to, p.c_pitch);
       }
     }
   }
@@ -57,17 +60,20 @@ struct TileMachine {
 
 #elif defined(__AMX_BF16__)
 
-// One task's hold on the thread's tile registers. All eight tiles are 16 rows of 64 bytes. They are
-// given back at the end, as other users of them (oneDNN) do: the next one configures its own, and
-// the kernel saves no tiles when it switches threads.
+// One task's hold on the thread's tile registers. They are given back at the end, as other users of
+// them (oneDNN) do: the next one configures its own, and the kernel saves no tiles when it switches
+// threads.
 class TileMachine {
  public:
-  TileMachine() {
+  // Shallow tiles of A cross fewer cache lines, and those of B have fewer rows.
+  explicit TileMachine(int depth) {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
+    config.bytes[4] = config.bytes[5] = static_cast<uint16_t>(depth * 2);
+    config.rows[6] = config.rows[7] = static_cast<uint8_t>(depth / 2);
     asm volatile("" : : "m"(config));
     _tile_loadconfig(&config);
   }
@@ -119,6 +125,8 @@ class TileMachine {
 #else
 
 struct TileMachine {
+  explicit TileMachine(int) {}
+
   // One tile of C in 16 registers: a load of B and 16 broadcasts of a pair of A for 16 products.
   template <int M, int N>
   static FUSEDCNN_NOINLINE void multiply(const TileProduct& p, const uint16_t* const* a,
@@ -133,7 +141,7 @@ struct TileMachine {
       const uint16_t* b = p.b + t % N * kTileB;
       for (int64_t k = 0; k < p.chunks; ++k, b += p.b_step) {
         const uint16_t* pair = a[t / N] + p.offsets[k];
-        for (int d = 0; d < kTileDepth; d += 2, pair += 2) {
+        for (int d = 0; d < p.depth; d += 2, pair += 2) {
           const __m512bh weights = (__m512bh)_mm512_loadu_si512(b + d * kTileLanes);
           FUSEDCNN_UNROLL
           for (int i = 0; i < kTileRows; ++i) {
