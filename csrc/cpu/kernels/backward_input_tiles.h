@@ -37,21 +37,24 @@ inline void grad_input_band(const BackwardArgs& args, const TileConvolution& con
   [[maybe_unused]] const TileMachine machine(conv.depth);
   const int64_t few = conv.across == 1 ? 2 : 1;  // rows, so that there are two tiles
   float* ring = static_cast<float*>(
-      scratch(Slot::kGradient, few * conv.row_size(0) * int64_t{sizeof(float)}));
+      scratch(Slot::kGradient, 2 * few * conv.row_size(0) * int64_t{sizeof(float)}));
   const Strides& s = args.grad_input_strides;
   BFloat16* image = static_cast<BFloat16*>(args.grad_input) + n * s.n;
   auto ahead = BackwardAhead::of<BFloat16, uint8_t>(args, n, false, conv.blocks() * count);
   for (int64_t block = 0; block < conv.blocks(); ++block) {
     const int64_t channel = block * 2 * kTileLanes, lanes = conv.lanes(block);
     const int64_t channels = smaller(lanes, g.in_channels - channel);
-    for (int64_t y = first; y < first + count; y += few) {
+    const auto convolve = [&](int64_t y) {
       const int64_t until = smaller(y + few, first + count);
-      conv.rows(plane, first, y, until, block, masked, ring, few);
-      for (int64_t row = y; row < until; ++row) {
-        ahead.step();
-        write_pixels(ring + row % few * conv.row_size(block), lanes,
-                     image + channel * s.c + row * s.h, s, g.w.in, channels);
-      }
+      if (y < until) conv.rows(plane, first, y, until, block, masked, ring, 2 * few);
+    };
+    convolve(first);
+    for (int64_t y = first; y < first + count; ++y) {
+      ahead.step();
+      // The next rows' tiles are under way while these are written.
+      if ((y - first) % few == 0) convolve(y + few);
+      write_pixels(ring + y % (2 * few) * conv.row_size(block), lanes,
+                   image + channel * s.c + y * s.h, s, g.w.in, channels);
     }
   }
 }

@@ -3,9 +3,9 @@
 //
 // A task owns a band of pooled rows of one image. It copies what they see of the image
 // (tile_convolution.h), and for each block of up to 32 output channels computes convolution rows
-// into a ring as high as a window,
-//   V  [window rows][conv cols][lanes]  float32, bias included
-// and pools every pooled row as soon as its window's rows are there:
+// into a ring as high as two rows of windows,
+//   V  [few rows][conv cols][lanes]     float32, bias included
+// and pools them:
 //   P  [pooled pixels][out channels]    pooled values and codes, or the output itself
 #pragma once
 
@@ -58,14 +58,15 @@ FUSEDCNN_INLINE void pool_tile_window(const float* const* rows, int64_t height, 
 }
 
 // The same for a whole window of 2x2: the maximum first, then who has it.
-FUSEDCNN_INLINE void pool_tile_window_2x2(const float* const* rows, int64_t at, int64_t step,
+FUSEDCNN_INLINE void pool_tile_window_2x2(const float* top, const float* bottom, int64_t step,
                                           uint16_t* value, uint8_t* code) {
-  const __m512 a = _mm512_loadu_ps(rows[0] + at), b = _mm512_loadu_ps(rows[0] + at + step);
-  const __m512 c = _mm512_loadu_ps(rows[1] + at), d = _mm512_loadu_ps(rows[1] + at + step);
+  const __m512 a = _mm512_loadu_ps(top), b = _mm512_loadu_ps(top + step);
+  const __m512 c = _mm512_loadu_ps(bottom), d = _mm512_loadu_ps(bottom + step);
   const __mmask16 nan =
       _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) | _mm512_cmp_ps_mask(c, d, _CMP_UNORD_Q);
   if (__builtin_expect(nan, 0)) {
-    return pool_tile_window(rows, 2, 2, at, step, 0, 2, value, code);
+    const float* const rows[] = {top, bottom};
+    return pool_tile_window(rows, 2, 2, 0, step, 0, 2, value, code);
   }
   const __m512 best = _mm512_max_ps(_mm512_max_ps(a, b), _mm512_max_ps(c, d));
   const auto pick = [&](__m512 one, __m512i otherwise, int element) {
@@ -82,33 +83,36 @@ template <bool Pool2x2>
 FUSEDCNN_NOINLINE void pool_tile_row(const Geometry& g, const float* const* rows, int64_t top,
                                      int64_t bottom, int64_t lanes, uint16_t* values,
                                      uint8_t* codes, int64_t stride) {
-  const int64_t step = g.w.pool_dilation * lanes;
-  for (int64_t ow = 0; ow < g.w.out; ++ow, values += stride, codes += stride) {
-    const int64_t start = ow * g.w.pool_stride - g.w.pool_padding;
-    const bool whole =
-        bottom - top == g.h.pool_kernel && start >= 0 && start + g.w.window() <= g.w.conv;
-    if (whole) {
+  // Copies, since a store of codes could change anything else in memory.
+  const Axis w = g.w;
+  const int64_t pool_h = g.h.pool_kernel, step = w.pool_dilation * lanes;
+  const bool all_rows = bottom - top == pool_h;
+  const float* const first = all_rows ? rows[0] : nullptr;
+  const float* const last = all_rows ? rows[pool_h - 1] : nullptr;
+  for (int64_t ow = 0; ow < w.out; ++ow, values += stride, codes += stride) {
+    const int64_t start = ow * w.pool_stride - w.pool_padding;
+    if (all_rows && start >= 0 && start + w.window() <= w.conv) {
       for (int64_t c = 0; c < lanes; c += kTileLanes) {
         const int64_t at = start * lanes + c;
         if constexpr (Pool2x2) {
-          pool_tile_window_2x2(rows, at, step, values + c, codes + c);
+          pool_tile_window_2x2(first + at, last + at, step, values + c, codes + c);
         } else {
-          pool_tile_window(rows, g.h.pool_kernel, g.w.pool_kernel, at, step, 0, g.w.pool_kernel,
-                           values + c, codes + c);
+          pool_tile_window(rows, pool_h, w.pool_kernel, at, step, 0, w.pool_kernel, values + c,
+                           codes + c);
         }
       }
       continue;
     }
     int64_t left, right;
-    window_range(g.w, ow, 0, g.w.conv, left, right);
+    window_range(w, ow, 0, w.conv, left, right);
     for (int64_t c = 0; c < lanes; c += kTileLanes) {
       if (top >= bottom || left >= right) {  // an empty window
         for (int64_t i = c; i < c + kTileLanes; ++i) values[i] = 0xff80, codes[i] = kOff<uint8_t>;
         continue;
       }
       pool_tile_window(rows + top, bottom - top, right - left,
-                       (start + left * g.w.pool_dilation) * lanes + c, step,
-                       top * g.w.pool_kernel + left, g.w.pool_kernel, values + c, codes + c);
+                       (start + left * w.pool_dilation) * lanes + c, step,
+                       top * w.pool_kernel + left, w.pool_kernel, values + c, codes + c);
     }
   }
 }
@@ -147,12 +151,26 @@ struct TileForward {
                             g.in_channels, g.h.in, g.w.in, n, g.batch, conv.blocks() * count);
     for (int64_t block = 0; block < conv.blocks(); ++block) {
       int64_t done = begin;
+      const auto convolve = [&](int64_t oh) {
+        int64_t top, bottom;
+        window_range(g.h, oh, 0, g.h.conv, top, bottom);
+        if (top >= bottom) return;
+        const int64_t start = oh * g.h.pool_stride - g.h.pool_padding;
+        const int64_t until = start + (bottom - 1) * g.h.pool_dilation + 1;
+        done = larger(done, start);  // no later window begins further up
+        if (done >= until) return;
+        conv.rows(image, begin, done, until, block, masked, ring, ring_rows);
+        done = until;
+      };
       const int64_t channel = block * 2 * kTileLanes;
+      convolve(first_out);
       for (int64_t r = 0; r < count; ++r) {
         ahead.step();
-        done = pooled_row(image, masked, begin, first_out + r, block, done, ring,
-                          values + r * g.w.out * padded + channel,
-                          codes + r * g.w.out * padded + channel);
+        // Tiles are long to wait for, and their unit works beside the vectors': the next row's are
+        // under way while this one is pooled.
+        if (r + 1 < count) convolve(first_out + r + 1);
+        pool_row(first_out + r, block, ring, values + r * g.w.out * padded + channel,
+                 codes + r * g.w.out * padded + channel);
       }
     }
     if (!in_place) {
@@ -165,22 +183,13 @@ struct TileForward {
     }
   }
 
-  // Returns up to which row the convolution has been computed; `done`: so far.
-  int64_t pooled_row(const uint16_t* image, bool masked, int64_t first, int64_t oh, int64_t block,
-                     int64_t done, float* ring, uint16_t* values, uint8_t* codes) const {
+  void pool_row(int64_t oh, int64_t block, const float* ring, uint16_t* values,
+                uint8_t* codes) const {
     const Geometry& g = args.geometry;
     int64_t top, bottom;
     window_range(g.h, oh, 0, g.h.conv, top, bottom);
     const int64_t start = oh * g.h.pool_stride - g.h.pool_padding, lanes = conv.lanes(block);
     const float* rows[kLargestByteWindow];
-    if (top < bottom) {
-      const int64_t end = start + (bottom - 1) * g.h.pool_dilation + 1;
-      done = larger(done, start);  // no later window begins further up
-      if (done < end) {
-        conv.rows(image, first, done, end, block, masked, ring, ring_rows);
-        done = end;
-      }
-    }
     for (int64_t p = top; p < bottom; ++p) {
       const int64_t y = start + p * g.h.pool_dilation;
       rows[p] = ring + y % ring_rows * conv.row_size(block);
@@ -190,7 +199,6 @@ struct TileForward {
     } else {
       pool_tile_row<false>(g, rows, top, bottom, lanes, values, codes, padded);
     }
-    return done;
   }
 };
 
@@ -215,7 +223,7 @@ void forward_tiles(const ForwardArgs& args, const ThreadPool& pool) {
   TileConvolution conv(g.in_channels, g.out_channels, g.h, g.w, g.w.conv);
   conv.prepare(pool, {args.weight, args.weight_strides}, args.bias, args.bias_stride);
   const int64_t padded = round_up(g.out_channels, kTileLanes);
-  const TileForward forward{args, conv, smaller(g.h.window(), g.h.conv), padded};
+  const TileForward forward{args, conv, smaller(g.h.window() + g.h.pool_stride, g.h.conv), padded};
 
   const double row = double(g.h.step()) * conv.cols * conv.pixel * 2;
   const int64_t band = band_rows(g, static_cast<int64_t>(kTileBandBytes / row), 1);

@@ -88,11 +88,12 @@ inline void copy_image(const TileConvolution& conv, const uint16_t* image, Strid
 inline bool all_finite(const uint16_t* numbers, int64_t count) {
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
   __mmask32 found = 0;
-  for (int64_t i = 0; i < count; i += 32) {
-    const __mmask32 some = i + 32 <= count ? ~__mmask32{0} : (__mmask32{1} << (count - i)) - 1;
-    const __m512i bits = _mm512_maskz_loadu_epi16(some, numbers + i);
+  const auto look = [&](__m512i bits) {
     found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(bits, exponent), exponent);
-  }
+  };
+  const int64_t whole = count / 32 * 32;
+  for (int64_t i = 0; i < whole; i += 32) look(_mm512_loadu_si512(numbers + i));
+  look(_mm512_maskz_loadu_epi16((__mmask32{1} << (count - whole)) - 1, numbers + whole));
   return !found;
 }
 
