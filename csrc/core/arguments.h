@@ -11,7 +11,8 @@ namespace fusedcnn {
 // Pointers are to elements of `type`, except the code's. Tensors have the sizes of the geometry:
 // input [N, C, H, W], weight [OC, C/groups, KH, KW], bias [OC], output, grad_output and code
 // [N, OC, OH, OW]. `wide_code`: the code's elements are int32 instead of uint8. `plane`: for
-// library kernels, the stock convolution's output or its gradient, [N, conv h, conv w, OC], dense.
+// library kernels, the stock convolution's output or its gradient, [N, OC, conv h, conv w]; on the
+// CPU in dense channels_last memory, on CUDA of any strides.
 struct ForwardArgs {
   Geometry geometry;
   DataType type;
@@ -27,6 +28,7 @@ struct ForwardArgs {
   // The code's too. Contiguous or channels_last, without gaps: what the operator allocates.
   Strides output_strides;
   const void* plane;
+  Strides plane_strides;
 };
 
 // Any of the three gradients may be null: not wanted. Each is overwritten, not added to.
@@ -48,6 +50,7 @@ struct BackwardArgs {
   Strides grad_weight_strides;
   void* grad_bias;  // contiguous
   void* plane;
+  Strides plane_strides;
 };
 
 // What selection may look at: enough to decide, nothing that changes from call to call.

@@ -27,9 +27,12 @@ void allow_tf32(bool allowed) { tf32_switch.store(allowed, std::memory_order_rel
 bool tf32_allowed() { return tf32_switch.load(std::memory_order_relaxed); }
 
 const Kernel* select(Pass pass, const Problem& problem, const Target& target, std::string* reason) {
-  const auto why_not = [&](const Kernel& kernel) { return kernel.why_not(problem, target); };
-  return first_covering(kernels(), pass, forced_name.load(std::memory_order_acquire), why_not,
-                        reason);
+  const char* const forced = forced_name.load(std::memory_order_acquire);
+  const auto why_not = [&](const Kernel& kernel) {
+    const char* const because = kernel.why_not(problem, target);
+    return because || forced || !kernel.why_slower ? because : kernel.why_slower(problem, target);
+  };
+  return first_covering(kernels(), pass, forced, why_not, reason);
 }
 
 }  // namespace fusedcnn::cuda
