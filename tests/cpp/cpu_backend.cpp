@@ -144,7 +144,7 @@ Backend cpu_backend(const fusedcnn::cpu::Isa& isa) {
       tested.forward = [&kernel, plane_of](fusedcnn::ForwardArgs args, int way) {
         if (!kernel.library) return call(kernel.forward, args, way);
         Tensor plane = plane_of(args.geometry, args.type);
-        args.plane_strides = plane.strides();
+        args.plane_channels_last = true;
         stock_convolution(args, plane.data());
         args.input = args.weight = args.bias = nullptr;
         args.plane = plane.data();
@@ -155,7 +155,7 @@ Backend cpu_backend(const fusedcnn::cpu::Isa& isa) {
         if (!kernel.library) return call(kernel.backward, args, way);
         Tensor plane = plane_of(args.geometry, args.type);
         args.plane = plane.data();
-        args.plane_strides = plane.strides();
+        args.plane_channels_last = true;
         fusedcnn::BackwardArgs scatter = args;
         scatter.input = scatter.weight = nullptr;
         call(kernel.backward, scatter, way);

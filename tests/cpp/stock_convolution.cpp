@@ -45,6 +45,10 @@ Sizes weight_sizes(const Geometry& g) {
   return {g.out_channels, g.in_channels_per_group(), g.h.kernel, g.w.kernel};
 }
 Sizes plane_sizes(const Geometry& g) { return {g.batch, g.out_channels, g.h.conv, g.w.conv}; }
+Strides plane_strides(const Geometry& g, bool channels_last) {
+  const int64_t c = g.out_channels, w = g.w.conv, pixels = g.h.conv * w;
+  return channels_last ? Strides{pixels * c, 1, w * c, c} : Strides{pixels * c, pixels, w, 1};
+}
 
 }  // namespace
 
@@ -61,7 +65,7 @@ void stock_convolution(const fusedcnn::ForwardArgs& args, void* plane) {
     sums.push_back(convolution(g, operands, channel / g.out_channels, channel % g.out_channels,
                                pixel / g.w.conv, pixel % g.w.conv));
   });
-  store(args.type, plane, plane_sizes(g), args.plane_strides, sums);
+  store(args.type, plane, plane_sizes(g), plane_strides(g, args.plane_channels_last), sums);
 }
 
 void stock_convolution_backward(const fusedcnn::BackwardArgs& args) {
@@ -70,7 +74,8 @@ void stock_convolution_backward(const fusedcnn::BackwardArgs& args) {
   operands.input = values(args.type, args.input, input_sizes(g), args.input_strides);
   operands.weight = values(args.type, args.weight, weight_sizes(g), args.weight_strides);
   const Gradients gradients = convolution_backward(
-      g, operands, values(args.type, args.plane, plane_sizes(g), args.plane_strides));
+      g, operands,
+      values(args.type, args.plane, plane_sizes(g), plane_strides(g, args.plane_channels_last)));
   store(args.type, args.grad_input, input_sizes(g), args.grad_input_strides, gradients.input);
   store(args.type, args.grad_weight, weight_sizes(g), args.grad_weight_strides, gradients.weight);
   store(args.type, args.grad_bias, {1, g.out_channels, 1, 1}, {0, 1, 0, 0}, gradients.bias);

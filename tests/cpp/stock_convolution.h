@@ -5,7 +5,7 @@
 
 namespace selftest {
 
-// Fills a plane of the call's type, [N, OC, conv h, conv w] with args.plane_strides.
+// Fills a plane of the call's type, in the order of args.plane_channels_last.
 void stock_convolution(const fusedcnn::ForwardArgs& args, void* plane);
 
 // Fills those gradients of `args` that are not null from args.plane.

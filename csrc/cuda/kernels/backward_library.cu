@@ -21,6 +21,7 @@ namespace {
 
 struct PlaneSizes {
   PoolAxis h, w;
+  PlaneSteps plane;
   Tiles tiles;  // of the convolution's outputs
 };
 
@@ -63,6 +64,14 @@ FUSEDCNN_DEVICE bool names(C code, int element) {
   return static_cast<int>(code) == element;
 }
 
+// A tile's first element; its pixels follow each other.
+template <typename S>
+FUSEDCNN_DEVICE S* tile_in_plane(const BackwardArgs& args, const PlaneSizes& sizes,
+                                 const Tile& tile) {
+  return static_cast<S*>(args.plane) + tile.n * sizes.plane.image +
+         tile.channel * sizes.plane.channel + tile.pixel * sizes.plane.column;
+}
+
 // Of a channels_last plane, gradients and codes.
 template <typename S, typename C, int V>
 FUSEDCNN_KERNEL_RESIDENT(kLibraryThreads, 4)
@@ -78,7 +87,7 @@ scatter_channels_kernel(BackwardArgs args, PlaneSizes sizes) {
         static_cast<const S*>(args.grad_output) + tile.n * args.grad_output_strides.n + channel;
     const C* const codes =
         static_cast<const C*>(args.code) + tile.n * args.code_strides.n + channel;
-    S* const plane = static_cast<S*>(args.plane) + channel;
+    S* const plane = tile_in_plane<S>(args, sizes, tile) + lane * V;
     for (int p = thread_index() >> tiles.channel_bits; p < tile.pixels;
          p += kLibraryThreads >> tiles.channel_bits) {
       const Pixel pixel = pixel_of(tiles, tile, p);
@@ -96,17 +105,17 @@ scatter_channels_kernel(BackwardArgs args, PlaneSizes sizes) {
       Pack<V, S> total;
       FUSEDCNN_UNROLL
       for (int v = 0; v < V; ++v) total.values[v] = narrow<S>(sum[v]);
-      store_pack(plane + offset_of(args.plane_strides, tile.n, pixel.row, pixel.column), total);
+      store_pack(plane + p * sizes.plane.column, total);
     }
   }
 }
 
-// Channels of a pixel that its thread goes through at once.
-constexpr int kChannelsAtOnce = kTileElements / kLibraryThreads;
+// Channels of a pixel that its thread goes through at once: all that it has of a tile.
+constexpr int kChannelsAtOnce = 16;
 
 // Of gradients and codes of any layout. `Crosses`: to a channels_last plane, V channels at a time.
 template <typename S, typename C, int V, bool Crosses>
-FUSEDCNN_KERNEL(kLibraryThreads)
+FUSEDCNN_KERNEL_RESIDENT(kLibraryThreads, 2)
 scatter_pixels_kernel(BackwardArgs args, PlaneSizes sizes) {
   using T = Accumulator<S>;
   const Tiles& tiles = sizes.tiles;
@@ -117,39 +126,41 @@ scatter_pixels_kernel(BackwardArgs args, PlaneSizes sizes) {
   const int p = thread_index() & ((1 << tiles.pixel_bits) - 1);
   const int first = thread_index() >> tiles.pixel_bits;
   const int step = kLibraryThreads >> tiles.pixel_bits;
+  const int64_t grad_step = step * args.grad_output_strides.c;
+  const int64_t code_step = step * args.code_strides.c;
   for (int64_t task = block_index(); task < tiles.tasks; task += grid_blocks()) {
     const Tile tile = tile_of<V>(tiles, task);
     const int channels = p < tile.pixels ? tile.channels : 0;
     const Pixel pixel = pixel_of(tiles, tile, p);
     const S* const grads = static_cast<const S*>(args.grad_output) +
                            tile.n * args.grad_output_strides.n +
-                           tile.channel * args.grad_output_strides.c;
+                           (tile.channel + first) * args.grad_output_strides.c;
     const C* const codes = static_cast<const C*>(args.code) + tile.n * args.code_strides.n +
-                           tile.channel * args.code_strides.c;
-    S* const plane = static_cast<S*>(args.plane) + tile.channel * args.plane_strides.c;
-    for (int c0 = first; c0 < channels; c0 += kChannelsAtOnce * step) {
+                           (tile.channel + first) * args.code_strides.c;
+    S* const plane = tile_in_plane<S>(args, sizes, tile);
+    if (first < channels) {
       T sum[kChannelsAtOnce];
       FUSEDCNN_UNROLL
       for (int i = 0; i < kChannelsAtOnce; ++i) sum[i] = 0;
       for_windows(args, sizes, pixel, [&](int64_t grad_at, int64_t code_at, int element) {
+        const C* code = codes + code_at;
+        const S* grad = grads + grad_at;
         FUSEDCNN_UNROLL
-        for (int i = 0; i < kChannelsAtOnce; ++i) {
-          const int c = c0 + i * step;
-          if (c >= channels) continue;
-          const C code = load_constant(codes + code_at + c * args.code_strides.c);
-          const S grad = load_constant(grads + grad_at + c * args.grad_output_strides.c);
-          if (names(code, element)) sum[i] += widen(grad);
+        for (int i = 0; i < kChannelsAtOnce; ++i, code += code_step, grad += grad_step) {
+          if (first + i * step >= channels) continue;
+          const bool wins = names(load_constant(code), element);
+          const T value = widen(load_constant(grad));
+          if (wins) sum[i] += value;
         }
       });
-      const int64_t at = offset_of(args.plane_strides, tile.n, pixel.row, pixel.column);
       FUSEDCNN_UNROLL
       for (int i = 0; i < kChannelsAtOnce; ++i) {
-        const int c = c0 + i * step;
+        const int c = first + i * step;
         if (c >= channels) continue;
         if constexpr (Crosses) {
           values[p * pitch + c] = narrow<S>(sum[i]);
         } else {
-          plane[at + c * args.plane_strides.c] = narrow<S>(sum[i]);
+          plane[p * sizes.plane.column + c * sizes.plane.channel] = narrow<S>(sum[i]);
         }
       }
     }
@@ -159,9 +170,8 @@ scatter_pixels_kernel(BackwardArgs args, PlaneSizes sizes) {
       for (int q = thread_index() >> tiles.channel_bits;
            lane * V < tile.channels && q < tile.pixels;
            q += kLibraryThreads >> tiles.channel_bits) {
-        const Pixel other = pixel_of(tiles, tile, q);
-        const int64_t at = offset_of(args.plane_strides, tile.n, other.row, other.column);
-        store_pack(plane + at + lane * V, load_pack<V>(values + (q * pitch + lane * V)));
+        store_pack(plane + q * sizes.plane.column + lane * V,
+                   load_pack<V>(values + (q * pitch + lane * V)));
       }
       sync_threads();  // the next tile overwrites this one
     }
@@ -170,50 +180,41 @@ scatter_pixels_kernel(BackwardArgs args, PlaneSizes sizes) {
 
 // ---- host ---------------------------------------------------------------------------------------
 
-Tiles plane_tiles(const Geometry& g, int vector, int channel_bits, int pixel_bits) {
-  return tiles_of(g.batch, g.out_channels, g.h.conv, g.w.conv, vector, channel_bits, pixel_bits);
+Tiles plane_tiles(const Geometry& g, int vector, int channel_bits, int bits) {
+  return tiles_of(g.batch, g.out_channels, g.h.conv, g.w.conv, vector, channel_bits, bits);
 }
 
 template <typename S, typename C, int V>
 void launch_scatter_channels(const BackwardArgs& args, PlaneSizes sizes,
                              const Execution& execution) {
-  const int channel_bits = bits_for((args.geometry.out_channels + V - 1) / V, 5);
-  const int items = V == 1 ? kTileElements : kTileVectors;
-  sizes.tiles = plane_tiles(args.geometry, V, channel_bits, bits_for(items >> channel_bits, 30));
+  // Eight elements or four vectors a thread.
+  sizes.tiles = plane_tiles(args.geometry, V, kChannelBits, kThreadBits + (V == 1 ? 3 : 2));
   launch("backward_library", scatter_channels_kernel<S, C, V>, blocks_for(sizes.tiles.tasks),
          kLibraryThreads, 0, execution, args, sizes);
 }
 
-template <typename S, typename C, int V>
-void launch_scatter_crossing(const BackwardArgs& args, PlaneSizes sizes,
-                             const Execution& execution) {
-  const int channel_bits =
-      bits_for((args.geometry.out_channels + V - 1) / V, bits_for(kCrossingChannels / V, 5));
-  const int pixel_bits = bits_for(kTileElements / V >> channel_bits, 8);
-  sizes.tiles = plane_tiles(args.geometry, V, channel_bits, pixel_bits);
-  const int64_t crossing = int64_t{V} * ((1 << channel_bits) + 1) << pixel_bits;
-  launch("backward_library", scatter_pixels_kernel<S, C, V, true>, blocks_for(sizes.tiles.tasks),
-         kLibraryThreads, shared_bytes<S>(crossing), execution, args, sizes);
+template <typename S, typename C, int V, bool Crosses>
+void launch_scatter_pixels(const BackwardArgs& args, PlaneSizes sizes, const Execution& execution) {
+  const int vector_bits = bits_for(V, 1);
+  sizes.tiles = plane_tiles(args.geometry, V, kChannelBits - vector_bits,
+                            kThreadBits + bits_for(kChannelsAtOnce, 30) - vector_bits);
+  const int64_t crossing = int64_t{V} * ((1 << sizes.tiles.channel_bits) + 1)
+                           << sizes.tiles.pixel_bits;
+  launch("backward_library", scatter_pixels_kernel<S, C, V, Crosses>, blocks_for(sizes.tiles.tasks),
+         kLibraryThreads, Crosses ? shared_bytes<S>(crossing) : 0, execution, args, sizes);
 }
 
 template <typename S, typename C>
 void backward_library_typed(const BackwardArgs& args, const Execution& execution) {
   const Geometry& g = args.geometry;
-  PlaneSizes sizes{pool_axis(g.h), pool_axis(g.w), {}};
-  const Strides &plane = args.plane_strides, &grads = args.grad_output_strides;
-  const Strides& codes = args.code_strides;
-  if (plane.c != 1 || g.out_channels == 1) {
-    const int pixel_bits = bits_for(g.h.conv * g.w.conv, 7);
-    const int channel_bits = bits_for(g.out_channels, bits_for(kTileElements, 30) - pixel_bits);
-    sizes.tiles = plane_tiles(g, 1, channel_bits, pixel_bits);
-    launch("backward_library", scatter_pixels_kernel<S, C, 1, false>, blocks_for(sizes.tiles.tasks),
-           kLibraryThreads, 0, execution, args, sizes);
-    return;
+  PlaneSizes sizes{pool_axis(g.h), pool_axis(g.w), plane_steps(g, args.plane_channels_last), {}};
+  const Strides &grads = args.grad_output_strides, &codes = args.code_strides;
+  if (!args.plane_channels_last) {
+    return launch_scatter_pixels<S, C, 1, false>(args, sizes, execution);
   }
   constexpr int64_t kSize = sizeof(S);
   const auto plane_aligned = [&](int64_t bytes) {
-    return g.out_channels % (bytes / kSize) == 0 &&
-           aligned(args.plane, kSize, bytes, {plane.n, plane.h, plane.w});
+    return g.out_channels % (bytes / kSize) == 0 && aligned(args.plane, kSize, bytes, {});
   };
   if (grads.c == 1 && codes.c == 1) {
     if constexpr (sizeof(C) == 1) {
@@ -227,9 +228,9 @@ void backward_library_typed(const BackwardArgs& args, const Execution& execution
   }
   // Words of shared memory, where a half type has an even number of channels.
   if constexpr (kSize == 2) {
-    if (plane_aligned(4)) return launch_scatter_crossing<S, C, 2>(args, sizes, execution);
+    if (plane_aligned(4)) return launch_scatter_pixels<S, C, 2, true>(args, sizes, execution);
   }
-  launch_scatter_crossing<S, C, 1>(args, sizes, execution);
+  launch_scatter_pixels<S, C, 1, true>(args, sizes, execution);
 }
 
 }  // namespace

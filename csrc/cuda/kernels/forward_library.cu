@@ -4,9 +4,10 @@
 // windows' elements four at a time, so that as many loads are under way. Elements come in the order
 // in which a window counts them, so that the first maximum is met first.
 //
-// What it moves of a window of 2x2 in a half type is 8 bytes in and 3 out, 3.7 ps at 3 TB/s, in
-// which 132 multiprocessors issue 108 instructions a lane. A vector of 8 outputs takes some 250
-// instructions, an output by itself 80.
+// Of a window of 2x2 in a half type it moves 8 bytes in and 3 out, 3.7 ps at 3 TB/s, in which 132
+// multiprocessors at 1.75 GHz issue 108 instructions of a lane. sm_90's code has 540 for a vector
+// of 8 outputs, 240 for an output by itself, and some 150 where a thread finds its window once for
+// several channels; of a float32 window of 2x2, in planes of channels, memory leaves time for 207.
 
 #include <initializer_list>
 
@@ -17,6 +18,7 @@ namespace {
 
 struct PoolSizes {
   PoolAxis h, w;
+  PlaneSteps plane;
   Tiles tiles;  // of the pooled outputs
 };
 
@@ -40,10 +42,10 @@ FUSEDCNN_DEVICE Span span_of(const PoolAxis& axis, int o) {
   const int end = there < axis.kernel ? there : axis.kernel;
   return {first, first < end ? end - first : 0, begin + first * spread};
 }
-FUSEDCNN_DEVICE Window window_of(const PoolSizes& sizes, const Strides& plane, Pixel pixel) {
+FUSEDCNN_DEVICE Window window_of(const PoolSizes& sizes, Pixel pixel) {
   const Span rows = span_of(sizes.h, pixel.row), columns = span_of(sizes.w, pixel.column);
   return {rows.count, columns.count, rows.first * sizes.w.kernel + columns.first,
-          rows.at * plane.h + columns.at * plane.w};
+          rows.at * sizes.plane.row + columns.at * sizes.plane.column};
 }
 
 // V channels' pooled value and winner, -1 where ReLU is off.
@@ -56,13 +58,12 @@ struct PooledVector {
 // plane: the image's, at the first of the channels.
 template <typename S, int V>
 FUSEDCNN_DEVICE PooledVector<Accumulator<S>, V> pool_vector(const PoolSizes& sizes, const S* plane,
-                                                            const Strides& strides,
                                                             const Window& window,
                                                             const Accumulator<S> (&bias)[V]) {
   using T = Accumulator<S>;
   constexpr int kAtOnce = 4;
-  const int64_t column_step = dilation(sizes.w) * strides.w;
-  const int64_t row_step = dilation(sizes.h) * strides.h - (window.columns - 1) * column_step;
+  const int64_t column_step = dilation(sizes.w) * sizes.plane.column;
+  const int64_t row_step = dilation(sizes.h) * sizes.plane.row - (window.columns - 1) * column_step;
   const int count = window.rows * window.columns;
   PooledVector<T, V> best;
   FUSEDCNN_UNROLL
@@ -105,6 +106,11 @@ FUSEDCNN_DEVICE PooledVector<Accumulator<S>, V> pool_vector(const PoolSizes& siz
   return best;
 }
 
+// Of an output's pixel, in its first channel.
+FUSEDCNN_DEVICE int64_t offset_of(const Strides& strides, int64_t n, Pixel pixel) {
+  return n * strides.n + pixel.row * strides.h + pixel.column * strides.w;
+}
+
 template <typename S>
 FUSEDCNN_DEVICE Accumulator<S> load_bias(const ForwardArgs& args, int64_t channel) {
   if (!args.bias) return 0;
@@ -134,13 +140,12 @@ pool_channels_kernel(ForwardArgs args, PoolSizes sizes) {
     T bias[V];
     FUSEDCNN_UNROLL
     for (int v = 0; v < V; ++v) bias[v] = real ? load_bias<S>(args, channel + v) : T(0);
-    const S* const plane =
-        static_cast<const S*>(args.plane) + tile.n * args.plane_strides.n + channel;
+    const S* const plane = static_cast<const S*>(args.plane) + tile.n * sizes.plane.image + channel;
     for (int p = thread_index() >> tiles.channel_bits; real && p < tile.pixels;
          p += kLibraryThreads >> tiles.channel_bits) {
       const Pixel pixel = pixel_of(tiles, tile, p);
-      const PooledVector<T, V> best = pool_vector<S, V>(
-          sizes, plane, args.plane_strides, window_of(sizes, args.plane_strides, pixel), bias);
+      const PooledVector<T, V> best =
+          pool_vector<S, V>(sizes, plane, window_of(sizes, pixel), bias);
       Pack<V, S> value;
       Pack<V, C> winner;
       FUSEDCNN_UNROLL
@@ -155,7 +160,7 @@ pool_channels_kernel(ForwardArgs args, PoolSizes sizes) {
           codes[(lane * V + v) * pitch + p] = winner.values[v];
         }
       } else {
-        const int64_t at = offset_of(to, tile.n, pixel.row, pixel.column) + channel;
+        const int64_t at = offset_of(to, tile.n, pixel) + channel;
         store_pack(output + at, value);
         if (code) store_pack(code + at, winner);
       }
@@ -185,15 +190,15 @@ pool_pixels_kernel(ForwardArgs args, PoolSizes sizes) {
     const Tile tile = tile_of<1>(tiles, task);
     if (p >= tile.pixels) continue;
     const Pixel pixel = pixel_of(tiles, tile, p);
-    const Window window = window_of(sizes, args.plane_strides, pixel);
-    const S* const plane = static_cast<const S*>(args.plane) + tile.n * args.plane_strides.n;
-    const int64_t output = offset_of(args.output_strides, tile.n, pixel.row, pixel.column);
+    const Window window = window_of(sizes, pixel);
+    const S* const plane = static_cast<const S*>(args.plane) + tile.n * sizes.plane.image;
+    const int64_t output = offset_of(args.output_strides, tile.n, pixel);
     for (int c = thread_index() >> tiles.pixel_bits; c < tile.channels;
          c += kLibraryThreads >> tiles.pixel_bits) {
       const int64_t channel = tile.channel + c;
       const T bias[1] = {load_bias<S>(args, channel)};
-      const PooledVector<T, 1> best = pool_vector<S, 1>(
-          sizes, plane + channel * args.plane_strides.c, args.plane_strides, window, bias);
+      const PooledVector<T, 1> best =
+          pool_vector<S, 1>(sizes, plane + channel * sizes.plane.channel, window, bias);
       const int64_t at = output + channel * args.output_strides.c;
       static_cast<S*>(args.output)[at] = narrow<S>(best.value[0]);
       if (args.code) static_cast<C*>(args.code)[at] = static_cast<C>(best.code[0]);
@@ -207,15 +212,15 @@ template <typename S, typename C, int V>
 void launch_pool_channels(const ForwardArgs& args, PoolSizes sizes, const Execution& execution) {
   const Geometry& g = args.geometry;
   const bool crosses = args.output_strides.c != 1;
-  const int channel_bits =
-      bits_for((g.out_channels + V - 1) / V, crosses ? bits_for(kCrossingChannels / V, 5) : 5);
-  const int items = crosses || V == 1 ? kTileElements / V : kTileVectors;
-  // No more pixels than threads, to which they are dealt when they cross.
-  const int pixel_bits = bits_for(items >> channel_bits, 8);
-  sizes.tiles = tiles_of(g.batch, g.out_channels, g.h.out, g.w.out, V, channel_bits, pixel_bits);
+  // Eight elements a thread, or four vectors where they do not cross over.
+  const int vector_bits = bits_for(V, 3);
+  const int bits = kThreadBits + (crosses || V == 1 ? 3 - vector_bits : 2);
+  sizes.tiles = tiles_of(g.batch, g.out_channels, g.h.out, g.w.out, V,
+                         crosses ? kChannelBits - vector_bits : kChannelBits, bits);
   const int64_t blocks = blocks_for(sizes.tiles.tasks);
   if (crosses) {
-    const int64_t crossing = (int64_t{V} << channel_bits) * ((int64_t{1} << pixel_bits) + 1);
+    const int64_t crossing =
+        (int64_t{V} << sizes.tiles.channel_bits) * ((int64_t{1} << sizes.tiles.pixel_bits) + 1);
     launch("forward_library", pool_channels_kernel<S, C, V, true>, blocks, kLibraryThreads,
            shared_bytes<S>(crossing) + shared_bytes<C>(crossing), execution, args, sizes);
   } else {
@@ -227,12 +232,11 @@ void launch_pool_channels(const ForwardArgs& args, PoolSizes sizes, const Execut
 template <typename S, typename C>
 void forward_library_typed(const ForwardArgs& args, const Execution& execution) {
   const Geometry& g = args.geometry;
-  PoolSizes sizes{pool_axis(g.h), pool_axis(g.w), {}};
-  const Strides &from = args.plane_strides, &to = args.output_strides;
-  if (from.c != 1 || g.out_channels == 1) {
-    const int pixel_bits = bits_for(g.outputs(), 7);
-    const int channel_bits = bits_for(g.out_channels, bits_for(kTileElements, 30) - pixel_bits);
-    sizes.tiles = tiles_of(g.batch, g.out_channels, g.h.out, g.w.out, 1, channel_bits, pixel_bits);
+  PoolSizes sizes{pool_axis(g.h), pool_axis(g.w), plane_steps(g, args.plane_channels_last), {}};
+  const Strides& to = args.output_strides;
+  if (!args.plane_channels_last) {
+    sizes.tiles =
+        tiles_of(g.batch, g.out_channels, g.h.out, g.w.out, 1, kChannelBits - 1, kThreadBits + 3);
     launch("forward_library", pool_pixels_kernel<S, C>, blocks_for(sizes.tiles.tasks),
            kLibraryThreads, 0, execution, args, sizes);
     return;
@@ -242,8 +246,7 @@ void forward_library_typed(const ForwardArgs& args, const Execution& execution) 
     const bool outputs_aligned =
         to.c != 1 || (aligned(args.output, kSize, 16, {to.n, to.h, to.w}) &&
                       aligned(args.code, 1, kV, {to.n, to.h, to.w}));
-    if (g.out_channels % kV == 0 && outputs_aligned &&
-        aligned(args.plane, kSize, 16, {from.n, from.h, from.w})) {
+    if (g.out_channels % kV == 0 && outputs_aligned && aligned(args.plane, kSize, 16, {})) {
       return launch_pool_channels<S, C, kV>(args, sizes, execution);
     }
   }

@@ -17,11 +17,9 @@
 namespace fusedcnn::cuda {
 namespace {
 
-constexpr int kLibraryThreads = 256;
-// Elements of a tile: eight for each thread, or as many vectors as four for each.
-constexpr int kTileElements = 8 * kLibraryThreads, kTileVectors = 4 * kLibraryThreads;
-// Channels of a tile that crosses over: 64 bytes of a half type, two sectors of memory.
-constexpr int kCrossingChannels = 32;
+constexpr int kThreadBits = 8, kLibraryThreads = 1 << kThreadBits;
+// A warp's, and those of a tile that crosses over: 64 bytes of a half type, two sectors of memory.
+constexpr int kChannelBits = 5;
 
 // Elements of S in 16 bytes.
 template <typename S>
@@ -78,11 +76,17 @@ inline int bits_for(int64_t count, int most) {
   while (bits < most && int64_t{1} << bits < count) ++bits;
   return bits;
 }
+// Tiles of 2^bits vectors of `vector` channels: of 2^channel_bits such vectors, where there are as
+// many, of more where there are not that many pixels, and of no more pixels than threads.
 inline Tiles tiles_of(int64_t batch, int64_t channels, int64_t rows, int64_t columns, int vector,
-                      int channel_bits, int pixel_bits) {
-  Tiles tiles{channels, rows * columns, divisor_of(columns), channel_bits, pixel_bits, 0, 0, 0};
-  const int64_t tile_channels = int64_t{vector} << channel_bits;
-  const int64_t tile_pixels = int64_t{1} << pixel_bits;
+                      int channel_bits, int bits) {
+  Tiles tiles{channels, rows * columns, divisor_of(columns), 0, 0, 0, 0, 0};
+  const int64_t vectors = (channels + vector - 1) / vector;
+  const int left = bits - bits_for(vectors, channel_bits);
+  tiles.pixel_bits = bits_for(tiles.pixels, left < kThreadBits ? left : kThreadBits);
+  tiles.channel_bits = bits_for(vectors, bits - tiles.pixel_bits);
+  const int64_t tile_channels = int64_t{vector} << tiles.channel_bits;
+  const int64_t tile_pixels = int64_t{1} << tiles.pixel_bits;
   tiles.channel_tiles = (channels + tile_channels - 1) / tile_channels;
   tiles.pixel_tiles = (tiles.pixels + tile_pixels - 1) / tile_pixels;
   tiles.tasks = batch * tiles.channel_tiles * tiles.pixel_tiles;
@@ -121,9 +125,14 @@ FUSEDCNN_DEVICE Pixel pixel_of(const Tiles& tiles, const Tile& tile, int p) {
   return {tile.row + place.quotient, place.remainder};
 }
 
-// Of the first channel of an image's pixel.
-FUSEDCNN_DEVICE int64_t offset_of(const Strides& strides, int64_t n, int row, int column) {
-  return n * strides.n + row * strides.h + column * strides.w;
+// Elements between neighbours in the plane.
+struct PlaneSteps {
+  int64_t image, channel, row, column;
+};
+inline PlaneSteps plane_steps(const Geometry& g, bool channels_last) {
+  const int64_t c = g.out_channels, pixels = g.h.conv * g.w.conv;
+  return channels_last ? PlaneSteps{pixels * c, 1, g.w.conv * c, c}
+                       : PlaneSteps{pixels * c, pixels, g.w.conv, 1};
 }
 
 }  // namespace

@@ -32,12 +32,11 @@ struct Way {
   bool side_stream;
   bool shifted;        // every tensor begins one element after an aligned address
   bool nan_workspace;  // or as allocated: then a sanitizer sees what is read before it is written
-  Layout plane;        // of the stock convolution
+  bool plane_channels_last;
 };
 constexpr Way kWays[] = {
-    {"aligned, workspace of NaNs", false, false, true, Layout::kChannelsLast},
-    {"shifted by an element, a stream of its own, workspace as it comes", true, true, false,
-     Layout::kContiguous},
+    {"aligned, workspace of NaNs", false, false, true, true},
+    {"shifted by an element, a stream of its own, workspace as it comes", true, true, false, false},
 };
 
 int64_t left_out = 0;
@@ -120,10 +119,10 @@ class Plane {
   // `forward`: what the convolution of these arguments writes. Null: what no one has written.
   Plane(const Kernel& kernel, const Geometry& g, DataType type, const Way& way,
         const ForwardArgs* forward)
-      : host_(shape(g), strides_for(way.plane, shape(g)), element_size(type), signalling_nan(type)),
-        device_(filled(kernel, forward), shape(g).elements(), element_size(type), false) {}
+      : host_(shape(g), strides_for(Layout::kContiguous, shape(g)), element_size(type),
+              signalling_nan(type)),
+        device_(filled(kernel, way, forward), shape(g).elements(), element_size(type), false) {}
 
-  Strides strides() const { return host_.strides(); }
   void* device() const { return device_.data(); }
   void* back() {
     device_.back_to(host_.data());
@@ -132,12 +131,12 @@ class Plane {
 
  private:
   static Shape shape(const Geometry& g) { return {g.batch, g.out_channels, g.h.conv, g.w.conv}; }
-  const void* filled(const Kernel& kernel, const ForwardArgs* forward) {
+  const void* filled(const Kernel& kernel, const Way& way, const ForwardArgs* forward) {
     if (!kernel.library) return nullptr;
     if (forward) {
       ForwardArgs convolution = *forward;
       convolution.bias = nullptr;
-      convolution.plane_strides = host_.strides();
+      convolution.plane_channels_last = way.plane_channels_last;
       stock_convolution(convolution, host_.data());
     }
     return host_.data();
@@ -166,7 +165,7 @@ void run_forward(const Kernel& kernel, const ForwardArgs& host, const Way& way) 
   args.code = code.data();
   if (kernel.library) args.input = args.weight = nullptr;
   args.plane = plane.device();
-  args.plane_strides = plane.strides();
+  args.plane_channels_last = way.plane_channels_last;
   run(kernel, kernel.forward, args, way);
   output.back_to(host.output);
   code.back_to(host.code);
@@ -193,7 +192,7 @@ void run_backward(const Kernel& kernel, const BackwardArgs& host, const Way& way
   args.grad_weight = grad_weight.data();
   args.grad_bias = grad_bias.data();
   args.plane = plane.device();
-  args.plane_strides = plane.strides();
+  args.plane_channels_last = way.plane_channels_last;
   if (kernel.library) {
     args.input = args.weight = nullptr;
     args.grad_input = args.grad_weight = args.grad_bias = nullptr;
@@ -202,7 +201,7 @@ void run_backward(const Kernel& kernel, const BackwardArgs& host, const Way& way
   if (kernel.library) {
     BackwardArgs convolution = host;
     convolution.plane = plane.back();
-    convolution.plane_strides = plane.strides();
+    convolution.plane_channels_last = way.plane_channels_last;
     return stock_convolution_backward(convolution);
   }
   grad_input.back_to(host.grad_input);
