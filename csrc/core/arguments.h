@@ -58,6 +58,7 @@ struct Problem {
   Geometry geometry;
   DataType type;
   bool wide_code;
+  bool channels_last = false;  // the channels of one of input's pixels lie side by side
 };
 
 enum class Pass : int { kForward, kGradWeight, kGradInput };

@@ -65,9 +65,19 @@ struct Kernel {
   const char* (*why_slower)(const Problem& problem) = nullptr;
 };
 
+// Dense images of `channels` x `pixels`, one dimension behind the other, either way round.
+struct TransposeArgs {
+  int64_t element_bytes;  // 2 or 4
+  int64_t images, channels, pixels;
+  const void* from;
+  void* to;
+  bool to_channels_last;
+};
+
 struct KernelList {
   const Kernel* kernels;  // in order of preference, within each pass
   int count;
+  void (*transpose)(const TransposeArgs& args, const ThreadPool& pool);
   // Billions of float32 operations a second that one core of this ISA can do in multiply-adds: the
   // yardstick of the benchmarks. Runs for about `seconds`.
   double (*multiply_add_rate)(double seconds);

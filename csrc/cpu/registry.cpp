@@ -1,6 +1,7 @@
 // All CPU kernels of one ISA. Compiled once per ISA, with FUSEDCNN_ISA naming its namespace.
 #include "cpu/kernel.h"
 #include "cpu/kernels/backward_general.h"
+#include "cpu/kernels/channels_last.h"
 #include "cpu/kernels/forward_direct.h"
 #include "cpu/kernels/forward_general.h"
 #include "cpu/kernels/forward_winograd_f2.h"
@@ -50,7 +51,7 @@ KernelList kernels() {
       {"general", Pass::kGradInput, true, 2, false, why_not_backward_general, nullptr,
        grad_input_general},
   };
-  return {list, sizeof list / sizeof *list, multiply_add_rate};
+  return {list, sizeof list / sizeof *list, transpose_images, multiply_add_rate};
 }
 
 }  // namespace fusedcnn::cpu::FUSEDCNN_ISA

@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "core/selection.h"
+#include "cpu/machine.h"
 
 namespace fusedcnn::cpu {
 
@@ -11,6 +12,7 @@ namespace fusedcnn::cpu {
   namespace isa {       \
   KernelList kernels(); \
   }
+FUSEDCNN_FEATURE_LIST
 FUSEDCNN_ISA_LIST
 #undef X
 
@@ -29,6 +31,8 @@ bool supported(const std::string& isa) {
            __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
            __builtin_cpu_supports("f16c");
   }
+  if (isa == "avx512_amx") return supported("avx512") && machine().amx_bf16;
+  if (isa == "avx512_bf16") return supported("avx512") && machine().avx512_bf16;
 #endif
   return isa == "baseline";
 }
@@ -37,18 +41,29 @@ bool supported(const std::string& isa) {
 std::atomic<const Isa*> forced_isa_entry{nullptr};
 std::atomic<const char*> forced_kernel_name{nullptr};
 std::atomic<bool> winograd_switch{true};
+std::atomic<bool> benchmark_switch{false};
 
 // By pass.
-std::atomic<const char*> last_selected_name[3] = {};
+std::atomic<const char*> last_chosen_name[3] = {};
 
 }  // namespace
 
 const std::vector<Isa>& isas() {
-  static const std::vector<Isa> all = {
-#define X(isa) Isa{#isa, supported(#isa), isa::kernels()},
-      FUSEDCNN_ISA_LIST
+  static const std::vector<Isa> all = [] {
+    std::vector<Isa> isas = {
+#define X(isa) Isa{#isa, supported(#isa), isa::kernels(), nullptr},
+        FUSEDCNN_FEATURE_LIST FUSEDCNN_ISA_LIST
 #undef X
-  };
+    };
+    // A feature's name is its base's and one of its own.
+    for (Isa& isa : isas) {
+      const std::string name = isa.name;
+      for (const Isa& base : isas) {
+        if (name.rfind(std::string(base.name) + "_", 0) == 0) isa.base = &base;
+      }
+    }
+    return isas;
+  }();
   return all;
 }
 
@@ -97,23 +112,60 @@ void allow_winograd(bool allowed) { winograd_switch.store(allowed, std::memory_o
 
 bool winograd_allowed() { return winograd_switch.load(std::memory_order_relaxed); }
 
-const char* last_selected(Pass pass) {
-  return last_selected_name[static_cast<int>(pass)].load(std::memory_order_relaxed);
+void benchmark(bool enabled) { benchmark_switch.store(enabled, std::memory_order_relaxed); }
+
+bool benchmarking() { return benchmark_switch.load(std::memory_order_relaxed); }
+
+void chosen(Pass pass, const Kernel& kernel) {
+  last_chosen_name[static_cast<int>(pass)].store(kernel.name, std::memory_order_relaxed);
 }
 
-const Kernel* select(Pass pass, const Problem& problem, std::string* reason) {
-  const char* const forced = forced_kernel_name.load(std::memory_order_acquire);
-  const auto why_not = [&](const Kernel& kernel) {
-    const bool ruled_out = kernel.winograd && !forced && !winograd_allowed();
-    if (ruled_out) return "Winograd is switched off";
+const char* last_chosen(Pass pass) {
+  return last_chosen_name[static_cast<int>(pass)].load(std::memory_order_relaxed);
+}
+
+namespace {
+
+// Why a kernel does not serve, as far as switches and forced choices let it; null where it does.
+auto why_not(const Problem& problem, const char* forced) {
+  return [&problem, forced](const Kernel& kernel) {
+    if (kernel.winograd && !forced && !winograd_allowed()) return "Winograd is switched off";
     const char* const because = kernel.why_not(problem);
     return because || forced || !kernel.why_slower ? because : kernel.why_slower(problem);
   };
-  const Kernel* const kernel = first_covering(selected_isa().list, pass, forced, why_not, reason);
-  if (kernel) {
-    last_selected_name[static_cast<int>(pass)].store(kernel->name, std::memory_order_relaxed);
+}
+
+}  // namespace
+
+const Kernel* select(Pass pass, const Problem& problem) {
+  const char* const forced = forced_kernel_name.load(std::memory_order_acquire);
+  for (const Isa* isa = &selected_isa(); isa; isa = isa->base) {
+    const Kernel* const kernel = first_serving(isa->list, pass, forced, why_not(problem, forced));
+    if (kernel) return kernel;
   }
-  return kernel;
+  return nullptr;
+}
+
+std::vector<Verdict> explain(Pass pass, const Problem& problem) {
+  const char* const forced = forced_kernel_name.load(std::memory_order_acquire);
+  std::vector<Verdict> verdicts;
+  bool found = false;
+  for (const Isa* isa = &selected_isa(); isa; isa = isa->base) {
+    add_verdicts(isa->list, pass, forced, why_not(problem, forced), verdicts, found);
+  }
+  return verdicts;
+}
+
+std::vector<const Kernel*> candidates(Pass pass, const Problem& problem) {
+  std::vector<const Kernel*> kernels;
+  for (const Isa* isa = &selected_isa(); isa; isa = isa->base) {
+    for (int i = 0; i < isa->list.count; ++i) {
+      const Kernel& kernel = isa->list.kernels[i];
+      const bool ruled_out = kernel.winograd && !winograd_allowed();
+      if (kernel.pass == pass && !ruled_out && !kernel.why_not(problem)) kernels.push_back(&kernel);
+    }
+  }
+  return kernels;
 }
 
 }  // namespace fusedcnn::cpu

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "core/selection.h"
 #include "cpu/kernel.h"
 
 #if defined(__GNUC__)
@@ -16,9 +17,12 @@ struct Isa {
   const char* name;
   bool supported;  // by this machine
   KernelList list;
+  // Null, or the ISA whose kernels serve what none of this list covers: then this one is a feature
+  // beside it, with a few kernels of its own.
+  const Isa* base;
 };
 
-// All ISAs compiled in, widest first.
+// All ISAs compiled in, widest first, and a feature before its base.
 FUSEDCNN_EXPORT const std::vector<Isa>& isas();
 
 // The ISA in use: the forced one, else the widest supported.
@@ -35,11 +39,23 @@ FUSEDCNN_EXPORT std::string forced_kernel();
 FUSEDCNN_EXPORT void allow_winograd(bool allowed);
 FUSEDCNN_EXPORT bool winograd_allowed();
 
-// The first kernel of the pass that covers the problem, or null with `reason` saying why not.
-FUSEDCNN_EXPORT const Kernel* select(Pass pass, const Problem& problem, std::string* reason);
+// Whether the operators measure which kernel is the quickest instead of asking `select` (default:
+// no); a forced kernel runs regardless.
+FUSEDCNN_EXPORT void benchmark(bool enabled);
+FUSEDCNN_EXPORT bool benchmarking();
 
-// Name of the kernel that the latest call of `select` returned for this pass, in any thread, or
-// null where there was none yet: tells benchmarks and tests what ran.
-FUSEDCNN_EXPORT const char* last_selected(Pass pass);
+// The first kernel of the pass that serves, or null: `explain` says why not.
+FUSEDCNN_EXPORT const Kernel* select(Pass pass, const Problem& problem);
+
+// What selection says of every kernel of the pass, in its order.
+FUSEDCNN_EXPORT std::vector<Verdict> explain(Pass pass, const Problem& problem);
+
+// The kernels that could serve, however fast they are, in the list's order.
+FUSEDCNN_EXPORT std::vector<const Kernel*> candidates(Pass pass, const Problem& problem);
+
+// Tells benchmarks and tests what ran: the name of the kernel of the latest call of `chosen` for
+// this pass, in any thread, or null where there was none yet.
+FUSEDCNN_EXPORT void chosen(Pass pass, const Kernel& kernel);
+FUSEDCNN_EXPORT const char* last_chosen(Pass pass);
 
 }  // namespace fusedcnn::cpu

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
+#include "core/selection.h"
 #include "cuda/kernel.h"
 
 namespace fusedcnn::cuda {
@@ -16,7 +18,10 @@ std::string forced_kernel();
 void allow_tf32(bool allowed);
 bool tf32_allowed();
 
-// The first kernel of the pass that covers the problem, or null with `reason` saying why not.
-const Kernel* select(Pass pass, const Problem& problem, const Target& target, std::string* reason);
+// The first kernel of the pass that serves, or null: `explain` says why not.
+const Kernel* select(Pass pass, const Problem& problem, const Target& target);
+
+// What selection says of every kernel of the pass, in its order.
+std::vector<Verdict> explain(Pass pass, const Problem& problem, const Target& target);
 
 }  // namespace fusedcnn::cuda

@@ -18,6 +18,8 @@
 #include "cpu/select.h"
 #include "ops/calls.h"
 #include "ops/checks.h"
+#include "ops/choice.h"
+#include "ops/measured.h"
 #include "ops/stock_convolution.h"
 
 namespace fusedcnn {
@@ -62,16 +64,6 @@ cpu::ThreadPool thread_pool(const Geometry& g) {
   return {multiply_adds < kSerialMultiplyAdds ? run_inline : run_on_torch_threads};
 }
 
-const cpu::Kernel& select_or_throw(cpu::Pass pass, const cpu::Problem& problem) {
-  std::string reason;
-  const cpu::Kernel* kernel = cpu::select(pass, problem, &reason);
-  if (!kernel) {
-    throw std::runtime_error(std::string("fusedcnn: no ") + name(pass) +
-                             " kernel covers this call: " + reason);
-  }
-  return *kernel;
-}
-
 // body(), with a shortage of working memory as the error that torch's own allocator raises.
 template <typename Body>
 void with_memory(const Body& body) {
@@ -79,6 +71,49 @@ void with_memory(const Body& body) {
     body();
   } catch (const cpu::OutOfMemory& error) {
     throw std::runtime_error(out_of_memory_text(error.bytes));
+  }
+}
+
+Problem problem_of(const Geometry& g, DataType type, bool wide_code, const Strides& input) {
+  return {g, type, wide_code, input.c == 1 && g.in_channels > 1};
+}
+
+// The kernel that is to compute the pass. run(kernel) does so, as often as measuring asks for.
+template <typename Run>
+const cpu::Kernel& choose(Pass pass, const Problem& problem, const Run& run) {
+  const cpu::Kernel* kernel = cpu::select(pass, problem);
+  if (!kernel) {
+    const std::string forced = cpu::forced_kernel();
+    throw std::runtime_error(
+        refusal(pass, cpu::explain(pass, problem), forced.empty() ? nullptr : forced.c_str()));
+  }
+  if (cpu::benchmarking() && cpu::forced_kernel().empty()) kernel = &quickest(pass, problem, run);
+  if (logging()) {
+    log_choice("CPU", pass, problem, kernel->name, cpu::explain(pass, problem));
+  }
+  cpu::chosen(pass, *kernel);
+  return *kernel;
+}
+
+// The first kernel besides the library's. All of them need less memory than its plane, and
+// "general" covers every problem.
+const cpu::Kernel& without_library(Pass pass, const Problem& problem) {
+  const std::vector<const cpu::Kernel*> kernels = cpu::candidates(pass, problem);
+  const auto found = std::find_if(kernels.begin(), kernels.end(),
+                                  [](const cpu::Kernel* kernel) { return !kernel->library; });
+  cpu::chosen(pass, **found);
+  return **found;
+}
+
+// run(), and where the stock convolution fails in it, instead(): its plane may be what does not fit
+// into memory. A forced kernel fails as it does.
+template <typename Run, typename Instead>
+void run_or(bool library, const Run& run, const Instead& instead) {
+  if (!library || !cpu::forced_kernel().empty()) return run();
+  try {
+    run();
+  } catch (const std::exception&) {
+    instead();
   }
 }
 
@@ -93,15 +128,21 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool2d(const Tensor& input, const Tenso
         "padding: expected a padded image of fewer than 2^32 elements where gradients are wanted");
   }
   ForwardCall call = forward_call(g, input, weight, bias, with_code);
-  if (g.batch > 0) {
-    const cpu::Kernel& kernel =
-        select_or_throw(cpu::Pass::kForward, {g, call.args.type, call.args.wide_code});
+  const auto run = [&](const cpu::Kernel& kernel) {
     std::optional<Tensor> plane;
     if (kernel.library) {
-      plane = stock_convolution(input, weight, bias, g);
+      plane = stock_convolution(input, weight, bias, g, thread_pool(g));
       call.args.plane = plane->const_data_ptr();
     }
     with_memory([&] { kernel.forward(call.args, thread_pool(g)); });
+  };
+  if (g.batch > 0) {
+    const ForwardArgs& args = call.args;
+    const Problem problem = problem_of(g, args.type, args.wide_code, args.input_strides);
+    const cpu::Kernel& kernel = choose(Pass::kForward, problem, run);
+    run_or(
+        kernel.library, [&] { run(kernel); },
+        [&] { run(without_library(Pass::kForward, problem)); });
   }
   return {call.output, call.code};
 }
@@ -117,32 +158,54 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward(
     throw std::runtime_error(
         "code: expected the tensor that the forward returned, got elements outside their windows");
   }
-  const cpu::Problem problem{g, call.args.type, call.args.wide_code};
-  const cpu::ThreadPool pool = thread_pool(g);
-  const auto kernel_if = [&](bool wanted, cpu::Pass pass) {
-    return wanted ? &select_or_throw(pass, problem) : nullptr;
-  };
-  const cpu::Kernel* const for_weight = kernel_if(call.run_grad_weight(), cpu::Pass::kGradWeight);
-  const cpu::Kernel* const for_input = kernel_if(call.run_grad_input(), cpu::Pass::kGradInput);
-  with_memory([&] {
-    if (for_weight && !for_weight->library) for_weight->backward(call.weight_args(), pool);
-    if (for_input && !for_input->library) for_input->backward(call.input_args(), pool);
-  });
-  const bool library_weight = for_weight && for_weight->library;
-  const bool library_input = for_input && for_input->library;
-  if (library_weight || library_input) {
+  const auto run = [&](const cpu::Kernel* for_weight, const cpu::Kernel* for_input) {
+    const bool library_weight = for_weight && for_weight->library;
+    const bool library_input = for_input && for_input->library;
+    with_memory([&] {
+      const cpu::ThreadPool pool = thread_pool(g);
+      if (for_weight && !library_weight) for_weight->backward(call.weight_args(), pool);
+      if (for_input && !library_input) for_input->backward(call.input_args(), pool);
+    });
+    if (!library_weight && !library_input) return;
     const Tensor plane = empty_plane(input, g);
     BackwardArgs args = call.args;
     args.plane = plane.mutable_data_ptr();
-    with_memory([&] { (library_weight ? for_weight : for_input)->backward(args, pool); });
+    with_memory([&] { (library_weight ? for_weight : for_input)->backward(args, thread_pool(g)); });
     const auto wanted = [](bool want, const Tensor& gradient) {
       return want ? std::optional<Tensor>(gradient) : std::nullopt;
     };
     stock_convolution_backward(plane, input, weight, g, wanted(library_input, call.grad_input),
                                wanted(library_weight && call.want_weight, call.grad_weight),
-                               wanted(library_weight && call.want_bias, call.grad_bias));
+                               wanted(library_weight && call.want_bias, call.grad_bias),
+                               thread_pool(g));
+  };
+  const Problem problem =
+      problem_of(g, call.args.type, call.args.wide_code, call.args.input_strides);
+  const cpu::Kernel *for_weight = nullptr, *for_input = nullptr;
+  if (call.run_grad_weight()) {
+    for_weight = &choose(Pass::kGradWeight, problem,
+                         [&](const cpu::Kernel& kernel) { run(&kernel, nullptr); });
   }
+  if (call.run_grad_input()) {
+    for_input = &choose(Pass::kGradInput, problem,
+                        [&](const cpu::Kernel& kernel) { run(nullptr, &kernel); });
+  }
+  run_or((for_weight && for_weight->library) || (for_input && for_input->library),
+         [&] { run(for_weight, for_input); },
+         [&] {
+           run(for_weight ? &without_library(Pass::kGradWeight, problem) : nullptr,
+               for_input ? &without_library(Pass::kGradInput, problem) : nullptr);
+         });
   return {call.grad_input, call.grad_weight, call.grad_bias};
+}
+
+// What the operators would choose for these arguments, which they refuse alike: see `explanation`.
+std::string explain(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                    const std::vector<int64_t>& packed) {
+  const Geometry g = check_forward(input, weight, bias, packed);
+  const bool wide_code = g.window() > kLargestByteWindow;
+  const Problem problem = problem_of(g, check_type(input), wide_code, strides_of(input));
+  return explanation([&](Pass pass) { return cpu::explain(pass, problem); });
 }
 
 }  // namespace
@@ -154,11 +217,13 @@ STABLE_TORCH_LIBRARY(fusedcnn, m) {
   m.def(
       "conv_relu_max_pool2d_backward(Tensor grad_output, Tensor input, Tensor weight, "
       "Tensor code, int[] geometry, int output_mask) -> (Tensor, Tensor, Tensor)");
+  m.def("explain(Tensor input, Tensor weight, Tensor? bias, int[] geometry) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedcnn, CPU, m) {
   m.impl("conv_relu_max_pool2d", TORCH_BOX(&conv_relu_max_pool2d));
   m.impl("conv_relu_max_pool2d_backward", TORCH_BOX(&conv_relu_max_pool2d_backward));
+  m.impl("explain", TORCH_BOX(&explain));
 }
 
 }  // namespace fusedcnn

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "core/geometry.h"
+#include "cpu/kernel.h"
 
 namespace fusedcnn {
 
@@ -13,7 +14,7 @@ namespace fusedcnn {
 torch::stable::Tensor stock_convolution(const torch::stable::Tensor& input,
                                         const torch::stable::Tensor& weight,
                                         const std::optional<torch::stable::Tensor>& bias,
-                                        const Geometry& g);
+                                        const Geometry& g, const cpu::ThreadPool& pool);
 
 // A gradient for that output: in its memory format, uninitialised.
 torch::stable::Tensor empty_plane(const torch::stable::Tensor& like, const Geometry& g);
@@ -24,6 +25,7 @@ void stock_convolution_backward(const torch::stable::Tensor& plane,
                                 const torch::stable::Tensor& weight, const Geometry& g,
                                 const std::optional<torch::stable::Tensor>& grad_input,
                                 const std::optional<torch::stable::Tensor>& grad_weight,
-                                const std::optional<torch::stable::Tensor>& grad_bias);
+                                const std::optional<torch::stable::Tensor>& grad_bias,
+                                const cpu::ThreadPool& pool);
 
 }  // namespace fusedcnn

@@ -47,12 +47,12 @@ py::list isas() {
   return rows;
 }
 
-// By pass, the name of the kernel that the latest call selected, or None.
+// By pass, the name of the kernel that computed the latest call, or None.
 py::dict last_selected() {
   py::dict names;
   for (const cpu::Pass pass :
        {cpu::Pass::kForward, cpu::Pass::kGradWeight, cpu::Pass::kGradInput}) {
-    const char* kernel = cpu::last_selected(pass);
+    const char* kernel = cpu::last_chosen(pass);
     names[name(pass)] = kernel ? py::object(py::str(kernel)) : py::object(py::none());
   }
   return names;
@@ -87,5 +87,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("force", &cpu::force, py::arg("isa"), py::arg("kernel"));
   m.def("allow_winograd", &cpu::allow_winograd, py::arg("allowed"));
   m.def("winograd_allowed", &cpu::winograd_allowed);
+  m.def("benchmark", &cpu::benchmark, py::arg("enabled"));
+  m.def("benchmarking", &cpu::benchmarking);
   m.def("forced", [] { return py::make_tuple(cpu::forced_isa(), cpu::forced_kernel()); });
 }

@@ -7,6 +7,7 @@ from fusedcnn import _derivatives, _fake, backends  # noqa: F401 (they register)
 from fusedcnn._info import build_info
 from fusedcnn._registrations import decompositions
 from fusedcnn.autograd import ConvReLUMaxPool2dFunction
+from fusedcnn.explain import Choice, Explanation, explain
 from fusedcnn.functional import conv_relu_max_pool2d
 from fusedcnn.fuse import FuseReport, FuseResult, fuse, unfuse
 from fusedcnn.graphs import GraphedTrainStep
@@ -17,8 +18,10 @@ from fusedcnn.training import train_step
 __version__: str = build_info()["version"]
 
 __all__ = [
+    "Choice",
     "ConvReLUMaxPool2d",
     "ConvReLUMaxPool2dFunction",
+    "Explanation",
     "FuseReport",
     "FuseResult",
     "FusedSimpleCNN",
@@ -28,6 +31,7 @@ __all__ = [
     "build_info",
     "conv_relu_max_pool2d",
     "decompositions",
+    "explain",
     "fuse",
     "train_step",
     "unfuse",

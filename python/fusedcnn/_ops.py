@@ -1,4 +1,4 @@
-"""Loads the compiled library: its two operators, and which of its kernels they may use.
+"""Loads the compiled library: its operators, and which of its kernels they may use.
 
 The C++ side registers the schemas and the kernels. What torch's stable ABI cannot express is
 registered by :mod:`fusedcnn._fake` (fake tensors), :mod:`fusedcnn._derivatives` (autograd) and
@@ -19,6 +19,7 @@ from fusedcnn import _C
 
 forward_op = torch.ops.fusedcnn.conv_relu_max_pool2d.default
 backward_op = torch.ops.fusedcnn.conv_relu_max_pool2d_backward.default
+explain_op = torch.ops.fusedcnn.explain.default
 
 # `with below_autograd():` calls the operators without their autograd registration, which costs
 # several microseconds of Python per call; for callers that record the call themselves, or know that

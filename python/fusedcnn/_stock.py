@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 
 import torch
@@ -10,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fusedcnn._geometry import Geometry, padding_of, pool_of
-
-logger = logging.getLogger("fusedcnn")
+from fusedcnn._log import logger
 
 calls: Counter[str] = Counter()  # by reason
 

@@ -1,8 +1,17 @@
-"""Switches that trade speed for exactness, in the manner of :mod:`torch.backends`."""
+"""Switches of selection, in the manner of :mod:`torch.backends`.
+
+``fusedcnn.backends.benchmark = True``: on the CPU, each pass of a problem is timed with every
+kernel that covers it, at its first call with these sizes, layout and number of threads, and the
+quickest computes it from then on. Off at the start: then the choice depends on the problem and the
+machine alone. Results may differ from run to run by the rounding of one kernel or another. A
+compiled graph times at its own first call, never while it is traced. Process-wide.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import sys
+import types
 from collections.abc import Iterator
 
 from fusedcnn._ops import _C  # which imports torch first
@@ -40,3 +49,21 @@ class _Winograd:
 
 
 winograd = _Winograd()
+
+
+class _Backends(types.ModuleType):
+    """A module that can be assigned to with effect, as torch's own switches can."""
+
+    @property
+    def benchmark(self) -> bool:
+        """Whether kernels are chosen by timing them; False at the start."""
+        return _C.benchmarking()
+
+    @benchmark.setter
+    def benchmark(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"benchmark: expected a bool, got {value!r}")
+        _C.benchmark(value)
+
+
+sys.modules[__name__].__class__ = _Backends

@@ -50,7 +50,7 @@ def _mostly_padding(input: Tensor, padding_h: int, padding_w: int) -> bool:
     return padded > _MAX_PADDED_GROWTH * height * width and low < padded * channels <= high
 
 
-def _why_stock(
+def why_stock(
     input: Tensor, weight: Tensor, geometry: tuple[int, ...], compiling: bool
 ) -> str | None:
     """Why the stock layers compute this call, or None where a fused kernel does."""
@@ -156,26 +156,20 @@ def conv_relu_max_pool2d(
             pool_kernel_size=pool_kernel_size, pool_stride=pool_stride, pool_padding=pool_padding,
             pool_dilation=pool_dilation, ceil_mode=ceil_mode,
         )  # fmt: skip
-    _check_tensors(input, weight, bias)  # what the lines below need; the operator checks the rest
-    device_type = "cpu" if input.is_cpu else input.device.type  # the first is quicker
-    if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        input = _autocast(input, dtype)
-        weight = _autocast(weight, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
+    input, weight, bias = operands(input, weight, bias)
     geometry = pack_geometry(
         weight.shape[2:], stride, padding, dilation, groups,
         pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode,
     )  # fmt: skip
     compiling = torch.compiler.is_compiling()
-    reason = _why_stock(input, weight, geometry, compiling)
+    reason = why_stock(input, weight, geometry, compiling)
     if reason is not None:
         _stock.note(reason)
         return _stock.layers(input, weight, bias, Geometry(*geometry))
     needs_grad = torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    if device_type == "cuda" and not compiling:
+    if not input.is_cpu and not compiling:
         _cuda.follow_tf32()
     if compiling:
         return forward_op(input, weight, bias, geometry, needs_grad)[0]
@@ -183,6 +177,20 @@ def conv_relu_max_pool2d(
         return ConvReLUMaxPool2dFunction.apply(input, weight, bias, geometry)
     with below_autograd():
         return forward_op(input, weight, bias, geometry, False)[0]
+
+
+def operands(
+    input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tensors, checked as far as routing needs it, in the type that autocast asks for."""
+    _check_tensors(input, weight, bias)
+    device_type = "cpu" if input.is_cpu else input.device.type  # the first is quicker
+    if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        input = _autocast(input, dtype)
+        weight = _autocast(weight, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
+    return input, weight, bias
 
 
 def _check_tensors(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:

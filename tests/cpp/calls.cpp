@@ -35,7 +35,7 @@ Shape output_shape(const Geometry& g) { return {g.batch, g.out_channels, g.h.out
 
 bool run_forward(const Call& call, const Operands& operands, Forward* result,
                  const std::string& what, bool want_code) {
-  const auto& [g, type, wide] = call.problem;
+  const auto& [g, type, wide, pixels_first] = call.problem;
   const auto place = [&](Shape shape) { return strides_for(call.layout, shape); };
   const Tensor input = tensor_of(type, input_shape(g), place(input_shape(g)), operands.input);
   const Tensor weight = tensor_of(type, weight_shape(g), place(weight_shape(g)), operands.weight);
@@ -75,7 +75,7 @@ bool run_forward(const Call& call, const Operands& operands, Forward* result,
 
 bool run_backward(const Call& call, const Operands& operands, const std::vector<int32_t>& codes,
                   Gradients* result, const std::string& what, bool want_weight, bool want_bias) {
-  const auto& [g, type, wide] = call.problem;
+  const auto& [g, type, wide, pixels_first] = call.problem;
   const bool weight_pass = call.kernel->pass == Pass::kGradWeight;
   const auto place = [&](Shape shape) { return strides_for(call.layout, shape); };
   const Tensor grad_output =

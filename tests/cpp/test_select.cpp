@@ -52,12 +52,15 @@ void test_select() {
       for (const Case& one : cases()) {
         const cpu::Problem problem{one.geometry, fusedcnn::DataType::kFloat32,
                                    one.geometry.window() > fusedcnn::kLargestByteWindow};
-        std::string reason;
-        const Kernel* selected = cpu::select(kernel.pass, problem, &reason);
+        const Kernel* selected = cpu::select(kernel.pass, problem);
         const char* why_not = kernel.why_not(problem);
-        check(why_not ? !selected && reason.find(why_not) != std::string::npos
-                      : selected == &kernel && reason.find(kernel.name) == std::string::npos,
+        check(selected == (why_not ? nullptr : &kernel),
               what + " on " + one.name + ": selected where it covers the problem, and only there");
+        if (!why_not) continue;
+        const std::string refusal =
+            fusedcnn::refusal(kernel.pass, cpu::explain(kernel.pass, problem), kernel.name);
+        check(refusal.find(kernel.name + std::string(": ") + why_not) < refusal.size(),
+              what + " on " + one.name + ": the refusal says why");
       }
     }
     cpu::force(isa.name, "");
@@ -65,8 +68,25 @@ void test_select() {
       const cpu::Problem problem{one.geometry, fusedcnn::DataType::kFloat32,
                                  one.geometry.window() > fusedcnn::kLargestByteWindow};
       for (const Pass pass : {Pass::kForward, Pass::kGradWeight, Pass::kGradInput}) {
-        check(cpu::select(pass, problem, nullptr) != nullptr,
-              std::string(isa.name) + " " + name(pass) + " on " + one.name + ": some kernel");
+        const Kernel* const selected = cpu::select(pass, problem);
+        const std::string what = std::string(isa.name) + " " + name(pass) + " on " + one.name;
+        check(selected != nullptr, what + ": some kernel");
+        int chosen = 0, explained = 0;
+        for (const fusedcnn::Verdict& verdict : cpu::explain(pass, problem)) {
+          ++explained;
+          if (!verdict.why_not) chosen += std::strcmp(verdict.kernel, selected->name) == 0;
+        }
+        int listed = 0;
+        for (const Isa* list = &isa; list; list = list->base) {
+          for (int k = 0; k < list->list.count; ++k) listed += list->list.kernels[k].pass == pass;
+        }
+        check(chosen == 1 && explained == listed, what + ": every kernel explained, one chosen");
+        bool possible = false;
+        for (const Kernel* candidate : cpu::candidates(pass, problem)) {
+          check(!candidate->why_not(problem), what + ": candidates cover the problem");
+          possible = possible || candidate == selected;
+        }
+        check(possible, what + ": the selected kernel is a candidate");
       }
     }
   }
