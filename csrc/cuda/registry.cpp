@@ -22,6 +22,8 @@ Backward grad_input_tensor_cores_3x3, grad_input_winners_3x3;
 Backward backward_library;
 
 KernelList kernels() {
+  // library: what stands around the convolution is exact, and errs by the plane's rounding at most,
+  // as the stock layers do; but the convolution may be Winograd's, which cuDNN takes as it likes.
   // name, pass, exact, error, why_not, workspace_bytes, forward, backward, dense, tf32, library,
   // why_slower
   static constexpr Kernel list[] = {
@@ -32,7 +34,7 @@ KernelList kernels() {
        forward_tensor_cores_3xtf32, nullptr},
       {"cuda_cores_3x3", Pass::kForward, true, 2, why_not_cuda_cores_3x3, nullptr,
        forward_cuda_cores_3x3, nullptr},
-      {"library", Pass::kForward, true, 2, why_not_library, nullptr, forward_library, nullptr,
+      {"library", Pass::kForward, false, 4, why_not_library, nullptr, forward_library, nullptr,
        /*dense=*/false, /*tf32=*/false, /*library=*/true},
       {"tensor_cores_3x3", Pass::kGradWeight, true, 2, why_not_tensor_cores_3x3,
        grad_weight_tensor_cores_3x3_workspace, nullptr, grad_weight_tensor_cores_3x3,
@@ -42,13 +44,13 @@ KernelList kernels() {
        grad_weight_winners_3x3_few_channels},
       {"winners_3x3", Pass::kGradWeight, true, 2, why_not_grad_weight_winners_3x3,
        grad_weight_winners_3x3_workspace, nullptr, grad_weight_winners_3x3},
-      {"library", Pass::kGradWeight, true, 2, why_not_library, nullptr, nullptr, backward_library,
+      {"library", Pass::kGradWeight, false, 4, why_not_library, nullptr, nullptr, backward_library,
        /*dense=*/true, /*tf32=*/false, /*library=*/true},
       {"tensor_cores_3x3", Pass::kGradInput, true, 2, why_not_tensor_cores_3x3, nullptr, nullptr,
        grad_input_tensor_cores_3x3, /*dense=*/false, /*tf32=*/true},
       {"winners_3x3", Pass::kGradInput, true, 2, why_not_grad_input_winners_3x3, nullptr, nullptr,
        grad_input_winners_3x3},
-      {"library", Pass::kGradInput, true, 2, why_not_library, nullptr, nullptr, backward_library,
+      {"library", Pass::kGradInput, false, 4, why_not_library, nullptr, nullptr, backward_library,
        /*dense=*/false, /*tf32=*/false, /*library=*/true},
   };
   return {list, sizeof list / sizeof *list};

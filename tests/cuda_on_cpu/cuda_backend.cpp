@@ -96,8 +96,10 @@ Backend cuda_backend(bool allow_tf32) {
   const fusedcnn::cuda::KernelList list = fusedcnn::cuda::kernels();
   for (int i = 0; i < list.count; ++i) {
     const Kernel& kernel = list.kernels[i];
-    TestedKernel tested{kernel.name, kernel.pass, kernel.exact, nullptr,
-                        nullptr,     nullptr,     kernel.dense, kernel.tf32};
+    // The convolution is exact here.
+    TestedKernel tested{kernel.name,  kernel.pass, kernel.exact || kernel.library,
+                        nullptr,      nullptr,     nullptr,
+                        kernel.dense, kernel.tf32};
     tested.why_not = [&kernel, allow_tf32](const fusedcnn::Problem& problem) {
       return kernel.why_not(problem, Target{cuda_on_cpu::options().device, allow_tf32});
     };

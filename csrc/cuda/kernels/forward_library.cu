@@ -120,7 +120,7 @@ FUSEDCNN_DEVICE Accumulator<S> load_bias(const ForwardArgs& args, int64_t channe
 // Of a channels_last plane. `Crosses`: outputs and codes lie in planes of channels, without gaps.
 template <typename S, typename C, int V, bool Crosses>
 FUSEDCNN_KERNEL(kLibraryThreads)
-pool_channels_kernel(ForwardArgs args, PoolSizes sizes) {
+forward_library_channels_kernel(ForwardArgs args, PoolSizes sizes) {
   using T = Accumulator<S>;
   const Tiles& tiles = sizes.tiles;
   const int tile_channels = V << tiles.channel_bits, pitch = (1 << tiles.pixel_bits) + 1;
@@ -182,7 +182,7 @@ pool_channels_kernel(ForwardArgs args, PoolSizes sizes) {
 // Of a plane of channels, and of any other.
 template <typename S, typename C>
 FUSEDCNN_KERNEL(kLibraryThreads)
-pool_pixels_kernel(ForwardArgs args, PoolSizes sizes) {
+forward_library_pixels_kernel(ForwardArgs args, PoolSizes sizes) {
   using T = Accumulator<S>;
   const Tiles& tiles = sizes.tiles;
   const int p = thread_index() & ((1 << tiles.pixel_bits) - 1);
@@ -209,7 +209,7 @@ pool_pixels_kernel(ForwardArgs args, PoolSizes sizes) {
 // ---- host ---------------------------------------------------------------------------------------
 
 template <typename S, typename C, int V>
-void launch_pool_channels(const ForwardArgs& args, PoolSizes sizes, const Execution& execution) {
+void launch_forward_channels(const ForwardArgs& args, PoolSizes sizes, const Execution& execution) {
   const Geometry& g = args.geometry;
   const bool crosses = args.output_strides.c != 1;
   // Eight elements a thread, or four vectors where they do not cross over.
@@ -221,11 +221,12 @@ void launch_pool_channels(const ForwardArgs& args, PoolSizes sizes, const Execut
   if (crosses) {
     const int64_t crossing =
         (int64_t{V} << sizes.tiles.channel_bits) * ((int64_t{1} << sizes.tiles.pixel_bits) + 1);
-    launch("forward_library", pool_channels_kernel<S, C, V, true>, blocks, kLibraryThreads,
-           shared_bytes<S>(crossing) + shared_bytes<C>(crossing), execution, args, sizes);
+    launch("forward_library", forward_library_channels_kernel<S, C, V, true>, blocks,
+           kLibraryThreads, shared_bytes<S>(crossing) + shared_bytes<C>(crossing), execution, args,
+           sizes);
   } else {
-    launch("forward_library", pool_channels_kernel<S, C, V, false>, blocks, kLibraryThreads, 0,
-           execution, args, sizes);
+    launch("forward_library", forward_library_channels_kernel<S, C, V, false>, blocks,
+           kLibraryThreads, 0, execution, args, sizes);
   }
 }
 
@@ -237,7 +238,7 @@ void forward_library_typed(const ForwardArgs& args, const Execution& execution) 
   if (!args.plane_channels_last) {
     sizes.tiles =
         tiles_of(g.batch, g.out_channels, g.h.out, g.w.out, 1, kChannelBits - 1, kThreadBits + 3);
-    launch("forward_library", pool_pixels_kernel<S, C>, blocks_for(sizes.tiles.tasks),
+    launch("forward_library", forward_library_pixels_kernel<S, C>, blocks_for(sizes.tiles.tasks),
            kLibraryThreads, 0, execution, args, sizes);
     return;
   }
@@ -247,10 +248,10 @@ void forward_library_typed(const ForwardArgs& args, const Execution& execution) 
         to.c != 1 || (aligned(args.output, kSize, 16, {to.n, to.h, to.w}) &&
                       aligned(args.code, 1, kV, {to.n, to.h, to.w}));
     if (g.out_channels % kV == 0 && outputs_aligned && aligned(args.plane, kSize, 16, {})) {
-      return launch_pool_channels<S, C, kV>(args, sizes, execution);
+      return launch_forward_channels<S, C, kV>(args, sizes, execution);
     }
   }
-  launch_pool_channels<S, C, 1>(args, sizes, execution);
+  launch_forward_channels<S, C, 1>(args, sizes, execution);
 }
 
 }  // namespace

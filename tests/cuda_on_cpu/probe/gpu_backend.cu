@@ -234,8 +234,10 @@ Backend gpu_backend(double seconds) {
       std::printf("  %s %s: not for this GPU\n", name(kernel.pass), kernel.name);
       continue;
     }
-    TestedKernel tested{kernel.name, kernel.pass, kernel.exact, nullptr,
-                        nullptr,     nullptr,     kernel.dense, kernel.tf32};
+    // The convolution runs on the CPU.
+    TestedKernel tested{kernel.name,  kernel.pass, kernel.exact || kernel.library,
+                        nullptr,      nullptr,     nullptr,
+                        kernel.dense, kernel.tf32};
     tested.why_not = [&kernel, target, seconds, begin](const Problem& problem) -> const char* {
       const char* const why_not = kernel.why_not(problem, target);
       const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - begin;
