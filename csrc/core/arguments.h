@@ -11,7 +11,8 @@ namespace fusedcnn {
 // Pointers are to elements of `type`, except the code's. Tensors have the sizes of the geometry:
 // input [N, C, H, W], weight [OC, C/groups, KH, KW], bias [OC], output, grad_output and code
 // [N, OC, OH, OW]. `wide_code`: the code's elements are int32 instead of uint8. `plane`: for
-// library kernels, the stock convolution's output or its gradient, [N, conv h, conv w, OC], dense.
+// library kernels, the stock convolution's output or its gradient, dense: [N, conv h, conv w, OC]
+// where it is channels_last, as always on the CPU, otherwise [N, OC, conv h, conv w].
 struct ForwardArgs {
   Geometry geometry;
   DataType type;
@@ -27,6 +28,7 @@ struct ForwardArgs {
   // The code's too. Contiguous or channels_last, without gaps: what the operator allocates.
   Strides output_strides;
   const void* plane;
+  bool plane_channels_last;
 };
 
 // Any of the three gradients may be null: not wanted. Each is overwritten, not added to.
@@ -48,6 +50,7 @@ struct BackwardArgs {
   Strides grad_weight_strides;
   void* grad_bias;  // contiguous
   void* plane;
+  bool plane_channels_last;
 };
 
 // What selection may look at: enough to decide, nothing that changes from call to call.

@@ -38,7 +38,7 @@ struct Execution {
 // why it does not. Exactly one of `forward` and `backward` is set; a grad_weight kernel also
 // computes grad_bias. Both only launch: they neither wait nor allocate.
 struct Kernel {
-  const char* name;  // as in csrc/cpu where it is the same method: "general", ...
+  const char* name;  // as in csrc/cpu where it is the same method: "winners_3x3", ...
   Pass pass;
   bool exact;  // small integers give exact results, and equal outputs in a window tie
   int error;   // at most, in errors of the stock layers: see docs/accuracy.md
@@ -52,6 +52,12 @@ struct Kernel {
   // NaN spreads from a pixel that is not finite to weights that no gradient links to it.
   bool dense = false;
   bool tf32 = false;  // rounds float32 operands to tf32
+  // Whether it stands around the stock convolution, which the caller runs: the forward reads
+  // args.plane, without the bias, instead of input and weight; the backward writes args.plane, the
+  // same for both passes, instead of gradients.
+  bool library = false;
+  // Null, or why another kernel would be faster: holds only where no kernel is forced.
+  const char* (*why_slower)(const Problem& problem, const Target& target) = nullptr;
 };
 
 struct KernelList {

@@ -11,6 +11,8 @@ namespace {
 std::atomic<const char*> forced_name{nullptr};
 std::atomic<bool> tf32_switch{false};
 
+const char* forced() { return forced_name.load(std::memory_order_acquire); }
+
 }  // namespace
 
 void force(const std::string& kernel) {
@@ -18,8 +20,8 @@ void force(const std::string& kernel) {
 }
 
 std::string forced_kernel() {
-  const char* forced = forced_name.load(std::memory_order_acquire);
-  return forced ? forced : "";
+  const char* const name = forced();
+  return name ? name : "";
 }
 
 void allow_tf32(bool allowed) { tf32_switch.store(allowed, std::memory_order_relaxed); }
@@ -29,21 +31,22 @@ bool tf32_allowed() { return tf32_switch.load(std::memory_order_relaxed); }
 namespace {
 
 auto why_not(const Problem& problem, const Target& target) {
-  return [&](const Kernel& kernel) { return kernel.why_not(problem, target); };
+  return [&, choose = !forced()](const Kernel& kernel) {
+    const char* const because = kernel.why_not(problem, target);
+    return because || !choose || !kernel.why_slower ? because : kernel.why_slower(problem, target);
+  };
 }
 
 }  // namespace
 
 const Kernel* select(Pass pass, const Problem& problem, const Target& target) {
-  return first_serving(kernels(), pass, forced_name.load(std::memory_order_acquire),
-                       why_not(problem, target));
+  return first_serving(kernels(), pass, forced(), why_not(problem, target));
 }
 
 std::vector<Verdict> explain(Pass pass, const Problem& problem, const Target& target) {
   std::vector<Verdict> verdicts;
   bool found = false;
-  add_verdicts(kernels(), pass, forced_name.load(std::memory_order_acquire),
-               why_not(problem, target), verdicts, found);
+  add_verdicts(kernels(), pass, forced(), why_not(problem, target), verdicts, found);
   return verdicts;
 }
 

@@ -1,6 +1,5 @@
 // The operators on CUDA: checks, allocation, selection, launch. The schemas are in
 // conv_relu_max_pool2d.cpp. A library of its own, which only a torch with CUDA loads.
-#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -17,6 +16,9 @@
 #include "cuda/select.h"
 #include "ops/calls.h"
 #include "ops/checks.h"
+#include "ops/choice.h"
+#include "ops/stock_convolution_cuda.h"
+#include "ops/torch_cuda.h"
 
 namespace fusedcnn {
 namespace {
@@ -25,24 +27,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
-// torch's current stream on the device. libtorch_cuda exports the function, but Python loads that
-// library without making its symbols known to others, and a torch without CUDA has no such library
-// to link against: so it is looked up, once.
+// torch's current stream on the device.
 void* current_stream(int32_t device) {
   using Function = AOTITorchError (*)(int32_t device_index, void** stream);
-  static const Function function = [] {
-    constexpr char kName[] = "aoti_torch_get_current_cuda_stream";
-    void* found = dlsym(RTLD_DEFAULT, kName);
-    if (!found) {
-      if (void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD)) {
-        found = dlsym(library, kName);
-      }
-    }
-    return reinterpret_cast<Function>(found);
-  }();
-  if (!function) {
-    throw std::runtime_error("fusedcnn: this process's torch has no CUDA streams");
-  }
+  static const auto function =
+      reinterpret_cast<Function>(torch_cuda_function("aoti_torch_get_current_cuda_stream"));
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(function(device, &stream));
   return stream;
@@ -58,6 +47,10 @@ void check_coordinates(const Geometry& g) {
   }
 }
 
+Problem problem_of(const Geometry& g, DataType type, bool wide_code, const Strides& input) {
+  return {g, type, wide_code, input.c == 1 && g.in_channels > 1};
+}
+
 // One call's device, stream and working memory.
 class Session {
  public:
@@ -67,19 +60,39 @@ class Session {
         target_{cuda::use_device(input.get_device_index()), cuda::tf32_allowed()},
         stream_(current_stream(input.get_device_index())) {}
 
-  // Selects a kernel and calls run(kernel, execution).
-  template <typename Run>
-  void run(Pass pass, const Problem& problem, const Run& run) {
-    std::string reason;
-    const cuda::Kernel* const kernel = cuda::select(pass, problem, target_, &reason);
+  const cuda::Kernel& select(Pass pass, const Problem& problem) const {
+    const cuda::Kernel* const kernel = cuda::select(pass, problem, target_);
     if (!kernel) {
-      throw std::runtime_error(std::string("fusedcnn: no ") + name(pass) +
-                               " kernel covers this call on CUDA: " + reason);
+      const std::string forced = cuda::forced_kernel();
+      throw std::runtime_error(
+          refusal(pass, explain(pass, problem), forced.empty() ? nullptr : forced.c_str()));
     }
-    const int64_t bytes = kernel->workspace_bytes ? kernel->workspace_bytes(problem) : 0;
+    if (logging()) log_choice("CUDA", pass, problem, kernel->name, explain(pass, problem));
+    return *kernel;
+  }
+
+  std::vector<Verdict> explain(Pass pass, const Problem& problem) const {
+    return cuda::explain(pass, problem, target_);
+  }
+
+  // Runs function(args, execution), the kernel's, with the memory that it asks for.
+  template <typename Args>
+  void run(const cuda::Kernel& kernel,
+           void (*function)(const Args& args, const cuda::Execution& execution),
+           const Args& args) const {
+    const Problem problem = problem_of(args.geometry, args.type, args.wide_code, {});
+    const int64_t bytes = kernel.workspace_bytes ? kernel.workspace_bytes(problem) : 0;
     // Freed at return, to torch's allocator, which hands it out again in the stream's order only.
     const Tensor workspace = empty_vector(input_, bytes, ScalarType::Byte);
-    run(*kernel, cuda::Execution{stream_, bytes ? workspace.mutable_data_ptr() : nullptr});
+    function(args, cuda::Execution{stream_, bytes ? workspace.mutable_data_ptr() : nullptr});
+  }
+
+  // The order of a library kernel's plane.
+  bool plane_channels_last(const Tensor& weight, DataType type) const {
+    const bool half = type == DataType::kBFloat16 || type == DataType::kFloat16;
+    const bool tf32 = type == DataType::kFloat32 && target_.allow_tf32;
+    return plane_in_channels_last(input_, weight,
+                                  half || (tf32 && target_.device.capability >= 80));
   }
 
  private:
@@ -95,12 +108,19 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool2d_cuda(const Tensor& input, const 
                                                      bool with_code) {
   const Geometry g = check_forward(input, weight, bias, packed);
   check_coordinates(g);
-  const ForwardCall call = forward_call(g, input, weight, bias, with_code);
+  ForwardCall call = forward_call(g, input, weight, bias, with_code);
+  ForwardArgs& args = call.args;
   if (g.batch > 0) {
-    Session(input).run(Pass::kForward, {g, call.args.type, call.args.wide_code},
-                       [&](const cuda::Kernel& kernel, const cuda::Execution& execution) {
-                         kernel.forward(call.args, execution);
-                       });
+    const Session session(input);
+    const cuda::Kernel& kernel = session.select(
+        Pass::kForward, problem_of(g, args.type, args.wide_code, args.input_strides));
+    std::optional<Tensor> plane;
+    if (kernel.library) {
+      args.plane_channels_last = session.plane_channels_last(weight, args.type);
+      plane = stock_convolution(cuda_convolution(), input, weight, g, args.plane_channels_last);
+      args.plane = plane->const_data_ptr();
+    }
+    session.run(kernel, kernel.forward, args);
   }
   return {call.output, call.code};
 }
@@ -108,20 +128,51 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool2d_cuda(const Tensor& input, const 
 std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cuda(
     const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& code,
     const std::vector<int64_t>& packed, int64_t output_mask) {
-  const BackwardCall call = backward_call(grad_output, input, weight, code, packed, output_mask);
-  check_coordinates(call.args.geometry);
+  BackwardCall call = backward_call(grad_output, input, weight, code, packed, output_mask);
+  BackwardArgs& args = call.args;
+  const Geometry& g = args.geometry;
+  check_coordinates(g);
   if (call.run_grad_weight() || call.run_grad_input()) {
-    Session session(input);
-    const Problem problem{call.args.geometry, call.args.type, call.args.wide_code};
-    const auto run = [&](Pass pass, const BackwardArgs& args) {
-      session.run(pass, problem, [&](const cuda::Kernel& kernel, const cuda::Execution& execution) {
-        kernel.backward(args, execution);
-      });
+    const Session session(input);
+    const Problem problem = problem_of(g, args.type, args.wide_code, args.input_strides);
+    const auto kernel_if = [&](bool wanted, Pass pass) {
+      return wanted ? &session.select(pass, problem) : nullptr;
     };
-    if (call.run_grad_weight()) run(Pass::kGradWeight, call.weight_args());
-    if (call.run_grad_input()) run(Pass::kGradInput, call.input_args());
+    const cuda::Kernel* const for_weight = kernel_if(call.run_grad_weight(), Pass::kGradWeight);
+    const cuda::Kernel* const for_input = kernel_if(call.run_grad_input(), Pass::kGradInput);
+    const bool library_weight = for_weight && for_weight->library;
+    const bool library_input = for_input && for_input->library;
+    if (for_weight && !library_weight) {
+      session.run(*for_weight, for_weight->backward, call.weight_args());
+    }
+    if (for_input && !library_input) {
+      session.run(*for_input, for_input->backward, call.input_args());
+    }
+    if (library_weight || library_input) {
+      args.plane_channels_last = session.plane_channels_last(weight, args.type);
+      const Tensor plane = empty_plane(input, g, args.plane_channels_last);
+      args.plane = plane.mutable_data_ptr();
+      const cuda::Kernel& kernel = library_weight ? *for_weight : *for_input;
+      session.run(kernel, kernel.backward, args);
+      stock_convolution_backward(cuda_convolution(), plane, input, weight, g,
+                                 args.plane_channels_last,
+                                 library_input ? &call.grad_input : nullptr,
+                                 library_weight && call.want_weight ? &call.grad_weight : nullptr,
+                                 library_weight && call.want_bias ? &call.grad_bias : nullptr);
+    }
   }
   return {call.grad_input, call.grad_weight, call.grad_bias};
+}
+
+// See the CPU's.
+std::string explain_cuda(const Tensor& input, const Tensor& weight,
+                         const std::optional<Tensor>& bias, const std::vector<int64_t>& packed) {
+  const Geometry g = check_forward(input, weight, bias, packed);
+  check_coordinates(g);
+  const bool wide_code = g.window() > kLargestByteWindow;
+  const Problem problem = problem_of(g, check_type(input), wide_code, strides_of(input));
+  const Session session(input);
+  return explanation([&](Pass pass) { return session.explain(pass, problem); });
 }
 
 }  // namespace
@@ -129,6 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cuda(
 STABLE_TORCH_LIBRARY_IMPL(fusedcnn, CUDA, m) {
   m.impl("conv_relu_max_pool2d", TORCH_BOX(&conv_relu_max_pool2d_cuda));
   m.impl("conv_relu_max_pool2d_backward", TORCH_BOX(&conv_relu_max_pool2d_backward_cuda));
+  m.impl("explain", TORCH_BOX(&explain_cuda));
 }
 
 }  // namespace fusedcnn

@@ -21,6 +21,8 @@ struct TestedKernel {
   std::function<void(const fusedcnn::BackwardArgs&, int way)> backward;
   bool dense = false;  // grad_weight multiplies by gradients of zero, too
   bool tf32 = false;   // rounds float32 operands to tf32
+  // Of a library kernel: the convolution output that it pools, of a sum and its bias.
+  std::function<double(fusedcnn::DataType, double sum, double bias)> stored = {};
 };
 
 struct Backend {

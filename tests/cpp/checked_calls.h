@@ -27,11 +27,11 @@ void check_rounded(const fusedcnn::Problem& problem, const Operands& operands, c
 // What one call is, for messages.
 std::string describe(const Backend& backend, const Call& call, const std::string& data);
 
-// Runs one kernel and checks all that it returns. A dense kernel's grad_weight may be NaN where
-// `dense_weight` is.
+// Runs one kernel and checks all that it returns. `dense`: the gradients where those of zero are
+// multiplied, too, if that makes a difference. They are a library kernel's; a dense kernel's
+// grad_weight may be NaN where theirs is.
 void check_call(const Call& call, const Operands& operands, const Forward& want,
-                const Gradients& grads, const std::string& what,
-                const std::vector<double>& dense_weight = {});
+                const Gradients& grads, const std::string& what, const Gradients* dense = nullptr);
 
 // Calls body(problem, kernel index) for every problem on `g` that a kernel of the backend covers.
 template <typename Body>

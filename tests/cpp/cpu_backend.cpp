@@ -129,30 +129,37 @@ Backend cpu_backend(const fusedcnn::cpu::Isa& isa) {
     const fusedcnn::cpu::Kernel& kernel = isa.list.kernels[i];
     // Of a plane that nobody has written.
     const auto plane_of = [](const fusedcnn::Geometry& g, fusedcnn::DataType type) {
-      return Tensor({g.batch, g.h.conv, g.w.conv, g.out_channels},
-                    strides_for(Layout::kContiguous, {g.batch, g.h.conv, g.w.conv, g.out_channels}),
-                    element_size(type), signalling_nan(type));
+      const Shape shape{g.batch, g.out_channels, g.h.conv, g.w.conv};
+      return Tensor(shape, strides_for(Layout::kChannelsLast, shape), element_size(type),
+                    signalling_nan(type));
     };
     TestedKernel tested{kernel.name, kernel.pass, kernel.exact,  kernel.why_not,
                         nullptr,     nullptr,     kernel.library};
+    if (kernel.library) {
+      tested.stored = [](fusedcnn::DataType type, double sum, double bias) {
+        return rounded(type, sum + bias);
+      };
+    }
     if (kernel.forward) {
       tested.forward = [&kernel, plane_of](fusedcnn::ForwardArgs args, int way) {
         if (!kernel.library) return call(kernel.forward, args, way);
         Tensor plane = plane_of(args.geometry, args.type);
+        args.plane_channels_last = true;
         stock_convolution(args, plane.data());
         args.input = args.weight = args.bias = nullptr;
         args.plane = plane.data();
         call(kernel.forward, args, way);
       };
     } else {
-      tested.backward = [&kernel, plane_of](const fusedcnn::BackwardArgs& args, int way) {
+      tested.backward = [&kernel, plane_of](fusedcnn::BackwardArgs args, int way) {
         if (!kernel.library) return call(kernel.backward, args, way);
         Tensor plane = plane_of(args.geometry, args.type);
+        args.plane = plane.data();
+        args.plane_channels_last = true;
         fusedcnn::BackwardArgs scatter = args;
         scatter.input = scatter.weight = nullptr;
-        scatter.plane = plane.data();
         call(kernel.backward, scatter, way);
-        stock_convolution_backward(args, plane.data());
+        stock_convolution_backward(args);
       };
     }
     backend.kernels.push_back(tested);

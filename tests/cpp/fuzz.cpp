@@ -152,7 +152,8 @@ void fuzz(const Backend& backend, uint64_t seed, int64_t count) {
     if (random.integer(0, 3) == 0) operands.bias.clear();
     const Forward want = forward(g, operands);
     const Gradients grads = backward(g, operands, want.code);
-    const std::vector<double> dense_weight = dense_grad_weight(g, operands, want.code);
+    const Gradients dense =
+        convolution_backward(g, operands, convolution_gradient(g, operands, want.code));
     const std::string where =
         text(arguments) + ", seed " + std::to_string(seed) + ", geometry " + std::to_string(i);
     const DataType type = kTypes[random.integer(0, 3)];
@@ -164,7 +165,7 @@ void fuzz(const Backend& backend, uint64_t seed, int64_t count) {
           static_cast<int>(random.integer(0, static_cast<int64_t>(backend.ways.size()) - 1));
       const Call call{&backend.kernels[k], problem, layout, way};
       const std::string what = describe(backend, call, where);
-      check_call(call, operands, want, grads, what, dense_weight);
+      check_call(call, operands, want, grads, what, &dense);
       ++calls;
       if (pick > 5) return;  // NaN and infinity raise what tells of stale memory
       const std::string misuse = backend.misuse ? backend.misuse() : "";

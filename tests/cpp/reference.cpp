@@ -75,13 +75,16 @@ double window_element_in_chains(const Geometry& g, const Operands& operands, int
   return total + sum;
 }
 
-Forward forward(const Geometry& g, const Operands& operands) {
+Forward forward(const Geometry& g, const Operands& operands, const Stored& stored) {
+  Operands without_bias = operands;
+  without_bias.bias.clear();
   Forward result;
   std::vector<double> map(g.h.conv * g.w.conv);
   for (int64_t i = 0; i < g.batch * g.out_channels; ++i) {
     const int64_t n = i / g.out_channels, oc = i % g.out_channels;
     for (int64_t c = 0; c < g.h.conv * g.w.conv; ++c) {
-      map[c] = convolution(g, operands, n, oc, c / g.w.conv, c % g.w.conv);
+      map[c] = convolution(g, stored ? without_bias : operands, n, oc, c / g.w.conv, c % g.w.conv);
+      if (stored) map[c] = stored(map[c], operands.bias.empty() ? 0 : operands.bias[oc]);
     }
     for (int64_t o = 0; o < g.outputs(); ++o) {
       double best = -std::numeric_limits<double>::infinity();
@@ -127,32 +130,38 @@ Gradients backward(const Geometry& g, const Operands& operands, const std::vecto
   return grads;
 }
 
-std::vector<double> dense_grad_weight(const Geometry& g, const Operands& operands,
-                                      const std::vector<int32_t>& code) {
-  std::vector<double> grad_weight = backward(g, operands, code).weight;
-  // The convolution outputs that a gradient flows to are in that sum already; the others' is zero.
-  std::vector<bool> met(static_cast<size_t>(g.batch * g.out_channels * g.h.conv * g.w.conv));
-  const auto place = [&](int64_t image_channel, int64_t ch, int64_t cw) {
-    return static_cast<size_t>((image_channel * g.h.conv + ch) * g.w.conv + cw);
-  };
+std::vector<double> convolution_gradient(const Geometry& g, const Operands& operands,
+                                         const std::vector<int32_t>& code) {
+  std::vector<double> plane(g.batch * g.out_channels * g.h.conv * g.w.conv);
   for (int64_t i = 0; i < static_cast<int64_t>(code.size()); ++i) {
     if (code[i] < 0) continue;
     const int64_t o = i % g.outputs();
-    met[place(i / g.outputs(), conv_place(g.h, o / g.w.out, code[i] / g.w.pool_kernel),
-              conv_place(g.w, o % g.w.out, code[i] % g.w.pool_kernel))] = true;
+    const int64_t ch = conv_place(g.h, o / g.w.out, code[i] / g.w.pool_kernel);
+    const int64_t cw = conv_place(g.w, o % g.w.out, code[i] % g.w.pool_kernel);
+    plane[(i / g.outputs() * g.h.conv + ch) * g.w.conv + cw] += operands.grad_output[i];
   }
-  for (int64_t i = 0; i < g.batch * g.out_channels; ++i) {
-    for (int64_t ch = 0; ch < g.h.conv; ++ch) {
-      for (int64_t cw = 0; cw < g.w.conv; ++cw) {
-        if (met[place(i, ch, cw)]) continue;
-        for_taps(g, i / g.out_channels, i % g.out_channels, ch, cw,
-                 [&](int64_t input, int64_t weight) {
-                   grad_weight[weight] += 0 * operands.input[input];
-                 });
-      }
-    }
+  return plane;
+}
+
+Gradients convolution_backward(const Geometry& g, const Operands& operands,
+                               const std::vector<double>& plane) {
+  Gradients grads{std::vector<double>(g.batch * g.in_channels * g.h.in * g.w.in),
+                  std::vector<double>(g.out_channels * g.in_channels_per_group() * g.taps()),
+                  std::vector<double>(g.out_channels)};
+  for (int64_t i = 0; i < static_cast<int64_t>(plane.size()); ++i) {
+    const int64_t pixel = i % (g.h.conv * g.w.conv), channel = i / (g.h.conv * g.w.conv);
+    grads.bias[channel % g.out_channels] += plane[i];
+    for_taps(g, channel / g.out_channels, channel % g.out_channels, pixel / g.w.conv,
+             pixel % g.w.conv, [&](int64_t input, int64_t weight) {
+               if (!operands.weight.empty()) {
+                 grads.input[input] += plane[i] * operands.weight[weight];
+               }
+               if (!operands.input.empty()) {
+                 grads.weight[weight] += plane[i] * operands.input[input];
+               }
+             });
   }
-  return grad_weight;
+  return grads;
 }
 
 }  // namespace selftest

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "core/geometry.h"
@@ -42,15 +43,23 @@ double window_element(const fusedcnn::Geometry& g, const Operands& operands, int
 double window_element_in_chains(const fusedcnn::Geometry& g, const Operands& operands, int64_t i,
                                 int64_t code, int chain);
 
-Forward forward(const fusedcnn::Geometry& g, const Operands& operands);
+// What becomes of a convolution output before it is pooled, of its sum and its bias.
+using Stored = std::function<double(double sum, double bias)>;
+
+// `stored`: null for the sum of both, as it is.
+Forward forward(const fusedcnn::Geometry& g, const Operands& operands, const Stored& stored = {});
 
 // The gradients that flow to the winners that `code` names.
 Gradients backward(const fusedcnn::Geometry& g, const Operands& operands,
                    const std::vector<int32_t>& code);
 
-// grad_weight where also the gradients that are zero are multiplied, as stock layers do: NaN where
-// they meet an input that is not finite.
-std::vector<double> dense_grad_weight(const fusedcnn::Geometry& g, const Operands& operands,
-                                      const std::vector<int32_t>& code);
+// The same gradients of all convolution outputs, [N, OC, conv h, conv w], most of which are zero.
+std::vector<double> convolution_gradient(const fusedcnn::Geometry& g, const Operands& operands,
+                                         const std::vector<int32_t>& code);
+
+// What follows from those as stock layers compute it: gradients of zero are multiplied, too, which
+// gives NaN where they meet what is not finite. An operand that is empty has no counterpart.
+Gradients convolution_backward(const fusedcnn::Geometry& g, const Operands& operands,
+                               const std::vector<double>& plane);
 
 }  // namespace selftest

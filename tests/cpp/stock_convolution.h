@@ -5,10 +5,10 @@
 
 namespace selftest {
 
-// plane: [N, conv h, conv w, OC] of the call's type.
+// Fills a plane of the call's type, in the order of args.plane_channels_last.
 void stock_convolution(const fusedcnn::ForwardArgs& args, void* plane);
 
-// Fills those gradients of `args` that are not null.
-void stock_convolution_backward(const fusedcnn::BackwardArgs& args, const void* plane);
+// Fills those gradients of `args` that are not null from args.plane.
+void stock_convolution_backward(const fusedcnn::BackwardArgs& args);
 
 }  // namespace selftest

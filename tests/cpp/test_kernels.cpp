@@ -78,14 +78,15 @@ void test_special_values(const Backend& backend) {
         if (want.code[i] < 0) operands.grad_output[i] = i % 2 ? kNan : kInfinity;
       }
       const Gradients grads = backward(g, operands, want.code);
-      const std::vector<double> dense_weight = dense_grad_weight(g, operands, want.code);
+      const Gradients dense =
+          convolution_backward(g, operands, convolution_gradient(g, operands, want.code));
       for_covering_kernels(backend, g, [&](const Problem& problem, int k) {
         for (const Layout layout : {Layout::kContiguous, Layout::kPermuted}) {
           if (!in_share()) continue;
           const Call call{&backend.kernels[k], problem, layout, 0};
           check_call(call, operands, want, grads,
                      describe(backend, call, std::string(case_name) + " with " + data.name),
-                     dense_weight);
+                     &dense);
         }
       });
     }

@@ -6,6 +6,9 @@
 
 #include "cuda/kernel.h"
 #include "machine.h"
+#include "stock_convolution.h"
+#include "storage.h"
+#include "tensor.h"
 
 namespace selftest {
 namespace {
@@ -21,12 +24,13 @@ struct Way {
   uint64_t seed;
   bool late_copies;
   int64_t most_blocks;  // few, so that blocks take several tasks; or one for every task
+  bool plane_channels_last;
 };
 constexpr Way kWays[] = {
-    {"forward order, late copies", Order::kForward, 1, true, 1 << 30},
-    {"reverse order, early copies, 3 blocks", Order::kReverse, 1, false, 3},
-    {"run ahead, late copies, 5 blocks", Order::kRunAhead, 2, true, 5},
-    {"run ahead, early copies", Order::kRunAhead, 3, false, 1 << 30},
+    {"forward order, late copies", Order::kForward, 1, true, 1 << 30, true},
+    {"reverse order, early copies, 3 blocks", Order::kReverse, 1, false, 3, false},
+    {"run ahead, late copies, 5 blocks", Order::kRunAhead, 2, true, 5, true},
+    {"run ahead, early copies", Order::kRunAhead, 3, false, 1 << 30, false},
 };
 
 void use(const Way& way) {
@@ -54,6 +58,36 @@ void call(const Kernel& kernel, Function function, const Args& args, int way) {
   function(args, Execution{nullptr, workspace.data.get()});
 }
 
+// A plane that nobody has written.
+Tensor new_plane(const fusedcnn::Geometry& g, fusedcnn::DataType type) {
+  const Shape shape{g.batch, g.out_channels, g.h.conv, g.w.conv};
+  return Tensor(shape, strides_for(Layout::kContiguous, shape), element_size(type),
+                signalling_nan(type));
+}
+
+void library_forward(const Kernel& kernel, fusedcnn::ForwardArgs args, int way) {
+  Tensor plane = new_plane(args.geometry, args.type);
+  args.plane_channels_last = kWays[way].plane_channels_last;
+  const void* const bias = args.bias;
+  args.bias = nullptr;
+  stock_convolution(args, plane.data());
+  args.input = args.weight = nullptr;
+  args.bias = bias;
+  args.plane = plane.data();
+  call(kernel, kernel.forward, args, way);
+}
+
+void library_backward(const Kernel& kernel, fusedcnn::BackwardArgs args, int way) {
+  Tensor plane = new_plane(args.geometry, args.type);
+  args.plane = plane.data();
+  args.plane_channels_last = kWays[way].plane_channels_last;
+  fusedcnn::BackwardArgs scatter = args;
+  scatter.input = scatter.weight = nullptr;
+  scatter.grad_input = scatter.grad_weight = scatter.grad_bias = nullptr;
+  call(kernel, kernel.backward, scatter, way);
+  stock_convolution_backward(args);
+}
+
 }  // namespace
 
 Backend cuda_backend(bool allow_tf32) {
@@ -62,21 +96,29 @@ Backend cuda_backend(bool allow_tf32) {
   const fusedcnn::cuda::KernelList list = fusedcnn::cuda::kernels();
   for (int i = 0; i < list.count; ++i) {
     const Kernel& kernel = list.kernels[i];
-    TestedKernel tested{kernel.name, kernel.pass, kernel.exact, nullptr,
-                        nullptr,     nullptr,     kernel.dense, kernel.tf32};
+    // The convolution is exact here.
+    TestedKernel tested{kernel.name,  kernel.pass, kernel.exact || kernel.library,
+                        nullptr,      nullptr,     nullptr,
+                        kernel.dense, kernel.tf32};
     tested.why_not = [&kernel, allow_tf32](const fusedcnn::Problem& problem) {
       return kernel.why_not(problem, Target{cuda_on_cpu::options().device, allow_tf32});
     };
+    if (kernel.library) {
+      tested.stored = [](fusedcnn::DataType type, double sum, double bias) {
+        return rounded(type, sum) + bias;
+      };
+    }
     if (kernel.forward) {
       tested.forward = [&kernel](const fusedcnn::ForwardArgs& args, int way) {
-        // The operator launches nothing for an empty batch.
-        if (args.geometry.batch) call(kernel, kernel.forward, args, way);
+        if (!args.geometry.batch) return;  // the operator launches nothing for an empty batch
+        if (kernel.library) return library_forward(kernel, args, way);
+        call(kernel, kernel.forward, args, way);
       };
     } else {
       tested.backward = [&kernel](const fusedcnn::BackwardArgs& args, int way) {
-        if (args.geometry.batch || kernel.pass == fusedcnn::Pass::kGradWeight) {
-          call(kernel, kernel.backward, args, way);
-        }
+        if (!args.geometry.batch && kernel.pass != fusedcnn::Pass::kGradWeight) return;
+        if (kernel.library) return library_backward(kernel, args, way);
+        call(kernel, kernel.backward, args, way);
       };
     }
     backend.kernels.push_back(tested);

@@ -34,24 +34,24 @@ void test_cuda_select() {
       {"block2", DataType::kFloat32, 89, 99, false, "cuda_cores_3x3"},
       {"block2", DataType::kFloat32, 120, 99, false, "cuda_cores_3x3"},
       {"block2", DataType::kFloat32, 90, 48, false, "cuda_cores_3x3"},
-      {"dilation2x3", DataType::kFloat32, 90, 227, false, "general"},
+      {"dilation2x3", DataType::kFloat32, 90, 227, false, "library"},
       // One product where tf32 is allowed, and for halves always.
       {"block2", DataType::kFloat32, 90, 227, true, "tensor_cores_3x3"},
       {"block1", DataType::kFloat32, 86, 99, true, "tensor_cores_3x3"},
       {"block2", DataType::kBFloat16, 90, 227, false, "tensor_cores_3x3"},
-      {"block2", DataType::kFloat64, 90, 227, true, "general"},
+      {"block2", DataType::kFloat64, 90, 227, true, "library"},
       // No matrix instructions in code for older GPUs, whatever this one has.
       {"block2", DataType::kFloat32, 80, 163, false, "cuda_cores_3x3", Pass::kForward, 75},
-      {"block2", DataType::kBFloat16, 90, 227, false, "general", Pass::kForward, 75},
+      {"block2", DataType::kBFloat16, 90, 227, false, "library", Pass::kForward, 75},
       {"block2", DataType::kBFloat16, 90, 227, false, "tensor_cores_3x3", Pass::kForward, 80},
       // grad_input on CUDA cores: from 3 input channels on, where shared memory has room.
       {"block2", DataType::kFloat32, 90, 227, false, "winners_3x3", Pass::kGradInput},
       {"block2", DataType::kFloat32, 90, 227, true, "tensor_cores_3x3", Pass::kGradInput},
       {"block2", DataType::kFloat32, 75, 64, false, "winners_3x3", Pass::kGradInput},
       {"channels64", DataType::kBFloat16, 75, 64, false, "winners_3x3", Pass::kGradInput},
-      {"bands", DataType::kFloat32, 75, 64, false, "general", Pass::kGradInput},
+      {"bands", DataType::kFloat32, 75, 64, false, "library", Pass::kGradInput},
       {"bands", DataType::kFloat32, 86, 99, false, "winners_3x3", Pass::kGradInput},
-      {"many_images", DataType::kFloat32, 90, 227, false, "general", Pass::kGradInput},
+      {"many_images", DataType::kFloat32, 90, 227, false, "library", Pass::kGradInput},
   };
   for (const Row& row : kRows) {
     const fusedcnn::Problem problem{case_named(row.case_name).geometry, row.type, false};

@@ -24,12 +24,11 @@
 //   to fetch gradients and codes: 64 x 25 = 1,600; to add patches up: 64 x 23 = 1,500
 //   to write pixels and to clear their sums: 1,800
 // 27,700 in all: 6,900 cycles of four issue slots, 26 ns on 132 multiprocessors at 1.98 GHz if no
-// slot stays empty, which branches and 16 warps to a multiprocessor will not quite reach. The
-// general kernel takes 92,000, 88 ns, and memory 6.2. Shared memory is busy for 3,800 cycles. More
-// live pairs cost 11 instructions each. 3 -> 16 at 32x32: the same for 3 channels as for 16, 58,000
-// instructions, 55 ns, again where the general kernel takes 88. With 32 channels a live pair does
-// twice the work for three multiply-adds more, but only four windows share the loads. Estimates,
-// not measurements: so far this has run on a CPU only.
+// slot stays empty, which branches and 16 warps to a multiprocessor will not quite reach. Memory
+// takes 6.2 ns. Shared memory is busy for 3,800 cycles. More live pairs cost 11 instructions each.
+// 3 -> 16 at 32x32: the same for 3 channels as for 16, 58,000 instructions, 55 ns. With 32 channels
+// a live pair does twice the work for three multiply-adds more, but only four windows share the
+// loads. Estimates, not measurements: so far this has run on a CPU only.
 //
 // A chain of additions has a product of each output channel of a slice, at most 64; slices and
 // patches are then added up in shared memory, to round no more than the stock layers do. Only
@@ -420,7 +419,7 @@ void launch_grad_input_winners_3x3(const BackwardArgs& args, const Execution& ex
 const char* why_not_grad_input_winners_3x3(const Problem& problem, const Target& target) {
   // Too few lanes work.
   if (problem.geometry.in_channels < 3) return "fewer than 3 input channels";
-  if (const char* reason = why_not_3x3_block(problem, target)) return reason;
+  if (const char* reason = why_not_3x3_block(problem)) return reason;
   const int64_t shared = for_columns(problem.geometry, [&](auto columns) {
     return input_winners_shared<columns>(input_winners_sizes<columns>(problem.geometry));
   });

@@ -10,24 +10,13 @@
 namespace fusedcnn::cuda {
 namespace {
 
-constexpr int kWeightThreads = 256;
-constexpr int kWeightChannels = kWeightThreads / kWarp;  // output channels of a block
-constexpr int kTaps = 4;                                 // weights of a lane
-constexpr int kTapBlock = kTaps * kWarp;                 // weights of a warp
-// Pooled outputs of one image that are summed in one chain; chains are then added up, since one
-// long chain would round more than the stock layers do.
-constexpr int kUnit = 128;
-// Warps' worth of blocks to aim at: 8 blocks on each of 132 multiprocessors, twice over.
-constexpr int64_t kWantedBlocks = 2048;
 constexpr int64_t kMostPartialBytes = int64_t{64} << 20;
 
-struct WeightSizes {
-  AxisSizes h, w;
-  int channels, out_channels;  // of a group
-  int groups, channel_blocks, tap_blocks;
-  int row;  // partial sums of one output channel: [channels][KH][KW], then the bias's
-  int outputs, units_per_image;
-  int64_t units, slabs;
+// Partial sums of a slab: [out channels][row], of which a row holds [channels][3][3] weights' and
+// then the bias's.
+struct SlabSums {
+  int out_channels, row;
+  int64_t slabs;
 };
 
 // `wanted` slabs, or as many as there are units, or as kMostPartialBytes hold where each takes
@@ -38,26 +27,6 @@ inline int64_t slab_count(int64_t wanted, int64_t units, int64_t bytes) {
   return count < 1 ? 1 : count;
 }
 
-inline WeightSizes weight_sizes(const Geometry& g, int64_t element) {
-  WeightSizes s{};
-  s.h = sizes_of(g.h);
-  s.w = sizes_of(g.w);
-  s.channels = static_cast<int>(g.in_channels_per_group());
-  s.out_channels = static_cast<int>(g.out_channels_per_group());
-  s.groups = static_cast<int>(g.groups);
-  s.channel_blocks = (s.out_channels + kWeightChannels - 1) / kWeightChannels;
-  const int weights = s.channels * static_cast<int>(g.taps());
-  s.tap_blocks = (weights + kTapBlock - 1) / kTapBlock;
-  s.row = weights + 1;
-  s.outputs = static_cast<int>(g.outputs());
-  s.units_per_image = (s.outputs + kUnit - 1) / kUnit;
-  s.units = g.batch * s.units_per_image;
-  s.slabs =
-      slab_count(kWantedBlocks / (static_cast<int64_t>(s.groups) * s.channel_blocks * s.tap_blocks),
-                 s.units, g.out_channels * s.row * element);
-  return s;
-}
-
 // Threads of the second stage: a warp's lanes have neighbouring sums, and its warps divide the
 // slabs among them, since one thread would wait for each of hundreds of loads in turn.
 constexpr int kFinishThreads = 512, kFinishWarps = kFinishThreads / kWarp;
@@ -66,13 +35,12 @@ constexpr int kFinishThreads = 512, kFinishWarps = kFinishThreads / kWarp;
 // their number. In double: there may be many slabs, few numbers, and the terms may cancel.
 template <typename S>
 FUSEDCNN_KERNEL(kFinishThreads)
-grad_weight_finish_kernel(BackwardArgs args, WeightSizes sizes, const Accumulator<S>* partial) {
+grad_weight_finish_kernel(BackwardArgs args, SlabSums sizes, const Accumulator<S>* partial) {
   using T = Accumulator<S>;
   SharedMemory memory;
   const Shared<double> sums = memory.array<double>(kFinishThreads);
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
-  const int taps = sizes.h.kernel * sizes.w.kernel;
-  const int64_t size = static_cast<int64_t>(sizes.groups) * sizes.out_channels * sizes.row;
+  const int64_t size = static_cast<int64_t>(sizes.out_channels) * sizes.row;
   for (int64_t first = block_index() * kWarp; first < size; first += grid_blocks() * kWarp) {
     const int64_t i = first + lane;
     double sum = 0;
@@ -94,8 +62,7 @@ grad_weight_finish_kernel(BackwardArgs args, WeightSizes sizes, const Accumulato
       } else {
         const Strides& to = args.grad_weight_strides;
         static_cast<S*>(
-            args.grad_weight)[oc * to.n + k / taps * to.c + k % taps / sizes.w.kernel * to.h +
-                              k % taps % sizes.w.kernel * to.w] = result;
+            args.grad_weight)[oc * to.n + k / 9 * to.c + k % 9 / 3 * to.h + k % 3 * to.w] = result;
       }
     }
     sync_threads();  // the next sums overwrite these
@@ -103,7 +70,7 @@ grad_weight_finish_kernel(BackwardArgs args, WeightSizes sizes, const Accumulato
 }
 
 template <typename S>
-void launch_grad_weight_finish(const BackwardArgs& args, const WeightSizes& sizes,
+void launch_grad_weight_finish(const BackwardArgs& args, const SlabSums& sizes,
                                const Accumulator<S>* partial, const Execution& execution) {
   const int64_t size = args.geometry.out_channels * sizes.row;
   launch("grad_weight_finish", grad_weight_finish_kernel<S>, blocks_for((size + kWarp - 1) / kWarp),

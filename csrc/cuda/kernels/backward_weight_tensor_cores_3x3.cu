@@ -31,7 +31,7 @@
 // has run on a CPU only.
 //
 // A block sums a slab of the images' tiles in registers; its warps' sums are added in order, and
-// the general kernel's second stage adds up the slabs. How many there are depends on the geometry
+// the second stage adds up the slabs. How many there are depends on the geometry
 // alone. For 16 -> 32 channels a slab's sums are 18 KiB, as much as an image and its gradients: at
 // batches below some 1,000 these sums, which stay in the L2 cache, cost about as much as all else.
 // A register takes at most kMmaChain products of an instruction (K = 16, tf32: 8, of which a
@@ -242,7 +242,7 @@ grad_weight_tensor_cores_3x3_kernel(BackwardArgs args, WeightMmaSizes sizes, flo
     }
 
     // The slab's sums are those of the warps, in the order of their shares.
-    const int64_t row_sums = sizes.general.row;  // 64 rows may be 2^31 or more
+    const int64_t row_sums = sizes.sums.row;  // 64 rows may be 2^31 or more
     float* const to =
         partial + (static_cast<int64_t>(slab) * sizes.out_channels + block_oc) * row_sums;
     FUSEDCNN_UNROLL
@@ -356,7 +356,7 @@ void launch_grad_weight_tensor_cores_3x3(const BackwardArgs& args, const Executi
   launch("grad_weight_tensor_cores_3x3", grad_weight_tensor_cores_3x3_kernel<S, CTiles>,
          blocks_for(tasks), kMmaThreads, weight_mma_shared<S, CTiles>(sizes, want_weight),
          execution, args, sizes, partial);
-  launch_grad_weight_finish<S>(args, sizes.general, partial, execution);
+  launch_grad_weight_finish<S>(args, sizes.sums, partial, execution);
 }
 
 // Calls body(S{}, integral constant of the tiles of channels) for the problem.

@@ -10,7 +10,7 @@ namespace fusedcnn::cuda {
 namespace {
 
 struct WeightTileSizes : MapSizes {
-  WeightSizes general;   // of the second stage: its slabs are rows of `partial`
+  SlabSums sums;
   int tile_h, tile_w;    // windows of a tile
   int tiles_h, tiles_w;  // of an image
   int channel_blocks;    // of output channels
@@ -22,8 +22,8 @@ struct WeightTileSizes : MapSizes {
 inline WeightTileSizes weight_tile_sizes(const Geometry& g, int tile_h, int tile_w,
                                          int block_channels) {
   WeightTileSizes s{};
-  s.general = weight_sizes(g, sizeof(float));
   static_cast<MapSizes&>(s) = map_sizes(g);
+  s.sums = {s.out_channels, 9 * s.channels + 1, 0};
   s.tile_h = tile_h, s.tile_w = tile_w;
   s.tiles_h = parts(s.out_h, tile_h);
   s.tiles_w = parts(s.out_w, tile_w);
@@ -34,11 +34,11 @@ inline WeightTileSizes weight_tile_sizes(const Geometry& g, int tile_h, int tile
 
 // Bytes of a slab's sums.
 inline int64_t slab_bytes(const WeightTileSizes& sizes) {
-  return static_cast<int64_t>(sizes.out_channels) * sizes.general.row * 4;
+  return static_cast<int64_t>(sizes.out_channels) * sizes.sums.row * 4;
 }
 
 inline void set_slabs(WeightTileSizes* sizes, int64_t wanted) {
-  sizes->slabs = sizes->general.slabs = slab_count(wanted, sizes->units, slab_bytes(*sizes));
+  sizes->slabs = sizes->sums.slabs = slab_count(wanted, sizes->units, slab_bytes(*sizes));
 }
 
 }  // namespace

@@ -24,7 +24,7 @@
 // so far this has run on a CPU only.
 //
 // Sums run over a slab of the images' tiles, in registers for a tile, then in shared memory; those
-// of the warps that share output channels are added up, and the general kernel's second stage adds
+// of the warps that share output channels are added up, and the second stage adds
 // up the slabs in order. How many there are depends on the geometry alone.
 
 #include <type_traits>
@@ -269,13 +269,13 @@ grad_weight_winners_3x3_kernel(BackwardArgs args, WeightWinnersSizes sizes, floa
     if (group == 0) {
       FUSEDCNN_NO_UNROLL
       for (int o = 0; o < kChannels && oc0 + o < sizes.out_channels; ++o) {
-        float* const to = partial + (slab * sizes.out_channels + oc0 + o) * sizes.general.row;
+        float* const to = partial + (slab * sizes.out_channels + oc0 + o) * sizes.sums.row;
         if (first == 0 && lane == 0) {
           float sum = 0;
           for (int other = warp; other < kWinnersWarps; other += sizes.channel_warps) {
             sum += biases[other * kChannels + o];
           }
-          to[sizes.general.row - 1] = sum;
+          to[sizes.sums.row - 1] = sum;
         }
         for (int i = 0; want_weight && i < Slots; ++i) {
           const int k = i * kWarp + lane;
@@ -320,13 +320,13 @@ void launch_grad_weight_winners_3x3(const BackwardArgs& args, const Execution& e
   const int64_t shared = weight_winners_shared<Slots>(sizes, want_weight);
   launch("grad_weight_winners_3x3", grad_weight_winners_3x3_kernel<S, Slots>, blocks_for(tasks),
          kWinnersThreads, shared, execution, args, sizes, partial);
-  launch_grad_weight_finish<S>(args, sizes.general, partial, execution);
+  launch_grad_weight_finish<S>(args, sizes.sums, partial, execution);
 }
 
 }  // namespace
 
 const char* why_not_grad_weight_winners_3x3(const Problem& problem, const Target& target) {
-  if (const char* reason = why_not_3x3_block(problem, target)) return reason;
+  if (const char* reason = why_not_3x3_block(problem)) return reason;
   const int64_t shared = for_slots(problem.geometry, [&](auto slots) {
     return weight_winners_shared<slots>(weight_winners_sizes<slots>(problem.geometry), true);
   });

@@ -31,7 +31,7 @@
 //
 // Sums run over a slab of the images' tiles: a chain of a tile, at most 32 products long, then
 // totals of tiles, both in registers. Warps and windows side by side are added up at the end, and
-// the general kernel's second stage adds up the slabs in order. How many there are depends on the
+// the second stage adds up the slabs in order. How many there are depends on the
 // geometry alone.
 
 #include "cuda/kernels/backward_weight_tiles.h"
@@ -244,7 +244,7 @@ grad_weight_winners_3x3_few_channels_kernel(BackwardArgs args, FewChannelsSizes 
         for (int other = channel; other < kFewChannelsThreads; other += sizes.lane_channels) {
           sum += all_gradients[k * kFewChannelsThreads + other];
         }
-        partial[(slab * sizes.out_channels + oc0 + channel) * sizes.general.row + to + k] = sum;
+        partial[(slab * sizes.out_channels + oc0 + channel) * sizes.sums.row + to + k] = sum;
       }
       sync_threads();  // the next sums overwrite these
     };
@@ -270,7 +270,7 @@ void launch_grad_weight_winners_3x3_few_channels(const BackwardArgs& args,
          grad_weight_winners_3x3_few_channels_kernel<S, Channels>,
          blocks_for(sizes.slabs * sizes.channel_blocks), kFewChannelsThreads, shared, execution,
          args, sizes, partial);
-  launch_grad_weight_finish<S>(args, sizes.general, partial, execution);
+  launch_grad_weight_finish<S>(args, sizes.sums, partial, execution);
 }
 
 template <typename S>
@@ -286,9 +286,9 @@ void grad_weight_winners_3x3_few_channels_typed(const BackwardArgs& args,
 
 }  // namespace
 
-const char* why_not_winners_3x3_few_channels(const Problem& problem, const Target& target) {
+const char* why_not_winners_3x3_few_channels(const Problem& problem, const Target&) {
   if (problem.geometry.in_channels > kMostChannels) return "more than 4 input channels";
-  return why_not_3x3_block(problem, target);
+  return why_not_3x3_block(problem);
 }
 
 int64_t grad_weight_winners_3x3_few_channels_workspace(const Problem& problem) {

@@ -1,8 +1,6 @@
 // What the kernels for a 3x3 convolution of stride 1 under a 2x2 pool of stride 2 share.
 #pragma once
 
-#include <initializer_list>
-
 #include "cuda/device.h"
 #include "cuda/kernel.h"
 #include "cuda/kernels/sizes.h"
@@ -17,7 +15,7 @@ int64_t forward_cuda_cores_3x3_cycles(const Problem& problem);
 namespace {
 
 // Whether the block is a 3x3 convolution of stride 1 under a 2x2 pool of stride 2.
-inline const char* why_not_3x3_block(const Problem& problem, const Target& target) {
+inline const char* why_not_3x3_block(const Problem& problem) {
   const Geometry& g = problem.geometry;
   if (problem.type == DataType::kFloat64) return "float64";
   if (problem.wide_code) return "int32 codes";
@@ -36,7 +34,13 @@ inline const char* why_not_3x3_block(const Problem& problem, const Target& targe
   if ((g.outputs() + g.h.out + g.w.out + 1) * g.out_channels >= kLargest) {
     return "an image has some 2^30 outputs or more";
   }
-  return g.groups == 1 ? why_not_general(problem, target) : "groups";
+  // Coordinates and places among an output channel's weights, too.
+  if (g.in_channels >= kLargest / 64) return "2^24 input channels or more";
+  for (const Axis* axis : {&g.h, &g.w}) {
+    if (axis->padded() >= kLargest / 4)
+      return "an axis has 2^28 elements or more, padding included";
+  }
+  return g.groups == 1 ? nullptr : "groups";
 }
 
 constexpr const char* kTooLittleShared = "the GPU's blocks have too little shared memory";
@@ -72,17 +76,6 @@ FUSEDCNN_DEVICE Pooled pool_window(float v0, float v1, float v2, float v3, bool 
   meet(v3, 3, right && below);
   const bool off = best <= 0;  // false for NaN, which ReLU lets through
   return {off ? 0.f : best, off ? -1 : winner};
-}
-
-// Whether vector accesses of `bytes` bytes may be made at `pointer` and every multiple of `strides`
-// (of elements of `element` bytes) from it.
-inline bool aligned(const void* pointer, int64_t element, int64_t bytes,
-                    std::initializer_list<int64_t> strides) {
-  if (reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes)) return false;
-  for (const int64_t stride : strides) {
-    if (stride * element % bytes) return false;
-  }
-  return true;
 }
 
 // A problem's sizes.

@@ -389,9 +389,9 @@ auto with_windows_tile(const Geometry& g, const Body& body) {
 
 }  // namespace
 
-const char* why_not_cuda_cores_3x3(const Problem& problem, const Target& target) {
+const char* why_not_cuda_cores_3x3(const Problem& problem, const Target&) {
   if (problem.type != DataType::kFloat32) return "not float32";
-  return why_not_3x3_block(problem, target);
+  return why_not_3x3_block(problem);
 }
 
 int64_t forward_cuda_cores_3x3_cycles(const Problem& problem) {

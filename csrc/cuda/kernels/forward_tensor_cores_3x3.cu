@@ -6,7 +6,17 @@ namespace fusedcnn::cuda {
 const char* why_not_tensor_cores_3x3(const Problem& problem, const Target& target) {
   if (problem.type == DataType::kFloat32 && !target.allow_tf32) return "tf32 is not allowed";
   if (const char* reason = why_not_sm_80(target.device)) return reason;
-  return why_not_3x3_block(problem, target);
+  return why_not_3x3_block(problem);
+}
+
+const char* forward_tensor_cores_3x3_is_slower(const Problem& problem, const Target&) {
+  // Of a slice of 8 planes, sm_90's code has some 3,100 warp instructions that fetch pixels and
+  // weights around 339 that multiply. Where all of a block's channels are several slices, that is a
+  // sixth of the rate that cuDNN's convolutions have at such widths, and the way of their outputs
+  // through memory is short beside them.
+  const Geometry& g = problem.geometry;
+  const bool wide = g.in_channels >= 128 && g.out_channels >= 128;
+  return wide ? "128 channels or more on both sides, which cuDNN multiplies faster" : nullptr;
 }
 
 void forward_tensor_cores_3x3(const ForwardArgs& args, const Execution& execution) {

@@ -28,7 +28,7 @@ const char* why_not_tensor_cores_3xtf32(const Problem& problem, const Target& ta
     return "neither sm_80 nor sm_90";
   }
   if (const char* reason = why_not_sm_80(target.device)) return reason;
-  if (const char* reason = why_not_3x3_block(problem, target)) return reason;
+  if (const char* reason = why_not_3x3_block(problem)) return reason;
   const int64_t shared =
       with_mma_tile<8, 3>(problem.geometry, [](auto tile) { return decltype(tile)::shared(); });
   if (shared > target.device.shared_bytes) return kTooLittleShared;

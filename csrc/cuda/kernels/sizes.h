@@ -1,5 +1,7 @@
-// What the general kernels know of a geometry on the device: 32-bit coordinates, 64-bit offsets.
+// What kernels know of a geometry on the device: 32-bit coordinates, 64-bit offsets.
 #pragma once
+
+#include <initializer_list>
 
 #include "cuda/device.h"
 #include "cuda/kernel.h"
@@ -49,8 +51,16 @@ FUSEDCNN_DEVICE void load_row(Shared<T> from, T (&to)[N]) {
   }
 }
 
-// What all kernels rest on; see forward_general.cu.
-const char* why_not_general(const Problem& problem, const Target& target);
+// Whether vector accesses of `bytes` bytes may be made at `pointer` and every multiple of `strides`
+// (of elements of `element` bytes) from it.
+inline bool aligned(const void* pointer, int64_t element, int64_t bytes,
+                    std::initializer_list<int64_t> strides) {
+  if (reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes)) return false;
+  for (const int64_t stride : strides) {
+    if (stride * element % bytes) return false;
+  }
+  return true;
+}
 
 // Calls body(S{}) with the storage type of `type`.
 template <typename Body>

@@ -8,6 +8,9 @@
 #include "cuda/kernel.h"
 #include "cuda/launch.h"
 #include "gpu_backend.h"
+#include "stock_convolution.h"
+#include "storage.h"
+#include "tensor.h"
 
 namespace selftest {
 namespace {
@@ -29,10 +32,11 @@ struct Way {
   bool side_stream;
   bool shifted;        // every tensor begins one element after an aligned address
   bool nan_workspace;  // or as allocated: then a sanitizer sees what is read before it is written
+  bool plane_channels_last;
 };
 constexpr Way kWays[] = {
-    {"aligned, workspace of NaNs", false, false, true},
-    {"shifted by an element, a stream of its own, workspace as it comes", true, true, false},
+    {"aligned, workspace of NaNs", false, false, true, true},
+    {"shifted by an element, a stream of its own, workspace as it comes", true, true, false, false},
 };
 
 int64_t left_out = 0;
@@ -109,9 +113,43 @@ void run(const Kernel& kernel, Function function, const Args& args, const Way& w
   ask(cudaFree(memory), "freeing the workspace of");
 }
 
+// A plane of library kernels, which torch allocates: always aligned.
+class Plane {
+ public:
+  // `forward`: what the convolution of these arguments writes. Null: what no one has written.
+  Plane(const Kernel& kernel, const Geometry& g, DataType type, const Way& way,
+        const ForwardArgs* forward)
+      : host_(shape(g), strides_for(Layout::kContiguous, shape(g)), element_size(type),
+              signalling_nan(type)),
+        device_(filled(kernel, way, forward), shape(g).elements(), element_size(type), false) {}
+
+  void* device() const { return device_.data(); }
+  void* back() {
+    device_.back_to(host_.data());
+    return host_.data();
+  }
+
+ private:
+  static Shape shape(const Geometry& g) { return {g.batch, g.out_channels, g.h.conv, g.w.conv}; }
+  const void* filled(const Kernel& kernel, const Way& way, const ForwardArgs* forward) {
+    if (!kernel.library) return nullptr;
+    if (forward) {
+      ForwardArgs convolution = *forward;
+      convolution.bias = nullptr;
+      convolution.plane_channels_last = way.plane_channels_last;
+      stock_convolution(convolution, host_.data());
+    }
+    return host_.data();
+  }
+
+  Tensor host_;
+  Copy device_;
+};
+
 void run_forward(const Kernel& kernel, const ForwardArgs& host, const Way& way) {
   const Geometry& g = host.geometry;
   const int64_t size = element_size(host.type);
+  const Plane plane(kernel, g, host.type, way, &host);
   const Copy input(host.input, input_span(g, host.input_strides), size, way.shifted);
   const Copy weight(host.weight, weight_span(g, host.weight_strides), size, way.shifted);
   const Copy bias(host.bias, (g.out_channels - 1) * host.bias_stride + 1, size, way.shifted);
@@ -125,6 +163,9 @@ void run_forward(const Kernel& kernel, const ForwardArgs& host, const Way& way) 
   args.bias = bias.data();
   args.output = output.data();
   args.code = code.data();
+  if (kernel.library) args.input = args.weight = nullptr;
+  args.plane = plane.device();
+  args.plane_channels_last = way.plane_channels_last;
   run(kernel, kernel.forward, args, way);
   output.back_to(host.output);
   code.back_to(host.code);
@@ -141,6 +182,7 @@ void run_backward(const Kernel& kernel, const BackwardArgs& host, const Way& way
   const Copy grad_input(host.grad_input, input_span(g, host.grad_input_strides), size, false);
   const Copy grad_weight(host.grad_weight, weight_span(g, host.grad_weight_strides), size, false);
   const Copy grad_bias(host.grad_bias, g.out_channels, size, false);
+  Plane plane(kernel, g, host.type, way, nullptr);
   BackwardArgs args = host;
   args.grad_output = grad_output.data();
   args.code = code.data();
@@ -149,7 +191,19 @@ void run_backward(const Kernel& kernel, const BackwardArgs& host, const Way& way
   args.grad_input = grad_input.data();
   args.grad_weight = grad_weight.data();
   args.grad_bias = grad_bias.data();
+  args.plane = plane.device();
+  args.plane_channels_last = way.plane_channels_last;
+  if (kernel.library) {
+    args.input = args.weight = nullptr;
+    args.grad_input = args.grad_weight = args.grad_bias = nullptr;
+  }
   run(kernel, kernel.backward, args, way);
+  if (kernel.library) {
+    BackwardArgs convolution = host;
+    convolution.plane = plane.back();
+    convolution.plane_channels_last = way.plane_channels_last;
+    return stock_convolution_backward(convolution);
+  }
   grad_input.back_to(host.grad_input);
   grad_weight.back_to(host.grad_weight);
   grad_bias.back_to(host.grad_bias);
@@ -180,8 +234,10 @@ Backend gpu_backend(double seconds) {
       std::printf("  %s %s: not for this GPU\n", name(kernel.pass), kernel.name);
       continue;
     }
-    TestedKernel tested{kernel.name, kernel.pass, kernel.exact, nullptr,
-                        nullptr,     nullptr,     kernel.dense, kernel.tf32};
+    // The convolution runs on the CPU.
+    TestedKernel tested{kernel.name,  kernel.pass, kernel.exact || kernel.library,
+                        nullptr,      nullptr,     nullptr,
+                        kernel.dense, kernel.tf32};
     tested.why_not = [&kernel, target, seconds, begin](const Problem& problem) -> const char* {
       const char* const why_not = kernel.why_not(problem, target);
       const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - begin;
@@ -189,6 +245,11 @@ Backend gpu_backend(double seconds) {
       ++left_out;
       return "the time is over";
     };
+    if (kernel.library) {
+      tested.stored = [](DataType type, double sum, double bias) {
+        return rounded(type, sum) + bias;
+      };
+    }
     if (kernel.forward) {
       tested.forward = [&kernel](const ForwardArgs& args, int way) {
         // The operator launches nothing for an empty batch.
