@@ -30,8 +30,8 @@ inline void grad_input_band(const BackwardArgs& args, const TileConvolution& con
   uint16_t* plane = static_cast<uint16_t*>(scratch(Slot::kPatch, conv.size(rows) * 2));
   memset(plane, 0, conv.size(rows) * 2);
   const TileWinners winners(args, n, begin, end);
-  winners.scatter(begin, end, 0, g.out_channels, begin + top - first, left, conv.cols, conv.pixel,
-                  plane);
+  winners.write(begin, end, 0, g.out_channels, begin + top - first, left, conv.cols, conv.pixel,
+                plane);
   const bool masked = conv.mixed() && !all_finite(plane, conv.size(rows));
 
   [[maybe_unused]] const TileMachine machine(conv.depth);

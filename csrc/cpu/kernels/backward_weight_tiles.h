@@ -121,7 +121,7 @@ struct TileGradWeight {
       }
       if (!channels) continue;
       auto ahead = BackwardAhead::of<BFloat16, uint8_t>(args, n, true, row_tiles * taps);
-      winners.scatter(0, g.h.conv, first, some, 0, 0, cols, count, gradient);
+      winners.write(0, g.h.conv, first, some, 0, 0, cols, count, gradient);
       // Zero times infinity is NaN, and nearly all of G is zero.
       if (!read_planes(n, x)) return false;
       pair(gradient, count, pairs);
