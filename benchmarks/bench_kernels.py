@@ -10,9 +10,9 @@ r"""Kernels by name on any block, and real blocks beside the stock layers.
 All but ``--blocks`` time the operators pass by pass: each kernel that covers the block is forced by
 its name, checked against a float64 reference (contenders.py) and timed by turns with the others of
 its pass; one that does not cover the block is listed with its reason. The gradients start from the
-codes of a kernel that serves every block. On a GPU the kernel that selection chooses is timed once more under a name
-of its own, and torch's profiler splits each call into its launches. ``--blocks`` times whole calls
-from Python, forward and forward with backward, beside the stock layers.
+codes of a kernel that serves every block. On a GPU the kernel that selection chooses is timed once
+more under a name of its own, and torch's profiler splits each call into its launches. ``--blocks``
+times whole calls from Python, forward and forward with backward, beside the stock layers.
 
 Needs ``fusedcnn[bench]``. Exit status: 0; 1 where a result was wrong, fused could not run or time
 was over; 2 for bad arguments.

@@ -60,9 +60,10 @@ void test_cuda_select() {
       {"many_images", DataType::kFloat32, 90, 227, false, "library", Pass::kGradInput},
   };
   for (const Row& row : kRows) {
-    fusedcnn::Problem problem{case_named(row.case_name == kWide ? "block2" : row.case_name).geometry,
-                              row.type, false};
-    if (row.case_name == kWide) problem.geometry.in_channels = problem.geometry.out_channels = 128;
+    const bool wide = std::string(row.case_name) == kWide;
+    fusedcnn::Problem problem{case_named(wide ? "block2" : row.case_name).geometry, row.type,
+                              false};
+    if (wide) problem.geometry.in_channels = problem.geometry.out_channels = 128;
     const Target target{
         {row.capability, row.code ? row.code : row.capability, 132, row.shared_kib * 1024},
         row.tf32};
