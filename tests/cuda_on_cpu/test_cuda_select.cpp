@@ -12,7 +12,7 @@ void test_cuda_select() {
   using fusedcnn::DataType;
   using fusedcnn::Pass;
   using fusedcnn::cuda::Target;
-  constexpr char kWide[] = "block2 of 128 channels";
+  static constexpr char kWide[] = "block2 of 128 channels";
   struct Row {
     const char* case_name;
     DataType type;
