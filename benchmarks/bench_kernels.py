@@ -9,10 +9,11 @@ r"""Kernels by name on any block, and real blocks beside the stock layers.
 
 All but ``--blocks`` time the operators pass by pass: each kernel that covers the block is forced by
 its name, checked against a float64 reference (contenders.py) and timed by turns with the others of
-its pass; one that does not cover the block is listed with its reason. The gradients start from the
-codes of a kernel that serves every block. On a GPU the kernel that selection chooses is timed once
-more under a name of its own, and torch's profiler splits each call into its launches. ``--blocks``
-times whole calls from Python, forward and forward with backward, beside the stock layers.
+its pass; one that does not cover the block is listed with its reason. What selection chooses is
+held against the quickest. The gradients start from the codes of a kernel that serves every block.
+On a GPU the kernel that selection chooses is timed once more under a name of its own, and torch's
+profiler splits each call into its launches. ``--blocks`` times whole calls from Python, forward and
+forward with backward, beside the stock layers.
 
 Needs ``fusedcnn[bench]``. Exit status: 0; 1 where a result was wrong, fused could not run or time
 was over; 2 for bad arguments.
@@ -268,8 +269,12 @@ def time_kernels(
         with force(CHOSEN), torch.no_grad(), below_autograd():
             step()
         selected = _C.last_selected()[of_pass]
-        listed = [k for k in fusedcnn.build_info()["kernels"] if k["isa"] == isa]
-    names = options.kernel or [k["name"] for k in listed if k["pass"] == of_pass]
+        info = fusedcnn.build_info()
+        isas = [isa, next(i["base"] for i in info["isas"] if i["name"] == isa)]
+        listed = sorted(
+            (k for k in info["kernels"] if k["isa"] in isas), key=lambda k: isas.index(k["isa"])
+        )
+    names = options.kernel or list(dict.fromkeys(k["name"] for k in listed if k["pass"] == of_pass))
     rows = [{"name": kernel, "status": "right"} for kernel in [CHOSEN] * (not isa) + names]
     for row in rows:
         say(row["name"])

@@ -22,6 +22,9 @@ from rich.table import Table
 from timing import Precision, force_kernel, measure_limits
 from tqdm import tqdm
 
+# A choice this near to the quickest kernel's time is a good one.
+SELECTION_MARGIN = 1.1
+
 # Columns of a table on a pipe or in a file, which have no width of their own.
 WIDTH = 200
 
@@ -187,6 +190,26 @@ def _print_rows(results: list[dict[str, Any]], varying: list[str]) -> None:
         print(LEGEND)
     if "selected" in results[0]:
         print("*: what selection chooses.")
+        _print_selection(results)
+
+
+def _print_selection(results: list[dict[str, Any]]) -> None:
+    """How often selection chose the quickest kernel, or one that is nearly as quick."""
+    good, compared = 0, 0
+    for result in results:
+        medians = {row["name"]: row["median_us"] for row in result["rows"] if "median_us" in row}
+        if len(medians) < 2 or result["selected"] not in medians:
+            continue
+        compared += 1
+        quickest = min(medians, key=medians.__getitem__)
+        behind = medians[result["selected"]] / medians[quickest]
+        good += behind <= SELECTION_MARGIN
+        if behind > SELECTION_MARGIN:
+            print(
+                f"selection: {_text(_head(result))}: {result['selected']}, "
+                f"but {quickest} is {behind:.2f} times as fast"
+            )
+    print(f"selection: {good} of {compared} choices within 10 % of the quickest kernel")
 
 
 def _print_speedups(results: list[dict[str, Any]], varying: list[str]) -> None:

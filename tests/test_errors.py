@@ -127,6 +127,8 @@ def test_error(changed, names, error):
     with pytest.raises(error) as raised:
         conv_relu_max_pool2d(**arguments)
     assert re.search(names, str(raised.value)), str(raised.value)
+    with pytest.raises(type(raised.value), match=f"^{re.escape(str(raised.value))}$"):
+        fusedcnn.explain(**arguments)
     # On the path of the autograd Function too.
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.is_floating_point():

@@ -118,8 +118,8 @@ def test_library_exports_only_its_selection(tmp_path):
     assert ours
     exported = {re.match(r"fusedcnn::cpu::(\w+)", name)[1] for name in ours}
     expected = {
-        "isas", "selected_isa", "force", "forced_isa", "forced_kernel", "select",
-        "allow_winograd", "winograd_allowed", "last_selected",
+        "isas", "selected_isa", "force", "forced_isa", "forced_kernel", "benchmark",
+        "benchmarking", "allow_winograd", "winograd_allowed", "last_chosen",
     }  # fmt: skip
     assert exported <= expected, ours
 

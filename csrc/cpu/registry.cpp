@@ -34,16 +34,14 @@ KernelList kernels() {
       {"direct", Pass::kForward, true, 2, false, why_not_direct, forward_direct, nullptr},
       {"general", Pass::kForward, true, 2, false, why_not_forward_general, forward_general,
        nullptr},
-      {"library", Pass::kGradWeight, true, 2, false, why_not_library, nullptr, backward_library,
-       true, library_is_slower},
 #if defined(__AVX512BW__)
       {"winners_3x3", Pass::kGradWeight, true, 2, false, why_not_grad_weight_winners_3x3, nullptr,
        grad_weight_winners_3x3},
 #endif
       {"general", Pass::kGradWeight, true, 2, false, why_not_backward_general, nullptr,
        grad_weight_general},
-      {"library", Pass::kGradInput, true, 2, false, why_not_library, nullptr, backward_library,
-       true, library_is_slower},
+      {"library", Pass::kGradInput, true, 2, false, why_not_grad_input_library, nullptr,
+       grad_input_library, true, library_is_slower},
 #if defined(__AVX512BW__)
       {"winners_3x3", Pass::kGradInput, true, 2, false, why_not_3x3_block, nullptr,
        grad_input_winners_3x3},

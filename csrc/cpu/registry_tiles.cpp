@@ -1,12 +1,25 @@
 // The CPU kernels of a feature beside AVX-512. Compiled once per feature, with FUSEDCNN_ISA naming
 // its namespace.
 #include "cpu/kernel.h"
+#include "cpu/kernels/backward_input_tiles.h"
+#include "cpu/kernels/backward_weight_tiles.h"
+#include "cpu/kernels/forward_tiles.h"
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 
 // The feature's own kernels; what they do not cover is left to the list of AVX-512.
 KernelList kernels();
 
-KernelList kernels() { return {nullptr, 0, nullptr, nullptr}; }
+KernelList kernels() {
+  // name, pass, exact, error, winograd, why_not, forward, backward
+  static constexpr Kernel list[] = {
+      {"tiles", Pass::kForward, true, 2, false, why_not_forward_tiles, forward_tiles, nullptr},
+      {"tiles", Pass::kGradWeight, true, 2, false, why_not_grad_weight_tiles, nullptr,
+       grad_weight_tiles},
+      {"tiles", Pass::kGradInput, true, 2, false, why_not_grad_input_tiles, nullptr,
+       grad_input_tiles},
+  };
+  return {list, sizeof list / sizeof *list, nullptr, nullptr};
+}
 
 }  // namespace fusedcnn::cpu::FUSEDCNN_ISA

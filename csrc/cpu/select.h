@@ -20,6 +20,9 @@ struct Isa {
   // Null, or the ISA whose kernels serve what none of this list covers: then this one is a feature
   // beside it, with a few kernels of its own.
   const Isa* base;
+
+  // The ISA that has everything besides kernels, which a feature leaves to its base.
+  const Isa& whole() const { return base ? *base : *this; }
 };
 
 // All ISAs compiled in, widest first, and a feature before its base.
@@ -45,17 +48,17 @@ FUSEDCNN_EXPORT void benchmark(bool enabled);
 FUSEDCNN_EXPORT bool benchmarking();
 
 // The first kernel of the pass that serves, or null: `explain` says why not.
-FUSEDCNN_EXPORT const Kernel* select(Pass pass, const Problem& problem);
+const Kernel* select(Pass pass, const Problem& problem);
 
 // What selection says of every kernel of the pass, in its order.
-FUSEDCNN_EXPORT std::vector<Verdict> explain(Pass pass, const Problem& problem);
+std::vector<Verdict> explain(Pass pass, const Problem& problem);
 
 // The kernels that could serve, however fast they are, in the list's order.
-FUSEDCNN_EXPORT std::vector<const Kernel*> candidates(Pass pass, const Problem& problem);
+std::vector<const Kernel*> candidates(Pass pass, const Problem& problem);
 
 // Tells benchmarks and tests what ran: the name of the kernel of the latest call of `chosen` for
 // this pass, in any thread, or null where there was none yet.
-FUSEDCNN_EXPORT void chosen(Pass pass, const Kernel& kernel);
+void chosen(Pass pass, const Kernel& kernel);
 FUSEDCNN_EXPORT const char* last_chosen(Pass pass);
 
 }  // namespace fusedcnn::cpu

@@ -95,25 +95,22 @@ const cpu::Kernel& choose(Pass pass, const Problem& problem, const Run& run) {
   return *kernel;
 }
 
-// The first kernel besides the library's. All of them need less memory than its plane, and
-// "general" covers every problem.
-const cpu::Kernel& without_library(Pass pass, const Problem& problem) {
-  const std::vector<const cpu::Kernel*> kernels = cpu::candidates(pass, problem);
-  const auto found = std::find_if(kernels.begin(), kernels.end(),
-                                  [](const cpu::Kernel* kernel) { return !kernel->library; });
-  cpu::chosen(pass, **found);
-  return **found;
-}
-
-// run(), and where the stock convolution fails in it, instead(): its plane may be what does not fit
-// into memory. A forced kernel fails as it does.
-template <typename Run, typename Instead>
-void run_or(bool library, const Run& run, const Instead& instead) {
-  if (!library || !cpu::forced_kernel().empty()) return run();
+// Chooses and runs, and where the stock convolution fails, runs the next kernel that covers the
+// problem: what does not fit into memory may be the library's plane alone. A forced kernel fails as
+// it does.
+template <typename Run>
+void run_or_without_library(Pass pass, const Problem& problem, const Run& run) {
+  const cpu::Kernel& kernel = choose(pass, problem, run);
+  if (!kernel.library || !cpu::forced_kernel().empty()) return run(kernel);
   try {
-    run();
+    run(kernel);
   } catch (const std::exception&) {
-    instead();
+    for (const cpu::Kernel* const other : cpu::candidates(pass, problem)) {
+      if (other->library) continue;
+      cpu::chosen(pass, *other);
+      return run(*other);
+    }
+    throw;
   }
 }
 
@@ -139,10 +136,7 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool2d(const Tensor& input, const Tenso
   if (g.batch > 0) {
     const ForwardArgs& args = call.args;
     const Problem problem = problem_of(g, args.type, args.wide_code, args.input_strides);
-    const cpu::Kernel& kernel = choose(Pass::kForward, problem, run);
-    run_or(
-        kernel.library, [&] { run(kernel); },
-        [&] { run(without_library(Pass::kForward, problem)); });
+    run_or_without_library(Pass::kForward, problem, run);
   }
   return {call.output, call.code};
 }
@@ -158,44 +152,27 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward(
     throw std::runtime_error(
         "code: expected the tensor that the forward returned, got elements outside their windows");
   }
-  const auto run = [&](const cpu::Kernel* for_weight, const cpu::Kernel* for_input) {
-    const bool library_weight = for_weight && for_weight->library;
-    const bool library_input = for_input && for_input->library;
-    with_memory([&] {
-      const cpu::ThreadPool pool = thread_pool(g);
-      if (for_weight && !library_weight) for_weight->backward(call.weight_args(), pool);
-      if (for_input && !library_input) for_input->backward(call.input_args(), pool);
-    });
-    if (!library_weight && !library_input) return;
-    const Tensor plane = empty_plane(input, g);
-    BackwardArgs args = call.args;
-    args.plane = plane.mutable_data_ptr();
-    with_memory([&] { (library_weight ? for_weight : for_input)->backward(args, thread_pool(g)); });
-    const auto wanted = [](bool want, const Tensor& gradient) {
-      return want ? std::optional<Tensor>(gradient) : std::nullopt;
-    };
-    stock_convolution_backward(plane, input, weight, g, wanted(library_input, call.grad_input),
-                               wanted(library_weight && call.want_weight, call.grad_weight),
-                               wanted(library_weight && call.want_bias, call.grad_bias),
-                               thread_pool(g));
-  };
   const Problem problem =
       problem_of(g, call.args.type, call.args.wide_code, call.args.input_strides);
-  const cpu::Kernel *for_weight = nullptr, *for_input = nullptr;
   if (call.run_grad_weight()) {
-    for_weight = &choose(Pass::kGradWeight, problem,
-                         [&](const cpu::Kernel& kernel) { run(&kernel, nullptr); });
+    const auto run = [&](const cpu::Kernel& kernel) {
+      with_memory([&] { kernel.backward(call.weight_args(), thread_pool(g)); });
+    };
+    run(choose(Pass::kGradWeight, problem, run));
   }
   if (call.run_grad_input()) {
-    for_input = &choose(Pass::kGradInput, problem,
-                        [&](const cpu::Kernel& kernel) { run(nullptr, &kernel); });
+    const auto run = [&](const cpu::Kernel& kernel) {
+      BackwardArgs args = call.input_args();
+      std::optional<Tensor> plane;
+      if (kernel.library) {
+        plane = empty_plane(input, g);
+        args.plane = plane->mutable_data_ptr();
+      }
+      with_memory([&] { kernel.backward(args, thread_pool(g)); });
+      if (plane) stock_grad_input(*plane, input, weight, g, call.grad_input, thread_pool(g));
+    };
+    run_or_without_library(Pass::kGradInput, problem, run);
   }
-  run_or((for_weight && for_weight->library) || (for_input && for_input->library),
-         [&] { run(for_weight, for_input); },
-         [&] {
-           run(for_weight ? &without_library(Pass::kGradWeight, problem) : nullptr,
-               for_input ? &without_library(Pass::kGradInput, problem) : nullptr);
-         });
   return {call.grad_input, call.grad_weight, call.grad_bias};
 }
 

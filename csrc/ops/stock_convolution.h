@@ -19,13 +19,9 @@ torch::stable::Tensor stock_convolution(const torch::stable::Tensor& input,
 // A gradient for that output: in its memory format, uninitialised.
 torch::stable::Tensor empty_plane(const torch::stable::Tensor& like, const Geometry& g);
 
-// Copies the gradients that `plane` implies into those tensors that are given.
-void stock_convolution_backward(const torch::stable::Tensor& plane,
-                                const torch::stable::Tensor& input,
-                                const torch::stable::Tensor& weight, const Geometry& g,
-                                const std::optional<torch::stable::Tensor>& grad_input,
-                                const std::optional<torch::stable::Tensor>& grad_weight,
-                                const std::optional<torch::stable::Tensor>& grad_bias,
-                                const cpu::ThreadPool& pool);
+// The input's gradient that `plane` implies, into `grad_input`.
+void stock_grad_input(const torch::stable::Tensor& plane, const torch::stable::Tensor& input,
+                      const torch::stable::Tensor& weight, const Geometry& g,
+                      const torch::stable::Tensor& grad_input, const cpu::ThreadPool& pool);
 
 }  // namespace fusedcnn

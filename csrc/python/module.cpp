@@ -36,6 +36,7 @@ py::list isas() {
   for (const cpu::Isa& isa : cpu::isas()) {
     py::dict row;
     row["name"] = isa.name;
+    row["base"] = isa.base ? py::object(py::str(isa.base->name)) : py::object(py::none());
     row["supported"] = isa.supported;
     row["selected"] = &isa == &cpu::selected_isa();
     row["reason"] = &isa == &cpu::selected_isa()
@@ -82,7 +83,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("last_selected", &last_selected);
   m.def(
       "fma_gflops",
-      [](double seconds) { return cpu::selected_isa().list.multiply_add_rate(seconds); },
+      [](double seconds) { return cpu::selected_isa().whole().list.multiply_add_rate(seconds); },
       py::arg("seconds"), py::call_guard<py::gil_scoped_release>());
   m.def("force", &cpu::force, py::arg("isa"), py::arg("kernel"));
   m.def("allow_winograd", &cpu::allow_winograd, py::arg("allowed"));

@@ -16,7 +16,8 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dict of plain values: ``version``; ``compiler``; ``library`` (path of the operator
         library, for ``torch.ops.load_library`` or a C++ program); ``torch`` (the running version);
-        ``isas`` (each with ``name``, ``supported`` by this machine, ``selected`` and ``reason``);
+        ``isas`` (each with ``name``, ``supported`` by this machine, ``selected`` and ``reason``;
+        ``base``: of a feature, the ISA whose kernels serve what its own do not cover, else None);
         ``kernels`` (in order of preference, each with ``isa``, ``pass``, ``name``, ``supported``,
         ``exact`` and ``error``); ``winograd`` (whether Winograd kernels may be chosen);
         ``cuda`` (whether the CUDA kernels were ``built`` and are ``loaded``, the ``reason`` why

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <vector>
 
 #include "check.h"
 #include "cpu/select.h"
@@ -12,6 +13,7 @@
 #include "test_derived_weights.h"
 #include "test_kernels.h"
 #include "test_select.h"
+#include "test_tiles.h"
 
 namespace {
 
@@ -67,7 +69,9 @@ int main(int count, char** arguments) {
     selftest::test_derived_weights();
   }
   bool found = only.empty();
-  for (const fusedcnn::cpu::Isa& isa : fusedcnn::cpu::isas()) {
+  std::vector<fusedcnn::cpu::Isa> isas = fusedcnn::cpu::isas();
+  for (const fusedcnn::cpu::Isa& emulated : selftest::emulated_isas()) isas.push_back(emulated);
+  for (const fusedcnn::cpu::Isa& isa : isas) {
     if (!only.empty() && only != isa.name) continue;
     found = true;
     if (!isa.supported) {
@@ -81,6 +85,7 @@ int main(int count, char** arguments) {
       continue;
     }
     if (!isa.base) selftest::test_conversions(isa);  // a feature has none of its own
+    selftest::test_tile_products(isa);
     selftest::test_exact(backend, quick);
     selftest::test_special_values(backend);
     selftest::test_optional_arguments(backend);

@@ -259,7 +259,7 @@ void grad_input_typed(const BackwardArgs& args, const ThreadPool& pool) {
   });
 }
 
-const char* why_not_backward_general(const Problem& problem) {
+inline const char* why_not_backward_general(const Problem& problem) {
   return problem.geometry.places_fit_32_bits() ? nullptr
                                                : "a padded image has 2^32 elements or more";
 }
@@ -272,13 +272,13 @@ void for_storage_and_code(const BackwardArgs& args, const Body& body) {
   });
 }
 
-void grad_weight_general(const BackwardArgs& given, const ThreadPool& pool) {
+inline void grad_weight_general(const BackwardArgs& given, const ThreadPool& pool) {
   const BackwardArgs args = laid_down(given);
   for_storage_and_code(args,
                        [&]<typename S, typename C>(S, C) { grad_weight_typed<S, C>(args, pool); });
 }
 
-void grad_input_general(const BackwardArgs& given, const ThreadPool& pool) {
+inline void grad_input_general(const BackwardArgs& given, const ThreadPool& pool) {
   const BackwardArgs args = laid_down(given);
   for_storage_and_code(args,
                        [&]<typename S, typename C>(S, C) { grad_input_typed<S, C>(args, pool); });

@@ -1,0 +1,214 @@
+// grad_weight and grad_bias of bfloat16 by products of tiles, for stride 1: the sum runs over the
+// convolution's outputs, numbered row by row with the padding between the rows, so that a tap is an
+// offset into a plane of the padded image.
+//   A   [16 in channels][pixels]        X, from the tap's offset on
+//   B   [pixels / 2][out channels][2]   the winners' gradients, zeros between the rows
+//   C   [16 in channels][16 out channels] of one tap
+// With few input channels, copies of their planes that begin one row of taps further down make up
+// the 16: then a tile holds the taps of a column.
+//
+// A task owns the sums of a run of images, and with few images 32 of the output channels:
+//   X  [16 channels' planes][plane]
+//   G  [pixels][out channels]           the convolution's gradient
+#pragma once
+
+#include "cpu/kernel.h"
+#include "cpu/kernels/ahead.h"
+#include "cpu/kernels/backward_general.h"
+#include "cpu/kernels/partials.h"
+#include "cpu/kernels/tile_image.h"
+#include "cpu/kernels/tile_machine.h"
+#include "cpu/kernels/tile_winners.h"
+#include "cpu/scratch.h"
+
+namespace fusedcnn::cpu::FUSEDCNN_ISA {
+namespace {
+
+struct TileGradWeight {
+  const BackwardArgs& args;
+  const Geometry& g;
+  int64_t channels;   // input channels; 0: grad_bias alone
+  int64_t stacked;    // rows of taps whose planes lie beside each other
+  int64_t row_tiles;  // tiles of 16 planes
+  int64_t taps;       // offsets into them: of the rows that are not stacked, and of the columns
+  int64_t cols;       // pixels of a row of X and of G
+  int64_t pixels;     // of G, in whole chunks
+  int64_t plane;      // pixels from plane to plane of X
+  int64_t lanes;      // output channels in whole tiles
+
+  explicit TileGradWeight(const BackwardArgs& args) : args(args), g(args.geometry) {
+    channels = args.grad_weight ? g.in_channels : 0;
+    stacked = g.in_channels * g.h.kernel <= kTileRows ? g.h.kernel : 1;
+    row_tiles = (channels * stacked + kTileRows - 1) / kTileRows;
+    taps = g.taps() / stacked;
+    cols = g.w.conv + g.w.extent() - 1;
+    pixels = round_up(g.h.conv * cols, kTileDepth);
+    // What a tap's last chunk reads; an odd number of cache lines, so that the rows of a tile do
+    // not meet in the same sets of L1.
+    plane = round_up(pixels + (g.h.extent() - 1) * cols + g.w.extent(), kTileDepth) / kTileDepth;
+    plane = (plane | 1) * kTileDepth;
+    lanes = round_up(g.out_channels, kTileLanes);
+  }
+
+  // Floats of the sums: [row tiles][taps][16][lanes], and the bias's [lanes].
+  int64_t bias_at() const { return row_tiles * taps * kTileRows * lanes; }
+  int64_t size() const { return bias_at() + lanes; }
+
+  // Image n into X, whose padding holds zeros already. Returns whether all of it is finite.
+  bool read_planes(int64_t n, uint16_t* x) const {
+    const Strides s = args.input_strides;
+    const uint16_t* image = static_cast<const uint16_t*>(args.input) + n * s.n;
+    const int64_t rows = smaller(g.h.in, g.h.conv + g.h.extent() - 1 - g.h.padding);
+    const int64_t width = smaller(g.w.in, cols - g.w.padding);
+    if (width < 1) return true;
+    for (int64_t y = 0; y < rows; ++y) {
+      uint16_t* to = x + (y + g.h.padding) * cols + g.w.padding;
+      const uint16_t* from = image + y * s.h;
+      if (s.c == 1) {
+        transpose_matrix(from, s.w, to, plane, width, channels);
+        continue;
+      }
+      for (int64_t c = 0; c < channels; ++c, from += s.c, to += plane) {
+        if (s.w == 1) {
+          memcpy(to, from, width * sizeof(uint16_t));
+        } else {
+          for (int64_t i = 0; i < width; ++i) to[i] = from[i * s.w];
+        }
+      }
+    }
+    for (int64_t k = 1; k < stacked; ++k) {
+      const int64_t shift = k * g.h.dilation * cols;
+      for (int64_t c = 0; c < channels; ++c) {
+        memcpy(x + (k * channels + c) * plane, x + c * plane + shift,
+               (plane - shift) * sizeof(uint16_t));
+      }
+    }
+    return all_finite(x, channels * plane);
+  }
+
+  // [pixels][count] to pairs of pixels: [chunks][count / 16][16][16][2].
+  void pair(const uint16_t* from, int64_t count, uint16_t* to) const {
+    for (int64_t p = 0; p < pixels; p += 2, from += 2 * count) {
+      uint16_t* chunk = to + p / kTileDepth * count * kTileDepth + p % kTileDepth * kTileLanes;
+      for (int64_t c = 0; c < count; c += kTileLanes, chunk += kTileB) {
+        const auto read = [&](const uint16_t* at) {
+          return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+        };
+        const __m512i odd = _mm512_slli_epi32(read(from + count + c), 16);
+        _mm512_storeu_si512(chunk, _mm512_or_si512(read(from + c), odd));
+      }
+    }
+  }
+
+  // Adds the images [begin, end) to the sums of the output channels from `first` on, `count` of
+  // them in whole tiles. Returns whether all operands were finite.
+  bool add_images(int64_t begin, int64_t end, int64_t first, int64_t count, float* sums) const {
+    const int64_t some = smaller(count, g.out_channels - first);
+    const int64_t chunks = pixels / kTileDepth, plane_size = row_tiles * kTileRows * plane;
+    uint16_t* x = static_cast<uint16_t*>(scratch(Slot::kPlanes, plane_size * 2));
+    uint16_t* gradient = static_cast<uint16_t*>(scratch(Slot::kGradient, pixels * count * 2));
+    uint16_t* pairs = static_cast<uint16_t*>(
+        scratch(Slot::kConv, pixels * count * 2 + chunks * int64_t{sizeof(int64_t)}));
+    int64_t* offsets = reinterpret_cast<int64_t*>(pairs + pixels * count);
+    for (int64_t k = 0; k < chunks; ++k) offsets[k] = k * kTileDepth;
+    memset(x, 0, plane_size * 2);
+    memset(gradient, 0, pixels * count * 2);
+    [[maybe_unused]] const TileMachine machine(kTileDepth);
+    for (int64_t n = begin; n < end; ++n) {
+      const TileWinners winners(args, n, 0, g.h.conv);
+      for (int64_t c = 0; c < count; c += kTileLanes) {
+        winners.add_bias(first + c, sums + bias_at() + first + c);
+      }
+      if (!channels) continue;
+      auto ahead = BackwardAhead::of<BFloat16, uint8_t>(args, n, true, row_tiles * taps);
+      winners.scatter(0, g.h.conv, first, some, 0, 0, cols, count, gradient);
+      // Zero times infinity is NaN, and nearly all of G is zero.
+      if (!read_planes(n, x)) return false;
+      pair(gradient, count, pairs);
+      for (int64_t tile = 0; tile < row_tiles * taps; tile += 2) {
+        ahead.step();
+        const uint16_t* a[2];
+        float* c[2];
+        const int64_t m = smaller<int64_t>(2, row_tiles * taps - tile);
+        for (int64_t j = 0; j < m; ++j) {
+          const int64_t tap = (tile + j) % taps;
+          a[j] = x + (tile + j) / taps * kTileRows * plane +
+                 tap / g.w.kernel * g.h.dilation * cols + tap % g.w.kernel * g.w.dilation;
+        }
+        for (int64_t lane = 0; lane < count; lane += 2 * kTileLanes) {
+          for (int64_t j = 0; j < m; ++j) {
+            c[j] = sums + (tile + j) * kTileRows * lanes + first + lane;
+          }
+          const TileProduct product{
+              kTileDepth,         plane, offsets, chunks, pairs + lane * kTileDepth,
+              count * kTileDepth, lanes, nullptr};
+          multiply_tiles(m, smaller<int64_t>(2, (count - lane) / kTileLanes), product, a, c);
+        }
+      }
+    }
+    // If some gradient is not finite, neither is their sum.
+    const __m512 zero = _mm512_setzero_ps();
+    for (int64_t c = 0; c < count; c += kTileLanes) {
+      const __m512 sum = _mm512_loadu_ps(sums + bias_at() + first + c);
+      if (_mm512_cmp_ps_mask(_mm512_mul_ps(sum, zero), zero, _CMP_NEQ_UQ)) return false;
+    }
+    return true;
+  }
+
+  void write(const float* sums) const {
+    for (int64_t oc = 0; oc < g.out_channels; ++oc) {
+      if (args.grad_bias) {
+        static_cast<BFloat16*>(args.grad_bias)[oc] = narrow<BFloat16>(sums[bias_at() + oc]);
+      }
+      const Strides s = args.grad_weight_strides;
+      BFloat16* to = static_cast<BFloat16*>(args.grad_weight) + oc * s.n;
+      for (int64_t row = 0; row < channels * stacked; ++row) {
+        const float* from =
+            sums + (row / kTileRows * taps * kTileRows + row % kTileRows) * lanes + oc;
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const int64_t kh = stacked > 1 ? row / channels : tap / g.w.kernel;
+          to[row % channels * s.c + kh * s.h + tap % g.w.kernel * s.w] =
+              narrow<BFloat16>(from[tap * kTileRows * lanes]);
+        }
+      }
+    }
+  }
+};
+
+const char* why_not_grad_weight_tiles(const Problem& problem) {
+  const Geometry& g = problem.geometry;
+  if (const char* const because = why_not_backward_tiles(problem)) return because;
+  // A row of the padded image is mostly padding.
+  if (g.w.extent() > g.w.conv + kTileRows) return "the map is narrower than the kernel";
+  if (double(g.w.conv + g.w.extent()) * g.in_channels * 2 > kTileRowBytes) {
+    return "rows too long to be copied";
+  }
+  return why_not_backward_general(problem);  // which takes over where an operand is not finite
+}
+
+void grad_weight_tiles(const BackwardArgs& args, const ThreadPool& pool) {
+  const Geometry& g = args.geometry;
+  const TileGradWeight tiles(args);
+  const int64_t size = tiles.size();
+  const Partials partials(g.batch, size * sizeof(float));
+  float* sums =
+      static_cast<float*>(scratch(Slot::kPartials, partials.count * size * sizeof(float)));
+  memset(sums, 0, partials.count * size * sizeof(float));
+  // Of output channels.
+  const int64_t part = partials.count < kSmallBatch ? 2 * kTileLanes : tiles.lanes;
+  const int64_t parts = (tiles.lanes + part - 1) / part;
+  bool finite = true;
+  parallel_tasks(pool, partials.count * parts, [&](int64_t task) {
+    const int64_t partial = task / parts, first = task % parts * part;
+    if (!tiles.add_images(partials.begin(partial), partials.begin(partial + 1), first,
+                          smaller(part, tiles.lanes - first), sums + partial * size)) {
+      __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+    }
+  });
+  if (!finite) return grad_weight_general(args, pool);
+  partials.add_up(pool, sums, size);
+  tiles.write(sums);
+}
+
+}  // namespace
+}  // namespace fusedcnn::cpu::FUSEDCNN_ISA
