@@ -10,10 +10,10 @@ r"""Kernels by name on any block, and real blocks beside the stock layers.
 All but ``--blocks`` time the operators pass by pass: each kernel that covers the block is forced by
 its name, checked against a float64 reference (contenders.py) and timed by turns with the others of
 its pass; one that does not cover the block is listed with its reason. What selection chooses is
-held against the quickest. The gradients start from the general kernel's codes. On a GPU the kernel
-that selection chooses is timed once more under a name of its own, and torch's profiler splits each
-call into its launches. ``--blocks`` times whole calls from Python, forward and forward with
-backward, beside the stock layers.
+held against the quickest. The gradients start from the codes of a kernel that serves every block.
+On a GPU the kernel that selection chooses is timed once more under a name of its own, and torch's
+profiler splits each call into its launches. ``--blocks`` times whole calls from Python, forward and
+forward with backward, beside the stock layers.
 
 Needs ``fusedcnn[bench]``. Exit status: 0; 1 where a result was wrong, fused could not run or time
 was over; 2 for bad arguments.
@@ -160,8 +160,7 @@ class Operands(NamedTuple):
 class Calls:
     """All passes of one block at one batch size, precision and layout.
 
-    The codes from which the backward passes start are the general kernel's: it serves every block,
-    and ties fall as in the stock layers.
+    The codes from which the backward passes start are those of a kernel that serves every block.
     """
 
     def __init__(
@@ -174,7 +173,8 @@ class Calls:
         module = self.problem.module(fused=True, channels_last=last)[0]
         self.weight, self.bias = module.weight.detach(), module.bias.detach()
         self._operands = []
-        with below_autograd(), force_kernel(device, "general"):
+        everywhere = "library" if device.type == "cuda" else "general"
+        with below_autograd(), force_kernel(device, everywhere):
             for batch in self.problem.batches(channels_last=last):
                 input = batch.input.detach()
                 _, code = forward_op(input, self.weight, self.bias, self.geometry, True)

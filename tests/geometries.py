@@ -165,6 +165,7 @@ def _convolution_arguments() -> list[Block]:
         Block("stride2", (2, 3, 17, 16), 7, stride=2, padding=1),
         Block("stride3x1", (1, 4, 20, 9), 6, stride=(3, 1), padding=(1, 0)),
         Block("stride_beyond_kernel", (1, 3, 20, 23), 5, kernel=2, stride=4),
+        Block("stride_beyond_map", (1, 5, 9, 2), 4, (4, 1), (1, 2), (1, 0), (2, 1), pool=1),
         Block("padding2x0", (1, 3, 9, 11), 8, padding=(2, 0)),
         Block("padding_beyond_kernel", (1, 2, 4, 5), 3, kernel=2, padding=4),
         Block("same_odd", (2, 3, 10, 9), 6, kernel=5, padding="same"),

@@ -188,4 +188,7 @@ def test_kernels_on_a_gpu(tmp_path):
         for row in result["rows"]:
             if row["status"] == "timed":
                 # The kernels' names are what the profiler must have seen.
-                assert any(result["pass"].split("+")[0] in name for name in row["launches_us"])
+                stem = result["pass"].split("+")[0]
+                if row["name"] == "library" and stem != "forward":
+                    stem = "backward_library"
+                assert any(stem in name for name in row["launches_us"])

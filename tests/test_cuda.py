@@ -56,7 +56,7 @@ def test_force_names_what_is_wrong():
             _cuda.force("fastest").__enter__()
     else:
         with pytest.raises(RuntimeError, match="CUDA kernels are not loaded"):
-            _cuda.force("general").__enter__()
+            _cuda.force("library").__enter__()
 
 
 def test_routing(monkeypatch):
@@ -132,7 +132,7 @@ library.fusedcnn_cuda_info.restype = ctypes.c_char_p
 info = json.loads(library.fusedcnn_cuda_info())
 for pass_name in ("forward", "grad_weight", "grad_input"):
     names = [k["name"] for k in info["kernels"] if k["pass"] == pass_name]
-    assert names[-1] == "general" and len(set(names)) == len(names), info
+    assert names[-1] == "library" and len(set(names)) == len(names), info
 assert info["architectures"] and info["toolkit"]
 for name in ("", "_backward"):
     operator = f"fusedcnn::conv_relu_max_pool2d{{name}}"

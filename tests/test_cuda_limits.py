@@ -108,6 +108,44 @@ def test_compiled_equals_eager():
     assert torch.equal(compiled(input, weight), conv_relu_max_pool2d(input, weight))
 
 
+# ---- the stock convolution -----------------------------------------------------------------------
+
+
+def test_what_the_library_kernels_return_is_the_stock_convolutions(monkeypatch):
+    """Where the stock layers are deterministic, so are they; and their gradients are the same."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    tensors = operands()
+    with _cuda.force("library"):
+        found = [results(*tensors) for _ in range(2)]
+    assert_equal(found[0], found[1])
+    double = results(*(t.double() for t in tensors))
+    torch.testing.assert_close([t.double() for t in found[0]], double, rtol=1e-4, atol=1e-4)
+
+
+def test_the_operator_refuses_operands_that_autocast_would_cast():
+    """torch casts the operands of its convolution; the kernels around it expect their type."""
+    input, weight, bias, _ = operands()
+    geometry = by_name("simplecnn2_n2").pack()
+    with (
+        _cuda.force("library"),
+        torch.autocast("cuda", torch.bfloat16),
+        pytest.raises(RuntimeError, match="input: expected autocast's type"),
+    ):
+        _ops.forward_op(input, weight, bias, geometry, False)
+
+
+def test_a_released_input_is_not_read_for_grad_input():
+    input, weight, bias, grad_output = operands()
+    geometry = by_name("simplecnn2_n2").pack()
+    _, code = _ops.forward_op(input, weight, bias, geometry, True)
+    with _cuda.force("library"):
+        arguments = (grad_output, input, weight, code, geometry, INPUT)
+        expected = _ops.backward_op(*arguments)[0]
+        input.untyped_storage().resize_(0)
+        assert torch.equal(_ops.backward_op(*arguments)[0], expected)
+
+
 # ---- 2^31 ----------------------------------------------------------------------------------------
 
 around = pytest.mark.parametrize("images", [-1, 0, 1], ids=["below", "at", "above"])
@@ -218,22 +256,22 @@ def test_streams_do_not_share_what_kernels_work_in():
 def test_threads_launch_one_kernel_with_different_amounts_of_shared_memory():
     """No launch lowers the limit that another thread's is about to need."""
     packed = by_name("simplecnn2_n2").pack()
-
-    def backward(size: int) -> Tensor:
+    calls = []
+    for size in (16, 32):  # 51 and 69 KiB
         gen = torch.Generator(device="cuda").manual_seed(size)
         input = torch.randn(2, 16, size, size, device="cuda", generator=gen)
         weight = torch.randn(32, 16, 3, 3, device="cuda", generator=gen)
         output, code = _ops.forward_op(input, weight, None, packed, True)
-        first, *rest = (
-            _ops.backward_op(output, input, weight, code, packed, INPUT)[0] for _ in range(500)
-        )
+        calls.append((output, input, weight, code, packed, INPUT))
+
+    def backward(call: tuple) -> Tensor:
+        first, *rest = (_ops.backward_op(*call)[0] for _ in range(500))
         assert all(torch.equal(first, again) for again in rest)
         return first
 
-    sizes = (16, 32)  # 51 and 69 KiB
-    with _cuda.force("windows"), ThreadPoolExecutor(len(sizes)) as pool:
-        expected = [backward(size) for size in sizes]
-        assert_equal(list(pool.map(backward, sizes)), expected)
+    with _cuda.force("winners_3x3"), ThreadPoolExecutor(len(calls)) as pool:
+        expected = [backward(call) for call in calls]
+        assert_equal(list(pool.map(backward, calls)), expected)
 
 
 # ---- devices -------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ void test_cuda_select() {
   using fusedcnn::DataType;
   using fusedcnn::Pass;
   using fusedcnn::cuda::Target;
+  static constexpr char kWide[] = "block2 of 128 channels";
   struct Row {
     const char* case_name;
     DataType type;
@@ -40,6 +41,11 @@ void test_cuda_select() {
       {"block1", DataType::kFloat32, 86, 99, true, "tensor_cores_3x3"},
       {"block2", DataType::kBFloat16, 90, 227, false, "tensor_cores_3x3"},
       {"block2", DataType::kFloat64, 90, 227, true, "library"},
+      // Wide on both sides, cuDNN multiplies faster: forward only.
+      {kWide, DataType::kBFloat16, 90, 227, false, "library"},
+      {kWide, DataType::kFloat32, 90, 227, true, "library"},
+      {kWide, DataType::kBFloat16, 90, 227, false, "tensor_cores_3x3", Pass::kGradInput},
+      {"channels64", DataType::kBFloat16, 90, 227, false, "tensor_cores_3x3"},
       // No matrix instructions in code for older GPUs, whatever this one has.
       {"block2", DataType::kFloat32, 80, 163, false, "cuda_cores_3x3", Pass::kForward, 75},
       {"block2", DataType::kBFloat16, 90, 227, false, "library", Pass::kForward, 75},
@@ -54,7 +60,10 @@ void test_cuda_select() {
       {"many_images", DataType::kFloat32, 90, 227, false, "library", Pass::kGradInput},
   };
   for (const Row& row : kRows) {
-    const fusedcnn::Problem problem{case_named(row.case_name).geometry, row.type, false};
+    const bool wide = std::string(row.case_name) == kWide;
+    fusedcnn::Problem problem{case_named(wide ? "block2" : row.case_name).geometry, row.type,
+                              false};
+    if (wide) problem.geometry.in_channels = problem.geometry.out_channels = 128;
     const Target target{
         {row.capability, row.code ? row.code : row.capability, 132, row.shared_kib * 1024},
         row.tf32};
