@@ -8,8 +8,10 @@
 #include "cpu/kernels/forward_winograd_f4x4.h"
 #include "cpu/kernels/library.h"
 #include "cpu/kernels/multiply_add_rate.h"
-#if defined(__AVX512BW__)
+#if defined(__AVX2__)
 #include "cpu/kernels/backward_input_winners_3x3.h"
+#endif
+#if defined(__AVX512BW__)
 #include "cpu/kernels/backward_weight_winners_3x3.h"
 #endif
 
@@ -43,7 +45,7 @@ KernelList kernels() {
        grad_weight_general},
       {"library", Pass::kGradInput, true, 2, false, why_not_library, nullptr, backward_library,
        true, library_is_slower},
-#if defined(__AVX512BW__)
+#if defined(__AVX2__)
       {"winners_3x3", Pass::kGradInput, true, 2, false, why_not_3x3_block, nullptr,
        grad_input_winners_3x3},
 #endif
