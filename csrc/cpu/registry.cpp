@@ -10,8 +10,6 @@
 #include "cpu/kernels/multiply_add_rate.h"
 #if defined(__AVX2__)
 #include "cpu/kernels/backward_input_winners_3x3.h"
-#endif
-#if defined(__AVX512BW__)
 #include "cpu/kernels/backward_weight_winners_3x3.h"
 #endif
 
@@ -37,7 +35,7 @@ KernelList kernels() {
        nullptr},
       {"library", Pass::kGradWeight, true, 2, false, why_not_library, nullptr, backward_library,
        true, library_is_slower},
-#if defined(__AVX512BW__)
+#if defined(__AVX2__)
       {"winners_3x3", Pass::kGradWeight, true, 2, false, why_not_grad_weight_winners_3x3, nullptr,
        grad_weight_winners_3x3},
 #endif
