@@ -3,27 +3,20 @@
 #pragma once
 
 #include "cpu/kernel.h"
-#include "cpu/kernels/backward_weight_winners_3x3_wide.h"
+#include "cpu/kernels/backward_weight_winners_3x3_few_channels.h"
+#include "cpu/kernels/backward_weight_winners_3x3_many_channels.h"
 #include "cpu/kernels/block_3x3.h"
-#if defined(__AVX512BW__)
-#include "cpu/kernels/backward_weight_winners_3x3_narrow.h"
-#endif
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-#if defined(__AVX512BW__)
-// Twice as many as one call of the narrow kernel takes: its cost grows with each call, the wide
-// one's with each block.
-constexpr int64_t kNarrowChannels = 2 * kWeightChannels;
-#else
-constexpr int64_t kNarrowChannels = 0;
-#endif
+// The few_channels kernel's cost grows with each call, the other's with each vector of channels.
+constexpr int64_t kFewChannels = kLanes<float> == 16 ? 2 * Patches::kChannels : 3;
 
 const char* why_not_grad_weight_winners_3x3(const Problem& problem) {
   const Geometry& g = problem.geometry;
   // The general kernel fills vectors with all channels of three pixels.
-  if (g.in_channels <= kNarrowChannels && g.out_channels < 8) {
+  if (g.in_channels <= kFewChannels && g.out_channels < 8) {
     return "for few input channels at least 8 output channels";
   }
   return why_not_3x3_block(problem);
@@ -31,12 +24,9 @@ const char* why_not_grad_weight_winners_3x3(const Problem& problem) {
 
 void grad_weight_winners_3x3(const BackwardArgs& args, const ThreadPool& pool) {
   for_block_storage(args.type, [&]<typename S>(S) {
-#if defined(__AVX512BW__)
-    if (args.geometry.in_channels <= kNarrowChannels) {
-      return grad_weight_winners_3x3_narrow<S>(args, pool);
-    }
-#endif
-    grad_weight_winners_3x3_wide<S>(args, pool);
+    args.geometry.in_channels <= kFewChannels
+        ? grad_weight_winners_3x3_few_channels<S>(args, pool)
+        : grad_weight_winners_3x3_many_channels<S>(args, pool);
   });
 }
 

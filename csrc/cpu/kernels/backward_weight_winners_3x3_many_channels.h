@@ -180,7 +180,7 @@ void read_blocks(const BackwardArgs& args, int64_t n, int64_t first, int64_t row
 }
 
 template <typename S>
-void grad_weight_winners_3x3_wide(const BackwardArgs& args, const ThreadPool& pool) {
+void grad_weight_winners_3x3_many_channels(const BackwardArgs& args, const ThreadPool& pool) {
   const Geometry& g = args.geometry;
   const int64_t blocks = args.grad_weight ? (g.in_channels + kInputLanes - 1) / kInputLanes : 0;
   // Sums of one output channel: [9][kInputLanes] for each block, and the bias's, spread over lanes.
