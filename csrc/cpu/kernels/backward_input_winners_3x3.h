@@ -50,6 +50,7 @@ struct WideBlock {
       const int64_t oc = __builtin_ctzll(chosen);
       const Vector<float> g = broadcast(gradients[oc]);
       const float* w = weights + oc * kSize;
+      keep_address(w);
       FUSEDCNN_UNROLL
       for (int t = 0; t < 9; ++t) pixels[Y + t / 3][t % 3] += g * load(w + t * kChannels);
     }
@@ -138,6 +139,7 @@ struct NarrowBlock {
     for (; chosen; chosen &= chosen - 1) {
       const int64_t oc = __builtin_ctzll(chosen), column = codes[oc] & 1;
       const float* w = weights + oc * kSize + column * (kSize / 2);
+      keep_address(w);
       const Pair all = gradients[oc] - Pair{};
       FUSEDCNN_UNROLL
       for (int i = 0; i < 2; ++i) {

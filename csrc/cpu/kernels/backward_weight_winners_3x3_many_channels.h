@@ -37,10 +37,14 @@ FUSEDCNN_NOINLINE void add_live(const float* pixels, int64_t pitch, const uint32
   FUSEDCNN_UNROLL
   for (int t = 0; t < 9; ++t) sum[t] = Vector<float>{};
   for (int64_t i = 0; i < entries; ++i) {
-    const float* at = pixels + place[i];
+    const float* row = pixels + place[i];
     const Vector<float> g = broadcast(gradient[i]);
     FUSEDCNN_UNROLL
-    for (int t = 0; t < 9; ++t) sum[t] += g * load(at + t / 3 * pitch + t % 3 * kInputLanes);
+    for (int t = 0; t < 9; ++t) {
+      if (t % 3 == 0) keep_address(row);
+      sum[t] += g * load(row + t % 3 * kInputLanes);
+      if (t % 3 == 2) row += pitch;
+    }
   }
   FUSEDCNN_UNROLL
   for (int t = 0; t < 9; ++t) {

@@ -84,12 +84,43 @@ FUSEDCNN_INLINE void store_row(To* to, BlockRow<E> row, int64_t count) {
   convert_run(reinterpret_cast<const E*>(&row), to, count);
 }
 
+// to[c][r] = from[r][c], 8x8 of 4 bytes: 4x4 within the halves of registers, where a shuffle is one
+// instruction, then the halves change places.
+template <typename E>
+FUSEDCNN_INLINE void transpose_halves(BlockRow<E> (&rows)[8]) {
+  // Of two rows, in each half: the lower or upper two elements interleaved; two pairs side by side.
+  constexpr auto low = [](int l) { return l / 4 * 4 + l % 4 / 2 + l % 2 * 8; };
+  constexpr auto high = [](int l) { return l / 4 * 4 + l % 4 / 2 + l % 2 * 8 + 2; };
+  constexpr auto low_pair = [](int l) { return l / 4 * 4 + l % 2 + l % 4 / 2 * 8; };
+  constexpr auto high_pair = [](int l) { return l / 4 * 4 + l % 2 + l % 4 / 2 * 8 + 2; };
+  constexpr auto low_half = [](int l) { return l % 4 + l / 4 * 8; };
+  constexpr auto high_half = [](int l) { return l % 4 + l / 4 * 8 + 4; };
+  BlockRow<E> quads[8];
+  FUSEDCNN_UNROLL
+  for (int r = 0; r < 8; r += 4) {
+    const BlockRow<E> a = shuffle(rows[r], rows[r + 1], low),
+                      b = shuffle(rows[r], rows[r + 1], high);
+    const BlockRow<E> c = shuffle(rows[r + 2], rows[r + 3], low);
+    const BlockRow<E> d = shuffle(rows[r + 2], rows[r + 3], high);
+    quads[r] = shuffle(a, c, low_pair);
+    quads[r + 1] = shuffle(a, c, high_pair);
+    quads[r + 2] = shuffle(b, d, low_pair);
+    quads[r + 3] = shuffle(b, d, high_pair);
+  }
+  FUSEDCNN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = shuffle(quads[i], quads[i + 4], low_half);
+    rows[i + 4] = shuffle(quads[i], quads[i + 4], high_half);
+  }
+}
+
 // to[c][r] = from[r][c]: log2(N) rounds of interleaving row i with row i + N/2. Each round rotates
 // the joint index (row bits, column bits) by one bit, so that after all of them the two halves
 // have changed places.
 template <typename E>
 FUSEDCNN_INLINE void transpose_block(BlockRow<E> (&rows)[kBlock<E>]) {
   constexpr int kN = kBlock<E>;
+  if constexpr (kN == 8 && sizeof(E) == 4) return transpose_halves<E>(rows);
   constexpr auto low = [](int l) { return l / 2 + l % 2 * kN; };
   constexpr auto high = [](int l) { return l / 2 + l % 2 * kN + kN / 2; };
   FUSEDCNN_UNROLL
