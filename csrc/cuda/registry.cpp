@@ -9,7 +9,7 @@ using WorkspaceBytes = int64_t(const Problem& problem);
 using Forward = void(const ForwardArgs& args, const Execution& execution);
 using Backward = void(const BackwardArgs& args, const Execution& execution);
 WhyNot why_not_library, why_not_cuda_cores_3x3, why_not_tensor_cores_3x3,
-    why_not_tensor_cores_3xtf32, forward_tensor_cores_3x3_is_slower;
+    why_not_tensor_cores_3xtf32, forward_3x3_is_slower;
 WhyNot why_not_winners_3x3_few_channels, why_not_grad_weight_winners_3x3,
     why_not_grad_input_winners_3x3;
 Forward forward_tensor_cores_3x3, forward_tensor_cores_3xtf32, forward_cuda_cores_3x3,
@@ -29,11 +29,13 @@ KernelList kernels() {
   static constexpr Kernel list[] = {
       {"tensor_cores_3x3", Pass::kForward, true, 2, why_not_tensor_cores_3x3, nullptr,
        forward_tensor_cores_3x3, nullptr, /*dense=*/false, /*tf32=*/true, /*library=*/false,
-       forward_tensor_cores_3x3_is_slower},
+       forward_3x3_is_slower},
       {"tensor_cores_3xtf32", Pass::kForward, true, 2, why_not_tensor_cores_3xtf32, nullptr,
-       forward_tensor_cores_3xtf32, nullptr},
+       forward_tensor_cores_3xtf32, nullptr, /*dense=*/false, /*tf32=*/false, /*library=*/false,
+       forward_3x3_is_slower},
       {"cuda_cores_3x3", Pass::kForward, true, 2, why_not_cuda_cores_3x3, nullptr,
-       forward_cuda_cores_3x3, nullptr},
+       forward_cuda_cores_3x3, nullptr, /*dense=*/false, /*tf32=*/false, /*library=*/false,
+       forward_3x3_is_slower},
       {"library", Pass::kForward, false, 4, why_not_library, nullptr, forward_library, nullptr,
        /*dense=*/false, /*tf32=*/false, /*library=*/true},
       {"tensor_cores_3x3", Pass::kGradWeight, true, 2, why_not_tensor_cores_3x3,

@@ -44,6 +44,9 @@ void test_cuda_select() {
       // Wide on both sides, cuDNN multiplies faster: forward only.
       {kWide, DataType::kBFloat16, 90, 227, false, "library"},
       {kWide, DataType::kFloat32, 90, 227, true, "library"},
+      {kWide, DataType::kFloat32, 86, 99, true, "library"},
+      {kWide, DataType::kFloat32, 75, 64, true, "cuda_cores_3x3"},
+      {kWide, DataType::kFloat32, 86, 99, false, "cuda_cores_3x3"},
       {kWide, DataType::kBFloat16, 90, 227, false, "tensor_cores_3x3", Pass::kGradInput},
       {"channels64", DataType::kBFloat16, 90, 227, false, "tensor_cores_3x3"},
       // No matrix instructions in code for older GPUs, whatever this one has.

@@ -9,14 +9,17 @@ const char* why_not_tensor_cores_3x3(const Problem& problem, const Target& targe
   return why_not_3x3_block(problem);
 }
 
-const char* forward_tensor_cores_3x3_is_slower(const Problem& problem, const Target&) {
+const char* forward_3x3_is_slower(const Problem& problem, const Target& target) {
   // Of a slice of 8 planes, sm_90's code has some 3,100 warp instructions that fetch pixels and
-  // weights around 339 that multiply. Where all of a block's channels are several slices, that is a
-  // sixth of the rate that cuDNN's convolutions have at such widths, and the way of their outputs
-  // through memory is short beside them.
+  // weights around 339 that multiply. Where a block's channels are many slices, that is a sixth of
+  // the rate of cuDNN's convolutions on tensor cores, and the way of their outputs through memory
+  // is short beside them. Float32 without tf32 has no such convolutions.
   const Geometry& g = problem.geometry;
-  const bool wide = g.in_channels >= 128 && g.out_channels >= 128;
-  return wide ? "128 channels or more on both sides, which cuDNN multiplies faster" : nullptr;
+  if (g.in_channels < 128 || g.out_channels < 128) return nullptr;
+  const bool tf32 = target.allow_tf32 && target.device.capability >= 80;
+  const bool tensor_cores = problem.type != DataType::kFloat32 || tf32;
+  return tensor_cores ? "128 channels or more on both sides, which cuDNN multiplies faster"
+                      : nullptr;
 }
 
 void forward_tensor_cores_3x3(const ForwardArgs& args, const Execution& execution) {
