@@ -40,6 +40,36 @@ FUSEDCNN_INLINE void interleave_planes(const uint16_t* from, int64_t plane, int6
   }
 }
 
+// `width` pixels of 2 to 4 channels to planes.
+FUSEDCNN_INLINE void split_pixels(const uint16_t* from, int64_t width, int64_t channels,
+                                  uint16_t* to, int64_t plane) {
+  const __m512i count = _mm512_set1_epi16(static_cast<short>(channels));
+  const __m512i first = _mm512_mullo_epi16(
+      count,
+      _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0,
+                                            0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)));
+  for (int64_t x = 0; x < width; x += 16, from += 16 * channels) {
+    const int64_t pixels = smaller<int64_t>(16, width - x);
+    const uint64_t some = ~uint64_t{0} >> (64 - pixels * channels);
+    const __m512i low = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(some), from);
+    const __m512i high = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(some >> 32), from + 32);
+    for (int64_t c = 0; c < channels; ++c) {
+      const __m512i place = _mm512_add_epi16(first, _mm512_set1_epi16(static_cast<short>(c)));
+      _mm256_mask_storeu_epi16(to + c * plane + x, static_cast<__mmask16>((1u << pixels) - 1),
+                               _mm512_castsi512_si256(_mm512_permutex2var_epi16(low, place, high)));
+    }
+  }
+}
+
+// A short row, for which calling memcpy would cost more.
+FUSEDCNN_INLINE void copy_row(const uint16_t* from, uint16_t* to, int64_t width) {
+  for (int64_t x = 0; x < width; x += 32) {
+    const int64_t count = smaller<int64_t>(32, width - x);
+    const __mmask32 some = static_cast<__mmask32>(~uint32_t{0} >> (32 - count));
+    _mm512_mask_storeu_epi16(to + x, some, _mm512_maskz_loadu_epi16(some, from + x));
+  }
+}
+
 // `width` pixels of 3 channels to pixels of 4, the last one zero.
 FUSEDCNN_INLINE void widen_pixels_of_3(const uint16_t* from, int64_t width, uint16_t* to) {
   const __m512i place = _mm512_set_epi16(0, 23, 22, 21, 0, 20, 19, 18, 0, 17, 16, 15, 0, 14, 13, 12,
