@@ -62,9 +62,7 @@ inline void grad_input_band(const BackwardArgs& args, const TileConvolution& con
 const char* why_not_grad_input_tiles(const Problem& problem) {
   const Geometry& g = problem.geometry;
   if (const char* const because = why_not_backward_tiles(problem)) return because;
-  const TileConvolution conv(g.out_channels, g.in_channels, g.h, g.w, g.w.in);
-  if (double(conv.cols) * conv.pixel * 2 > kTileRowBytes) return "rows too long to be copied";
-  return nullptr;
+  return why_not_tile_rows(g.out_channels, g.w, g.w.in);
 }
 
 void grad_input_tiles(const BackwardArgs& args, const ThreadPool& pool) {

@@ -230,9 +230,8 @@ const char* why_not_grad_weight_tiles(const Problem& problem) {
   if (const char* const because = why_not_backward_tiles(problem)) return because;
   // A row of the padded image is mostly padding.
   if (g.w.extent() > g.w.conv + kTileRows) return "the map is narrower than the kernel";
-  if (double(g.w.conv + g.w.extent()) * g.in_channels * 2 > kTileRowBytes) {
-    return "rows too long to be copied";
-  }
+  const char* const because = why_not_tile_rows(g.in_channels, g.w, g.w.conv);
+  if (because) return because;
   return why_not_backward_general(problem);  // which takes over where an operand is not finite
 }
 

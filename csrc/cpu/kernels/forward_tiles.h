@@ -213,9 +213,7 @@ const char* why_not_tiles(const Problem& problem) {
 const char* why_not_forward_tiles(const Problem& problem) {
   const Geometry& g = problem.geometry;
   if (const char* const because = why_not_tiles(problem)) return because;
-  const TileConvolution conv(g.in_channels, g.out_channels, g.h, g.w, g.w.conv);
-  if (double(conv.cols) * conv.pixel * 2 > kTileRowBytes) return "rows too long to be copied";
-  return nullptr;
+  return why_not_tile_rows(g.in_channels, g.w, g.w.conv);
 }
 
 void forward_tiles(const ForwardArgs& args, const ThreadPool& pool) {

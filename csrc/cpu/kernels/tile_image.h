@@ -10,8 +10,13 @@ namespace {
 
 // Bytes of a band's copy of the image: a small part of L2, beside the weights.
 constexpr int64_t kTileBandBytes = int64_t{256} << 10;
-// And of one of its rows, at most.
-constexpr int64_t kTileRowBytes = int64_t{1} << 20;
+
+// Of images with longer rows not even a few fit.
+inline const char* why_not_tile_rows(int64_t channels, const Axis& w, int64_t width) {
+  constexpr double kRowBytes = 1 << 20;
+  const double cols = double(width - 1) * w.stride + w.extent();
+  return cols * tile_channels(channels) * 2 > kRowBytes ? "rows too long to be copied" : nullptr;
+}
 
 // `width` pixels of 2 to 4 planes side by side: two pixels are one 32-bit element of a vector, or
 // half of two. to: [width][4], or [2] where there are two planes.
