@@ -69,9 +69,7 @@ void grad_input_tiles(const BackwardArgs& args, const ThreadPool& pool) {
   const Geometry& g = args.geometry;
   TileConvolution conv(g.out_channels, g.in_channels, g.h, g.w, g.w.in);
   const Strides& s = args.weight_strides;
-  const int64_t last_tap = (g.h.kernel - 1) * s.h + (g.w.kernel - 1) * s.w;
-  conv.prepare(pool,
-               {static_cast<const uint16_t*>(args.weight) + last_tap, {s.c, s.n, -s.h, -s.w}});
+  conv.prepare(pool, {args.weight, {s.c, s.n, s.h, s.w}, true});
 
   const int64_t row = conv.cols * conv.pixel * 2;
   int64_t rows = larger<int64_t>(8, kTileBandBytes / row);

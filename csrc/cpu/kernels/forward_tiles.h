@@ -219,7 +219,7 @@ const char* why_not_forward_tiles(const Problem& problem) {
 void forward_tiles(const ForwardArgs& args, const ThreadPool& pool) {
   const Geometry& g = args.geometry;
   TileConvolution conv(g.in_channels, g.out_channels, g.h, g.w, g.w.conv);
-  conv.prepare(pool, {args.weight, args.weight_strides}, args.bias, args.bias_stride);
+  conv.prepare(pool, {args.weight, args.weight_strides, false}, args.bias, args.bias_stride);
   const int64_t padded = round_up(g.out_channels, kTileLanes);
   const TileForward forward{args, conv, smaller(g.h.window() + g.h.pool_stride, g.h.conv), padded};
 

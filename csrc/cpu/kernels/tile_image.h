@@ -66,15 +66,6 @@ FUSEDCNN_INLINE void split_pixels(const uint16_t* from, int64_t width, int64_t c
   }
 }
 
-// A short row, for which calling memcpy would cost more.
-FUSEDCNN_INLINE void copy_row(const uint16_t* from, uint16_t* to, int64_t width) {
-  for (int64_t x = 0; x < width; x += 32) {
-    const int64_t count = smaller<int64_t>(32, width - x);
-    const __mmask32 some = static_cast<__mmask32>(~uint32_t{0} >> (32 - count));
-    _mm512_mask_storeu_epi16(to + x, some, _mm512_maskz_loadu_epi16(some, from + x));
-  }
-}
-
 // `width` pixels of 3 channels to pixels of 4, the last one zero.
 FUSEDCNN_INLINE void widen_pixels_of_3(const uint16_t* from, int64_t width, uint16_t* to) {
   const __m512i place = _mm512_set_epi16(0, 23, 22, 21, 0, 20, 19, 18, 0, 17, 16, 15, 0, 14, 13, 12,
