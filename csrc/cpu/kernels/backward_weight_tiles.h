@@ -54,6 +54,10 @@ struct TileGradWeight {
   int64_t bias_at() const { return row_tiles * taps * kTileRows * lanes; }
   int64_t size() const { return bias_at() + lanes; }
 
+  // Images whose products are summed in registers before the sums in memory are read and written,
+  // which costs as much as products over 64 pixels.
+  int64_t together() const { return larger<int64_t>(1, smaller<int64_t>(8, 768 / pixels)); }
+
   // Image n into X, whose padding holds zeros already. Returns whether all of it is finite.
   bool read_planes(int64_t n, uint16_t* x) const {
     const Strides s = args.input_strides;
@@ -143,7 +147,8 @@ struct TileGradWeight {
   bool add_images(int64_t begin, int64_t end, int64_t first, int64_t count, float* sums) const {
     const int64_t some = smaller(count, g.out_channels - first);
     const int64_t chunks = pixels / kTileDepth, plane_size = row_tiles * kTileRows * plane;
-    uint16_t* x = static_cast<uint16_t*>(scratch(Slot::kPlanes, plane_size * 2));
+    const int64_t most = smaller(together(), end - begin);
+    uint16_t* x = static_cast<uint16_t*>(scratch(Slot::kPlanes, most * plane_size * 2));
     const bool by_pairs = g.h.pool_kernel == 2 && g.h.pool_stride == 2 && g.h.pool_padding == 0 &&
                           g.h.pool_dilation == 1 && g.w.pool_kernel == 2 && g.w.pool_stride == 2 &&
                           g.w.pool_padding == 0 && g.w.pool_dilation == 1 &&
@@ -151,30 +156,37 @@ struct TileGradWeight {
     uint16_t* gradient =
         by_pairs ? nullptr : static_cast<uint16_t*>(scratch(Slot::kGradient, pixels * count * 2));
     uint16_t* pairs = static_cast<uint16_t*>(
-        scratch(Slot::kConv, pixels * count * 2 + chunks * int64_t{sizeof(int64_t)}));
-    int64_t* offsets = reinterpret_cast<int64_t*>(pairs + pixels * count);
-    for (int64_t k = 0; k < chunks; ++k) offsets[k] = k * kTileDepth;
-    memset(x, 0, plane_size * 2);
-    memset(pairs, 0, pixels * count * 2);
+        scratch(Slot::kConv, most * (pixels * count * 2 + chunks * int64_t{sizeof(int64_t)})));
+    int64_t* offsets = reinterpret_cast<int64_t*>(pairs + most * pixels * count);
+    for (int64_t k = 0; k < most * chunks; ++k) {
+      offsets[k] = k / chunks * plane_size + k % chunks * kTileDepth;
+    }
+    memset(x, 0, most * plane_size * 2);
+    memset(pairs, 0, most * pixels * count * 2);
     if (!by_pairs) memset(gradient, 0, pixels * count * 2);
     const int64_t rows = channels ? smaller<int64_t>(kTileRows, channels * stacked) : kTileRows;
     [[maybe_unused]] const TileMachine machine(kTileDepth, static_cast<int>(rows));
-    for (int64_t n = begin; n < end; ++n) {
-      const TileWinners winners(args, n, 0, g.h.conv);
-      float* const bias = sums + bias_at() + first;
-      if (channels && by_pairs) {
-        pair_2x2(winners, first, count, pairs, bias);
-      } else {
-        for (int64_t c = 0; c < count; c += kTileLanes) winners.add_bias(first + c, bias + c);
+    for (int64_t n = begin; n < end;) {
+      const int64_t images = smaller(most, end - n);
+      for (int64_t i = 0; i < images; ++i, ++n) {
+        const TileWinners winners(args, n, 0, g.h.conv);
+        float* const bias = sums + bias_at() + first;
+        uint16_t* const of_image = pairs + i * pixels * count;
+        if (channels && by_pairs) {
+          pair_2x2(winners, first, count, of_image, bias);
+        } else {
+          for (int64_t c = 0; c < count; c += kTileLanes) winners.add_bias(first + c, bias + c);
+        }
+        if (!channels) continue;
+        if (!by_pairs) {
+          winners.write(0, g.h.conv, first, some, 0, 0, cols, count, gradient);
+          pair(gradient, count, of_image);
+        }
+        // Zero times infinity is NaN, and nearly all of G is zero.
+        if (!read_planes(n, x + i * plane_size)) return false;
       }
       if (!channels) continue;
-      if (!by_pairs) {
-        winners.write(0, g.h.conv, first, some, 0, 0, cols, count, gradient);
-        pair(gradient, count, pairs);
-      }
-      // Zero times infinity is NaN, and nearly all of G is zero.
-      if (!read_planes(n, x)) return false;
-      auto ahead = BackwardAhead::of<BFloat16, uint8_t>(args, n, true, row_tiles * taps);
+      auto ahead = BackwardAhead::of<BFloat16, uint8_t>(args, n - 1, true, row_tiles * taps);
       for (int64_t tile = 0; tile < row_tiles * taps; tile += 2) {
         ahead.step();
         const uint16_t* a[2];
@@ -190,7 +202,7 @@ struct TileGradWeight {
             c[j] = sums + (tile + j) * kTileRows * lanes + first + lane;
           }
           const TileProduct product{
-              kTileDepth,         plane, offsets, chunks, pairs + lane * kTileDepth,
+              kTileDepth,         plane, offsets, images * chunks, pairs + lane * kTileDepth,
               count * kTileDepth, lanes, nullptr};
           multiply_tiles(m, smaller<int64_t>(2, (count - lane) / kTileLanes), product, a, c);
         }
@@ -243,8 +255,10 @@ void grad_weight_tiles(const BackwardArgs& args, const ThreadPool& pool) {
   float* sums =
       static_cast<float*>(scratch(Slot::kPartials, partials.count * size * sizeof(float)));
   memset(sums, 0, partials.count * size * sizeof(float));
-  // Of output channels.
-  const int64_t part = partials.count < kSmallBatch ? 2 * kTileLanes : tiles.lanes;
+  // Of output channels. Every part reads the image anew, at about a cycle an element, and
+  // multiplies each by taps x part weights, of which a cycle does 512.
+  const int64_t least = round_up(larger<int64_t>(1, 1024 / g.taps()), 2 * kTileLanes);
+  const int64_t part = partials.count < kSmallBatch ? smaller(least, tiles.lanes) : tiles.lanes;
   const int64_t parts = (tiles.lanes + part - 1) / part;
   bool finite = true;
   parallel_tasks(pool, partials.count * parts, [&](int64_t task) {
