@@ -235,6 +235,18 @@ const char* why_not_grad_weight_tiles(const Problem& problem) {
   return why_not_backward_general(problem);  // which takes over where an operand is not finite
 }
 
+const char* grad_weight_tiles_are_slower(const Problem& problem) {
+  const Geometry& g = problem.geometry;
+  if (const char* const because = why_tiles_are_slower()) return because;
+  if (g.in_channels < 3) return "too few input channels to fill its tiles";
+  // Every image's products are added to all sums: more memory than arithmetic where images are
+  // small, and too much for the caches, and for partial sums, where weights are many.
+  const double weights = double(g.in_channels) * g.out_channels * g.taps();
+  const double pixels = double(g.h.conv) * (g.w.conv + g.w.extent() - 1);
+  if (weights > 5e5 || (weights > 1e5 && pixels < 128)) return "too many weights for its sums";
+  return nullptr;
+}
+
 void grad_weight_tiles(const BackwardArgs& args, const ThreadPool& pool) {
   const Geometry& g = args.geometry;
   const TileGradWeight tiles(args);
