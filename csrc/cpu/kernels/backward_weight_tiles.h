@@ -154,7 +154,7 @@ struct TileGradWeight {
         scratch(Slot::kConv, pixels * count * 2 + chunks * int64_t{sizeof(int64_t)}));
     int64_t* offsets = reinterpret_cast<int64_t*>(pairs + pixels * count);
     for (int64_t k = 0; k < chunks; ++k) offsets[k] = k * kTileDepth;
-    memset(x, 0, plane_size * 2);
+    if (channels) memset(x, 0, plane_size * 2);
     memset(pairs, 0, pixels * count * 2);
     if (!by_pairs) memset(gradient, 0, pixels * count * 2);
     const int64_t rows = channels ? smaller<int64_t>(kTileRows, channels * stacked) : kTileRows;
