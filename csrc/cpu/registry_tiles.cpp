@@ -11,13 +11,14 @@ namespace fusedcnn::cpu::FUSEDCNN_ISA {
 KernelList kernels();
 
 KernelList kernels() {
-  // name, pass, exact, error, winograd, why_not, forward, backward
+  // name, pass, exact, error, winograd, why_not, forward, backward, library, why_slower
   static constexpr Kernel list[] = {
-      {"tiles", Pass::kForward, true, 2, false, why_not_forward_tiles, forward_tiles, nullptr},
+      {"tiles", Pass::kForward, true, 2, false, why_not_forward_tiles, forward_tiles, nullptr,
+       false, forward_tiles_are_slower},
       {"tiles", Pass::kGradWeight, true, 2, false, why_not_grad_weight_tiles, nullptr,
-       grad_weight_tiles},
+       grad_weight_tiles, false, grad_weight_tiles_are_slower},
       {"tiles", Pass::kGradInput, true, 2, false, why_not_grad_input_tiles, nullptr,
-       grad_input_tiles},
+       grad_input_tiles, false, grad_input_tiles_are_slower},
   };
   return {list, sizeof list / sizeof *list, nullptr, nullptr};
 }

@@ -23,11 +23,15 @@ void emulation(const uint16_t* a, const uint16_t* b, float* c) {
 #if defined(__AMX_BF16__)
   emulated_tdpbf16ps(kTileDepth, a, kTileDepth, b, c, kTileLanes);
 #else
-  for (int i = 0; i < kTileRows * kTileLanes; ++i) {
+  for (int i = 0; i < kTileRows; ++i) {
+    __m512 sum = _mm512_loadu_ps(c + i * kTileLanes);
     for (int k = 0; k < kTileDepth; k += 2) {
-      const uint16_t* row = a + i / kTileLanes * kTileDepth;
-      c[i] = emulated_vdpbf16ps(c[i], row + k, b + k * kTileLanes + i % kTileLanes * 2);
+      int32_t pair;
+      memcpy(&pair, a + i * kTileDepth + k, sizeof pair);
+      sum =
+          emulated_vdpbf16ps(sum, _mm512_set1_epi32(pair), _mm512_loadu_si512(b + k * kTileLanes));
     }
+    _mm512_storeu_ps(c + i * kTileLanes, sum);
   }
 #endif
 }

@@ -65,6 +65,12 @@ const char* why_not_grad_input_tiles(const Problem& problem) {
   return why_not_tile_rows(g.out_channels, g.w, g.w.in);
 }
 
+const char* grad_input_tiles_are_slower(const Problem& problem) {
+  const Geometry& g = problem.geometry;
+  if (const char* const because = why_tiles_are_slower()) return because;
+  return why_wide_tiles_are_slower(g.out_channels, g.w.in);
+}
+
 void grad_input_tiles(const BackwardArgs& args, const ThreadPool& pool) {
   const Geometry& g = args.geometry;
   TileConvolution conv(g.out_channels, g.in_channels, g.h, g.w, g.w.in);

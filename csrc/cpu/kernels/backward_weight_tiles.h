@@ -161,7 +161,7 @@ struct TileGradWeight {
     for (int64_t k = 0; k < most * chunks; ++k) {
       offsets[k] = k / chunks * plane_size + k % chunks * kTileDepth;
     }
-    memset(x, 0, most * plane_size * 2);
+    if (channels) memset(x, 0, most * plane_size * 2);
     memset(pairs, 0, most * pixels * count * 2);
     if (!by_pairs) memset(gradient, 0, pixels * count * 2);
     const int64_t rows = channels ? smaller<int64_t>(kTileRows, channels * stacked) : kTileRows;
@@ -217,23 +217,31 @@ struct TileGradWeight {
     return true;
   }
 
-  void write(const float* sums) const {
-    for (int64_t oc = 0; oc < g.out_channels; ++oc) {
-      if (args.grad_bias) {
-        static_cast<BFloat16*>(args.grad_bias)[oc] = narrow<BFloat16>(sums[bias_at() + oc]);
-      }
-      const Strides s = args.grad_weight_strides;
-      BFloat16* to = static_cast<BFloat16*>(args.grad_weight) + oc * s.n;
-      for (int64_t row = 0; row < channels * stacked; ++row) {
-        const float* from =
-            sums + (row / kTileRows * taps * kTileRows + row % kTileRows) * lanes + oc;
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const int64_t kh = stacked > 1 ? row / channels : tap / g.w.kernel;
-          to[row % channels * s.c + kh * s.h + tap % g.w.kernel * s.w] =
-              narrow<BFloat16>(from[tap * kTileRows * lanes]);
+  void write(const ThreadPool& pool, const float* sums) const {
+    if (args.grad_bias) {
+      convert_run(sums + bias_at(), static_cast<BFloat16*>(args.grad_bias), g.out_channels);
+    }
+    const int64_t blocks = lanes / kTileLanes, row = kTileRows * lanes;
+    const Strides s = args.grad_weight_strides;
+    parallel_tasks(pool, row_tiles * blocks, [&](int64_t task) {
+      const int64_t tile = task / blocks, oc = task % blocks * kTileLanes;
+      const int64_t rows = smaller<int64_t>(kTileRows, channels * stacked - tile * kTileRows);
+      const int64_t count = smaller<int64_t>(kTileLanes, g.out_channels - oc);
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        BFloat16 turned[kTileLanes * kTileRows];
+        transpose_matrix(sums + (tile * taps + tap) * row + oc, lanes, turned, kTileRows, rows,
+                         count);
+        for (int64_t n = 0; n < count; ++n) {
+          BFloat16* to = static_cast<BFloat16*>(args.grad_weight) + (oc + n) * s.n;
+          for (int64_t r = 0; r < rows; ++r) {
+            const int64_t plane = tile * kTileRows + r;
+            const int64_t kh = stacked > 1 ? plane / channels : tap / g.w.kernel;
+            to[plane % channels * s.c + kh * s.h + tap % g.w.kernel * s.w] =
+                turned[n * kTileRows + r];
+          }
         }
       }
-    }
+    });
   }
 };
 
@@ -245,6 +253,18 @@ const char* why_not_grad_weight_tiles(const Problem& problem) {
   const char* const because = why_not_tile_rows(g.in_channels, g.w, g.w.conv);
   if (because) return because;
   return why_not_backward_general(problem);  // which takes over where an operand is not finite
+}
+
+const char* grad_weight_tiles_are_slower(const Problem& problem) {
+  const Geometry& g = problem.geometry;
+  if (const char* const because = why_tiles_are_slower()) return because;
+  if (g.in_channels < 3) return "too few input channels to fill its tiles";
+  // Every image's products are added to all sums: more memory than arithmetic where images are
+  // small, and too much for the caches, and for partial sums, where weights are many.
+  const double weights = double(g.in_channels) * g.out_channels * g.taps();
+  const double pixels = double(g.h.conv) * (g.w.conv + g.w.extent() - 1);
+  if (weights > 5e5 || (weights > 1e5 && pixels < 128)) return "too many weights for its sums";
+  return nullptr;
 }
 
 void grad_weight_tiles(const BackwardArgs& args, const ThreadPool& pool) {
@@ -270,7 +290,7 @@ void grad_weight_tiles(const BackwardArgs& args, const ThreadPool& pool) {
   });
   if (!finite) return grad_weight_general(args, pool);
   partials.add_up(pool, sums, size);
-  tiles.write(sums);
+  tiles.write(pool, sums);
 }
 
 }  // namespace

@@ -216,6 +216,14 @@ const char* why_not_forward_tiles(const Problem& problem) {
   return why_not_tile_rows(g.in_channels, g.w, g.w.conv);
 }
 
+const char* forward_tiles_are_slower(const Problem& problem) {
+  const Geometry& g = problem.geometry;
+  if (const char* const because = why_tiles_are_slower()) return because;
+  // A tile's cycles go by its rows and columns, however few of its 32 products are wanted.
+  if (g.in_channels * g.w.kernel < 9) return "too few products to a row of taps";
+  return why_wide_tiles_are_slower(g.in_channels, g.w.conv);
+}
+
 void forward_tiles(const ForwardArgs& args, const ThreadPool& pool) {
   const Geometry& g = args.geometry;
   TileConvolution conv(g.in_channels, g.out_channels, g.h, g.w, g.w.conv);

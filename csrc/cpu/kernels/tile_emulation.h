@@ -1,9 +1,12 @@
-// The bfloat16 dot products of AMX and avx512_bf16 in plain C++, as Intel's manual defines them:
+// The bfloat16 dot products of AMX and avx512_bf16 in AVX-512's float32 arithmetic, as
+// Intel's manual defines them:
 // for tests on machines that lack them, and for the test that compares them where they exist.
 //
 // Sums are rounded to nearest even at every step; denormal operands and results become zeros of
 // their sign. No exception flags, and the thread's rounding mode does not matter.
 #pragma once
+
+#include <immintrin.h>
 
 #include <cstdint>
 
@@ -12,14 +15,23 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-FUSEDCNN_INLINE float flushed(float value) {
-  const uint32_t bits = bits_of(value);
-  return bits & 0x7f800000 ? value : float_of(bits & 0x80000000);
+FUSEDCNN_INLINE __m512 flushed(__m512 values) {
+  const __m512i bits = _mm512_castps_si512(values);
+  const __mmask16 small = _mm512_testn_epi32_mask(bits, _mm512_set1_epi32(0x7f800000));
+  const __m512i sign = _mm512_set1_epi32(static_cast<int>(0x80000000));
+  return _mm512_castsi512_ps(_mm512_mask_and_epi32(bits, small, bits, sign));
 }
 
-FUSEDCNN_INLINE float bfloat16_fma(uint16_t a, uint16_t b, float c) {
-  return flushed(
-      __builtin_fmaf(flushed(widen(BFloat16{a})), flushed(widen(BFloat16{b})), flushed(c)));
+// c + a * b of 16 lanes; a and b bfloat16 numbers in the upper halves.
+FUSEDCNN_INLINE __m512 bfloat16_fma(__m512i a, __m512i b, __m512 c) {
+  return flushed(_mm512_fmadd_ps(flushed(_mm512_castsi512_ps(a)), flushed(_mm512_castsi512_ps(b)),
+                                 flushed(c)));
+}
+
+// The even and the odd elements of pairs, in the upper halves.
+FUSEDCNN_INLINE __m512i even_of(__m512i pairs) { return _mm512_slli_epi32(pairs, 16); }
+FUSEDCNN_INLINE __m512i odd_of(__m512i pairs) {
+  return _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
 }
 
 // TDPBF16PS. a: [16] rows of `depth`, `a_pitch` apart; b: [depth / 2][16][2]; c: [16] rows of 16
@@ -27,20 +39,22 @@ FUSEDCNN_INLINE float bfloat16_fma(uint16_t a, uint16_t b, float c) {
 inline void emulated_tdpbf16ps(int depth, const uint16_t* a, int64_t a_pitch, const uint16_t* b,
                                float* c, int64_t c_pitch) {
   for (int m = 0; m < 16; ++m, a += a_pitch, c += c_pitch) {
-    float even[16] = {}, odd[16] = {};
-    for (int k = 0; k < depth / 2; ++k) {
-      for (int n = 0; n < 16; ++n) {  // innermost, so that the compiler vectorises it
-        even[n] = bfloat16_fma(a[2 * k], b[(k * 16 + n) * 2], even[n]);
-        odd[n] = bfloat16_fma(a[2 * k + 1], b[(k * 16 + n) * 2 + 1], odd[n]);
-      }
+    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+    for (int k = 0; k < depth; k += 2) {
+      int32_t pair;
+      memcpy(&pair, a + k, sizeof pair);
+      const __m512i left = _mm512_set1_epi32(pair), right = _mm512_loadu_si512(b + k * 16);
+      even = bfloat16_fma(even_of(left), even_of(right), even);
+      odd = bfloat16_fma(odd_of(left), odd_of(right), odd);
     }
-    for (int n = 0; n < 16; ++n) c[n] = flushed(flushed(c[n]) + flushed(even[n] + odd[n]));
+    const __m512 sum = flushed(_mm512_add_ps(even, odd));
+    _mm512_storeu_ps(c, flushed(_mm512_add_ps(flushed(_mm512_loadu_ps(c)), sum)));
   }
 }
 
-// VDPBF16PS of one lane: the odd product goes first.
-inline float emulated_vdpbf16ps(float c, const uint16_t* a, const uint16_t* b) {
-  return bfloat16_fma(a[0], b[0], bfloat16_fma(a[1], b[1], c));
+// VDPBF16PS. a, b: 16 pairs. The odd products go first.
+inline __m512 emulated_vdpbf16ps(__m512 c, __m512i a, __m512i b) {
+  return bfloat16_fma(even_of(a), even_of(b), bfloat16_fma(odd_of(a), odd_of(b), c));
 }
 
 }  // namespace

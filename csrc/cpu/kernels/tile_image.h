@@ -18,6 +18,23 @@ inline const char* why_not_tile_rows(int64_t channels, const Axis& w, int64_t wi
   return cols * tile_channels(channels) * 2 > kRowBytes ? "rows too long to be copied" : nullptr;
 }
 
+// The speeds behind these are those of a Xeon with AMX, beside its other kernels and the stock
+// convolution. VDPBF16PS multiplies no faster there than float32 FMAs do.
+inline const char* why_tiles_are_slower() {
+#if defined(__AMX_BF16__)
+  return nullptr;
+#else
+  return "without AMX not measured to be faster";
+#endif
+}
+
+// Of a wide convolution by tiles, with `width` outputs to a row.
+inline const char* why_wide_tiles_are_slower(int64_t in_channels, int64_t width) {
+  const bool empty = 4 * width < 3 * round_up(width, kTileRows);
+  return in_channels > kTileDepth && empty ? "rows fill less than three quarters of its tiles"
+                                           : nullptr;
+}
+
 // `width` pixels of 2 to 4 planes side by side: two pixels are one 32-bit element of a vector, or
 // half of two. to: [width][4], or [2] where there are two planes.
 FUSEDCNN_INLINE void interleave_planes(const uint16_t* from, int64_t plane, int64_t planes,
