@@ -258,12 +258,17 @@ const char* why_not_grad_weight_tiles(const Problem& problem) {
 const char* grad_weight_tiles_are_slower(const Problem& problem) {
   const Geometry& g = problem.geometry;
   if (const char* const because = why_tiles_are_slower()) return because;
-  if (g.in_channels < 3) return "too few input channels to fill its tiles";
-  // Every image's products are added to all sums: more memory than arithmetic where images are
-  // small, and too much for the caches, and for partial sums, where weights are many.
+  const int64_t rows = g.in_channels * g.h.kernel <= kTileRows
+                           ? g.in_channels * g.h.kernel
+                           : smaller<int64_t>(g.in_channels, 16);
+  if (2 * rows < kTileRows) return "input channels fill less than half of its tiles";
+  // Each sum in memory is read and written once for a few images.
   const double weights = double(g.in_channels) * g.out_channels * g.taps();
   const double pixels = double(g.h.conv) * (g.w.conv + g.w.extent() - 1);
-  if (weights > 5e5 || (weights > 1e5 && pixels < 128)) return "too many weights for its sums";
+  if (g.batch * pixels < 512) return "too few pixels for its sums";
+  if (weights > 5e5 && pixels < 512) return "too many weights for its sums";
+  const bool overlap = g.h.pool_stride < g.h.window() || g.w.pool_stride < g.w.window();
+  if (overlap && g.in_channels * g.taps() < 512) return "too few products for overlapping windows";
   return nullptr;
 }
 
