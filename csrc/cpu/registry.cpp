@@ -9,7 +9,7 @@
 #include "cpu/kernels/forward_winograd_f4x4.h"
 #include "cpu/kernels/library.h"
 #include "cpu/kernels/multiply_add_rate.h"
-#if defined(__AVX512BW__)
+#if defined(__AVX2__)
 #include "cpu/kernels/backward_input_winners_3x3.h"
 #include "cpu/kernels/backward_weight_winners_3x3.h"
 #endif
@@ -34,7 +34,7 @@ KernelList kernels() {
       {"direct", Pass::kForward, true, 2, false, why_not_direct, forward_direct, nullptr},
       {"general", Pass::kForward, true, 2, false, why_not_forward_general, forward_general,
        nullptr},
-#if defined(__AVX512BW__)
+#if defined(__AVX2__)
       {"winners_3x3", Pass::kGradWeight, true, 2, false, why_not_grad_weight_winners_3x3, nullptr,
        grad_weight_winners_3x3},
 #endif
@@ -42,7 +42,7 @@ KernelList kernels() {
        grad_weight_general},
       {"library", Pass::kGradInput, true, 2, false, why_not_grad_input_library, nullptr,
        grad_input_library, true, library_is_slower},
-#if defined(__AVX512BW__)
+#if defined(__AVX2__)
       {"winners_3x3", Pass::kGradInput, true, 2, false, why_not_3x3_block, nullptr,
        grad_input_winners_3x3},
 #endif

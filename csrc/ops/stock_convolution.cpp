@@ -18,7 +18,7 @@ void transpose(const Tensor& from, const Tensor& to, bool to_channels_last,
       pool);
 }
 
-Tensor empty_like(const Tensor& tensor) {
+Tensor empty_channels_last(const Tensor& tensor) {
   return empty_image(tensor, true, tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3),
                      tensor.scalar_type(), true);
 }
@@ -27,7 +27,7 @@ Tensor empty_like(const Tensor& tensor) {
 Tensor channels_last(const Tensor& tensor, const cpu::ThreadPool& pool) {
   if (dense(tensor, true)) return tensor;
   if (!dense(tensor, false)) return torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
-  const Tensor to = empty_like(tensor);
+  const Tensor to = empty_channels_last(tensor);
   transpose(tensor, to, true, pool);
   return to;
 }
@@ -53,10 +53,10 @@ void stock_grad_input(const Tensor& plane, const Tensor& input, const Tensor& we
   const WithoutGrad without_grad;
   const Tensor taps = channels_last(weight, pool);
   // Of the input only the sizes are wanted, and its memory may be gone.
-  const Tensor from =
-      *convolution_backward(aoti_torch_cpu_convolution_backward, plane, empty_like(batched(input)),
-                            taps, ConvolutionArgs(g), {true, false, false})
-           .input;
+  const Tensor from = *convolution_backward(aoti_torch_cpu_convolution_backward, plane,
+                                            empty_channels_last(batched(input)), taps,
+                                            ConvolutionArgs(g), {true, false, false})
+                           .input;
   Tensor to = batched(grad_input);
   if (dense(from, true) && !dense(to, true) && dense(to, false)) {
     transpose(from, to, false, pool);

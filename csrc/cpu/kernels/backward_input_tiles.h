@@ -30,8 +30,8 @@ inline void grad_input_band(const BackwardArgs& args, const TileConvolution& con
   uint16_t* plane = static_cast<uint16_t*>(scratch(Slot::kPatch, conv.size(rows) * 2));
   memset(plane, 0, conv.size(rows) * 2);
   const TileWinners winners(args, n, begin, end);
-  winners.scatter(begin, end, 0, g.out_channels, begin + top - first, left, conv.cols, conv.pixel,
-                  plane);
+  winners.write(begin, end, 0, g.out_channels, begin + top - first, left, conv.cols, conv.pixel,
+                plane);
   const bool masked = conv.mixed() && !all_finite(plane, conv.size(rows));
 
   [[maybe_unused]] const TileMachine machine(conv.depth);
@@ -62,18 +62,14 @@ inline void grad_input_band(const BackwardArgs& args, const TileConvolution& con
 const char* why_not_grad_input_tiles(const Problem& problem) {
   const Geometry& g = problem.geometry;
   if (const char* const because = why_not_backward_tiles(problem)) return because;
-  const TileConvolution conv(g.out_channels, g.in_channels, g.h, g.w, g.w.in);
-  if (double(conv.cols) * conv.pixel * 2 > kTileRowBytes) return "rows too long to be copied";
-  return nullptr;
+  return why_not_tile_rows(g.out_channels, g.w, g.w.in);
 }
 
 void grad_input_tiles(const BackwardArgs& args, const ThreadPool& pool) {
   const Geometry& g = args.geometry;
   TileConvolution conv(g.out_channels, g.in_channels, g.h, g.w, g.w.in);
   const Strides& s = args.weight_strides;
-  const int64_t last_tap = (g.h.kernel - 1) * s.h + (g.w.kernel - 1) * s.w;
-  conv.prepare(pool,
-               {static_cast<const uint16_t*>(args.weight) + last_tap, {s.c, s.n, -s.h, -s.w}});
+  conv.prepare(pool, {args.weight, {s.c, s.n, s.h, s.w}, true});
 
   const int64_t row = conv.cols * conv.pixel * 2;
   int64_t rows = larger<int64_t>(8, kTileBandBytes / row);

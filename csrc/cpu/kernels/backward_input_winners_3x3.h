@@ -22,14 +22,16 @@ namespace {
 // what this one leaves to the row below. cols = 2 * windows + 2.
 // first: no earlier call has added its output channels to this row; `done` is overwritten.
 
-// A register holds 16 channels of one pixel; the patch is 16 of them. Output channels are taken by
-// code, so that those that chose the same element add to the same 9 registers.
+// A register holds one pixel of a block of channels. Output channels are taken by code, so that
+// those that chose the same element add to the same 9 registers; and those that chose from the
+// window's left column before those from its right one, so that 4x3 pixels are enough: they slide
+// along the row by one column at a time.
 struct WideBlock {
-  static constexpr int kChannels = 16;
+  static constexpr int kChannels = kLanes<float>;
   static constexpr int kSize = 9 * kChannels;
-  static constexpr int kOutChannels = 64;  // one mask of codes; 36 KB of weights, most of L1
+  static constexpr int kOutChannels = 64;  // one mask of codes; 18 or 36 KB of weights, most of L1
 
-  // weight: one output channel's, at the block's first of `channels`; to: [9][16].
+  // weight: one output channel's, at the block's first of `channels`; to: [9][kChannels].
   template <typename S>
   static void pack(const S* weight, Strides strides, int64_t channels, float* to) {
     for (int64_t c = 0; c < kChannels; ++c) {
@@ -40,138 +42,149 @@ struct WideBlock {
     }
   }
 
-  // (y, x): the window element that the output channels in `chosen` chose.
-  template <int Y, int X>
-  static FUSEDCNN_INLINE void add_weights(__m512 (&patch)[4][4], uint64_t chosen,
+  // Y: the window's row from which the output channels in `chosen` chose.
+  template <int Y>
+  static FUSEDCNN_INLINE void add_weights(Vector<float> (&pixels)[4][3], uint64_t chosen,
                                           const float* gradients, const float* weights) {
     for (; chosen; chosen &= chosen - 1) {
       const int64_t oc = __builtin_ctzll(chosen);
-      const __m512 g = _mm512_set1_ps(gradients[oc]);
+      const Vector<float> g = broadcast(gradients[oc]);
       const float* w = weights + oc * kSize;
+      keep_address(w);
       FUSEDCNN_UNROLL
-      for (int t = 0; t < 9; ++t) patch[Y + t / 3][X + t % 3] += g * load(w + t * kChannels);
+      for (int t = 0; t < 9; ++t) pixels[Y + t / 3][t % 3] += g * load(w + t * kChannels);
     }
   }
 
-  static FUSEDCNN_NOINLINE void add_row(const Windows& rows, int64_t windows, __mmask64 some,
+  static FUSEDCNN_NOINLINE void add_row(const Windows& rows, int64_t windows, int64_t out_channels,
                                         const float* weights, float* done, float* carry,
                                         bool first) {
     const int64_t pitch = (2 * windows + 2) * kChannels;
-    __m512 patch[4][4];
-    const auto finish = [&]() __attribute__((always_inline)) {
-      FUSEDCNN_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int r = i / 2, c = i % 2;
-        float* below = carry + r * pitch + c * kChannels;
-        float* at = done + r * pitch + c * kChannels;
-        store(at, load(first ? below : at) + patch[r][c]);
-        store(below, first ? patch[r + 2][c] : load(below) + patch[r + 2][c]);
-      }
-      done += 2 * kChannels;
-      carry += 2 * kChannels;
-    };
+    Vector<float> pixels[4][3];
     FUSEDCNN_UNROLL
-    for (int i = 0; i < 16; ++i) patch[i / 4][i % 4] = _mm512_setzero_ps();
+    for (int i = 0; i < 12; ++i) pixels[i / 3][i % 3] = Vector<float>{};
+    const auto finish_column = [&]() __attribute__((always_inline)) {
+      FUSEDCNN_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        float* below = carry + r * pitch;
+        float* at = done + r * pitch;
+        store(at, load(first ? below : at) + pixels[r][0]);
+        store(below, first ? pixels[r + 2][0] : load(below) + pixels[r + 2][0]);
+      }
+      done += kChannels;
+      carry += kChannels;
+      FUSEDCNN_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        pixels[r][0] = pixels[r][1];
+        pixels[r][1] = pixels[r][2];
+        pixels[r][2] = Vector<float>{};
+      }
+    };
     const uint8_t* codes = rows.codes;
     const float* gradients = rows.grads;
     for (int64_t q = 0; q < windows; ++q) {
-      const __m512i code = _mm512_maskz_loadu_epi8(some, codes);
-      const auto chosen = [&](char element) {
-        return _mm512_mask_cmpeq_epi8_mask(some, code, _mm512_set1_epi8(element));
-      };
-      add_weights<0, 0>(patch, chosen(0), gradients, weights);
-      add_weights<0, 1>(patch, chosen(1), gradients, weights);
-      add_weights<1, 0>(patch, chosen(2), gradients, weights);
-      add_weights<1, 1>(patch, chosen(3), gradients, weights);
-      finish();
+      const Chosen chosen(codes, out_channels);
       FUSEDCNN_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        patch[i / 2][i % 2] = patch[i / 2][i % 2 + 2];
-        patch[i / 2][i % 2 + 2] = _mm512_setzero_ps();
+      for (int x = 0; x < 2; ++x) {
+        add_weights<0>(pixels, chosen.element[x], gradients, weights);
+        add_weights<1>(pixels, chosen.element[2 + x], gradients, weights);
+        finish_column();
       }
       codes += rows.code_stride;
       gradients += rows.grad_stride;
     }
-    finish();
+    finish_column();
+    finish_column();
   }
 };
 
-// For up to 4 channels a register holds a row of the patch, 4 pixels of 4 channels. Each output
-// channel has its weights laid out once for every element that it may choose.
+// For up to 4 channels a register of 8 lanes holds a pair of pixels, and the patch is 4 rows of two
+// pairs. Each output channel has its weights laid out once for each of the window's columns.
 struct NarrowBlock {
   static constexpr int kChannels = 4;
-  static constexpr int kRow = 4 * kChannels;
-  static constexpr __mmask16 kTwoPixels = 0x00ff;
-  // [code][row of the patch]: the lanes under its 3x3 taps.
-  static constexpr __mmask16 kTaps[4][4] = {{0x0fff, 0x0fff, 0x0fff, 0},
-                                            {0xfff0, 0xfff0, 0xfff0, 0},
-                                            {0, 0x0fff, 0x0fff, 0x0fff},
-                                            {0, 0xfff0, 0xfff0, 0xfff0}};
-  static constexpr int kSize = 4 * 4 * kRow;
-  static constexpr int kOutChannels = 32;  // 32 KB of weights, most of L1
+  static constexpr int kPair = 2 * kChannels;
+  static constexpr int kSize = 2 * 3 * 2 * kPair;
+  static constexpr int kOutChannels = 64;  // one mask of codes; 24 KB of weights, most of L1
+  typedef float Pair __attribute__((vector_size(kPair * sizeof(float)), may_alias));
+  typedef int32_t PairMask __attribute__((vector_size(kPair * sizeof(float))));
+  // [the window's column][pair]: the lanes under the taps.
+  static constexpr PairMask kTaps[2][2] = {
+      {{-1, -1, -1, -1, -1, -1, -1, -1}, {-1, -1, -1, -1, 0, 0, 0, 0}},
+      {{0, 0, 0, 0, -1, -1, -1, -1}, {-1, -1, -1, -1, -1, -1, -1, -1}}};
 
-  // to: [4 codes][4 rows][4 pixels][4 channels]
+  static FUSEDCNN_INLINE Pair& pair(float* at) { return *reinterpret_cast<Pair*>(at); }
+  static FUSEDCNN_INLINE const Pair& pair(const float* at) {
+    return *reinterpret_cast<const Pair*>(at);
+  }
+
+  // to: [2 columns of the window][3 rows][4 pixels][4 channels]
   template <typename S>
   static void pack(const S* weight, Strides strides, int64_t channels, float* to) {
     memset(to, 0, kSize * sizeof(float));
-    for (int code = 0; code < 4; ++code) {
+    for (int column = 0; column < 2; ++column) {
       for (int t = 0; t < 9; ++t) {
-        const int row = code / 2 + t / 3, pixel = code % 2 + t % 3;
+        float* pixel = to + ((column * 3 + t / 3) * 4 + column + t % 3) * kChannels;
         for (int64_t c = 0; c < channels; ++c) {
-          to[((code * 4 + row) * 4 + pixel) * kChannels + c] =
-              widen(weight[c * strides.c + t / 3 * strides.h + t % 3 * strides.w]);
+          pixel[c] = widen(weight[c * strides.c + t / 3 * strides.h + t % 3 * strides.w]);
         }
       }
     }
   }
 
-  static FUSEDCNN_NOINLINE void add_row(const Windows& rows, int64_t windows, __mmask64 some,
+  // Y: the window's row from which the output channels in `chosen` chose.
+  template <int Y>
+  static FUSEDCNN_INLINE void add_weights(Pair (&patch)[4][2], uint64_t chosen,
+                                          const uint8_t* codes, const float* gradients,
+                                          const float* weights) {
+    for (; chosen; chosen &= chosen - 1) {
+      const int64_t oc = __builtin_ctzll(chosen), column = codes[oc] & 1;
+      const float* w = weights + oc * kSize + column * (kSize / 2);
+      keep_address(w);
+      const Pair all = gradients[oc] - Pair{};
+      FUSEDCNN_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        // Nothing where there is no tap: an infinite gradient would meet a zero.
+        const Pair g = (Pair)((PairMask)all & kTaps[column][i]);
+        FUSEDCNN_UNROLL
+        for (int r = 0; r < 3; ++r) patch[Y + r][i] += g * pair(w + (r * 2 + i) * kPair);
+      }
+    }
+  }
+
+  static FUSEDCNN_NOINLINE void add_row(const Windows& rows, int64_t windows, int64_t out_channels,
                                         const float* weights, float* done, float* carry,
                                         bool first) {
     const int64_t pitch = (2 * windows + 2) * kChannels;
     // Of the next window's patch, what earlier windows left in its two left columns.
-    __m512 left[4];
+    Pair left[4];
     const auto finish = [&]() __attribute__((always_inline)) {
       FUSEDCNN_UNROLL
       for (int r = 0; r < 2; ++r) {
         float* below = carry + r * pitch;
         float* at = done + r * pitch;
-        const __m512 above = _mm512_maskz_loadu_ps(kTwoPixels, first ? below : at);
-        _mm512_mask_storeu_ps(at, kTwoPixels, above + left[r]);
-        const __m512 old = _mm512_maskz_loadu_ps(first ? 0 : kTwoPixels, below);
-        _mm512_mask_storeu_ps(below, kTwoPixels, old + left[r + 2]);
+        pair(at) = pair(first ? below : at) + left[r];
+        pair(below) = first ? left[r + 2] : pair(below) + left[r + 2];
       }
-      done += 2 * kChannels;
-      carry += 2 * kChannels;
+      done += kPair;
+      carry += kPair;
     };
     FUSEDCNN_UNROLL
-    for (int r = 0; r < 4; ++r) left[r] = _mm512_setzero_ps();
+    for (int r = 0; r < 4; ++r) left[r] = Pair{};
     const uint8_t* codes = rows.codes;
     const float* gradients = rows.grads;
     for (int64_t q = 0; q < windows; ++q) {
-      const __m512i code = _mm512_maskz_loadu_epi8(some, codes);
-      uint64_t live = _mm512_mask_cmpneq_epi8_mask(some, code, _mm512_set1_epi8(-1));
+      const Chosen chosen(codes, out_channels);
       // Summed apart from `left`, so that windows do not wait for each other.
-      __m512 patch[4];
+      Pair patch[4][2];
       FUSEDCNN_UNROLL
-      for (int r = 0; r < 4; ++r) patch[r] = _mm512_setzero_ps();
-      for (; live; live &= live - 1) {
-        const int64_t oc = __builtin_ctzll(live);
-        const __m512 g = _mm512_set1_ps(gradients[oc]);
-        const float* w = weights + (oc * 4 + codes[oc]) * (4 * kRow);
-        FUSEDCNN_UNROLL
-        for (int r = 0; r < 4; ++r) {
-          // Only pixels under a tap: elsewhere an infinite gradient would meet a zero.
-          patch[r] = _mm512_mask3_fmadd_ps(g, load(w + r * kRow), patch[r], kTaps[codes[oc]][r]);
-        }
-      }
+      for (int i = 0; i < 8; ++i) patch[i / 2][i % 2] = Pair{};
+      add_weights<0>(patch, chosen.element[0] | chosen.element[1], codes, gradients, weights);
+      add_weights<1>(patch, chosen.element[2] | chosen.element[3], codes, gradients, weights);
       FUSEDCNN_UNROLL
-      for (int r = 0; r < 4; ++r) left[r] += patch[r];
+      for (int r = 0; r < 4; ++r) left[r] += patch[r][0];
       finish();
       FUSEDCNN_UNROLL
-      for (int r = 0; r < 4; ++r) {
-        left[r] = _mm512_maskz_shuffle_f32x4(kTwoPixels, left[r], left[r], 0xee);
-      }
+      for (int r = 0; r < 4; ++r) left[r] = patch[r][1];
       codes += rows.code_stride;
       gradients += rows.grad_stride;
     }
@@ -235,12 +248,11 @@ void grad_input_winners_3x3_typed(const BackwardArgs& args, const ThreadPool& po
         // A row at a time, so that the weights of the output channels stay in L1 along it.
         for (int64_t oc = 0; oc < g.out_channels; oc += Block::kOutChannels) {
           const int64_t count = smaller<int64_t>(Block::kOutChannels, g.out_channels - oc);
-          const __mmask64 some = ~uint64_t{0} >> (64 - count);
           Windows row = windows;
           row.codes += oh * g.w.out * windows.code_stride + oc;
           row.grads += oh * g.w.out * windows.grad_stride + oc;
-          Block::add_row(row, g.w.out, some, weights + block * block_size + oc * Block::kSize, done,
-                         carry, oc == 0);
+          Block::add_row(row, g.w.out, count, weights + block * block_size + oc * Block::kSize,
+                         done, carry, oc == 0);
         }
         emit(done, 2 * oh);
       }

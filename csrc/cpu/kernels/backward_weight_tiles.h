@@ -41,7 +41,7 @@ struct TileGradWeight {
     stacked = g.in_channels * g.h.kernel <= kTileRows ? g.h.kernel : 1;
     row_tiles = (channels * stacked + kTileRows - 1) / kTileRows;
     taps = g.taps() / stacked;
-    cols = g.w.conv + g.w.extent() - 1;
+    cols = round_up(g.w.conv + g.w.extent() - 1, 2);
     pixels = round_up(g.h.conv * cols, kTileDepth);
     // What a tap's last chunk reads; an odd number of cache lines, so that the rows of a tile do
     // not meet in the same sets of L1.
@@ -64,15 +64,17 @@ struct TileGradWeight {
     for (int64_t y = 0; y < rows; ++y) {
       uint16_t* to = x + (y + g.h.padding) * cols + g.w.padding;
       const uint16_t* from = image + y * s.h;
-      if (s.c == 1) {
+      if (s.c == 1 && s.w == channels && channels <= 4) {
+        split_pixels(from, width, channels, to, plane);
+      } else if (s.c == 1) {
         transpose_matrix(from, s.w, to, plane, width, channels);
-        continue;
-      }
-      for (int64_t c = 0; c < channels; ++c, from += s.c, to += plane) {
-        if (s.w == 1) {
-          memcpy(to, from, width * sizeof(uint16_t));
-        } else {
-          for (int64_t i = 0; i < width; ++i) to[i] = from[i * s.w];
+      } else {
+        for (int64_t c = 0; c < channels; ++c, from += s.c, to += plane) {
+          if (s.w == 1) {
+            copy_row(from, to, width);
+          } else {
+            for (int64_t i = 0; i < width; ++i) to[i] = from[i * s.w];
+          }
         }
       }
     }
@@ -100,31 +102,79 @@ struct TileGradWeight {
     }
   }
 
+  // The same of 2x2 windows side by side, whose rows are pairs already; and adds up the bias. What
+  // no window holds is zero already.
+  void pair_2x2(const TileWinners& winners, int64_t first, int64_t count, uint16_t* to,
+                float* bias) const {
+    for (int64_t c = 0; c < count; c += kTileLanes, to += kTileB) {
+      const int64_t channel = first + c;
+      const int64_t given = smaller<int64_t>(kTileLanes, g.out_channels - channel);
+      const __mmask16 some = static_cast<__mmask16>((1u << given) - 1);
+      const uint8_t* codes = winners.codes + channel;
+      const uint16_t* grads = winners.grads + channel;
+      __m512 sum = _mm512_loadu_ps(bias + c);
+      for (int64_t oh = 0; oh < g.h.out; ++oh) {
+        for (int64_t ow = 0; ow < g.w.out; ++ow) {
+          const __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, codes));
+          const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, grads));
+          const __m512i odd = _mm512_slli_epi32(even, 16);
+          const __mmask16 on = _mm512_cmplt_epu32_mask(code, _mm512_set1_epi32(4));
+          sum = _mm512_mask_add_ps(sum, on, sum, _mm512_castsi512_ps(odd));
+          FUSEDCNN_UNROLL
+          for (int row = 0; row < 2; ++row) {
+            const __mmask16 left = _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(2 * row));
+            const __mmask16 right = _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(2 * row + 1));
+            const int64_t p = (2 * oh + row) * cols + 2 * ow;
+            _mm512_storeu_si512(
+                to + p / kTileDepth * count * kTileDepth + p % kTileDepth * kTileLanes,
+                _mm512_or_si512(_mm512_maskz_mov_epi32(left, even),
+                                _mm512_maskz_mov_epi32(right, odd)));
+          }
+          codes += winners.code_stride;
+          grads += winners.grad_stride;
+        }
+      }
+      _mm512_storeu_ps(bias + c, sum);
+    }
+  }
+
   // Adds the images [begin, end) to the sums of the output channels from `first` on, `count` of
   // them in whole tiles. Returns whether all operands were finite.
   bool add_images(int64_t begin, int64_t end, int64_t first, int64_t count, float* sums) const {
     const int64_t some = smaller(count, g.out_channels - first);
     const int64_t chunks = pixels / kTileDepth, plane_size = row_tiles * kTileRows * plane;
     uint16_t* x = static_cast<uint16_t*>(scratch(Slot::kPlanes, plane_size * 2));
-    uint16_t* gradient = static_cast<uint16_t*>(scratch(Slot::kGradient, pixels * count * 2));
+    const bool by_pairs = g.h.pool_kernel == 2 && g.h.pool_stride == 2 && g.h.pool_padding == 0 &&
+                          g.h.pool_dilation == 1 && g.w.pool_kernel == 2 && g.w.pool_stride == 2 &&
+                          g.w.pool_padding == 0 && g.w.pool_dilation == 1 &&
+                          2 * g.h.out <= g.h.conv && 2 * g.w.out <= g.w.conv;
+    uint16_t* gradient =
+        by_pairs ? nullptr : static_cast<uint16_t*>(scratch(Slot::kGradient, pixels * count * 2));
     uint16_t* pairs = static_cast<uint16_t*>(
         scratch(Slot::kConv, pixels * count * 2 + chunks * int64_t{sizeof(int64_t)}));
     int64_t* offsets = reinterpret_cast<int64_t*>(pairs + pixels * count);
     for (int64_t k = 0; k < chunks; ++k) offsets[k] = k * kTileDepth;
     memset(x, 0, plane_size * 2);
-    memset(gradient, 0, pixels * count * 2);
-    [[maybe_unused]] const TileMachine machine(kTileDepth);
+    memset(pairs, 0, pixels * count * 2);
+    if (!by_pairs) memset(gradient, 0, pixels * count * 2);
+    const int64_t rows = channels ? smaller<int64_t>(kTileRows, channels * stacked) : kTileRows;
+    [[maybe_unused]] const TileMachine machine(kTileDepth, static_cast<int>(rows));
     for (int64_t n = begin; n < end; ++n) {
       const TileWinners winners(args, n, 0, g.h.conv);
-      for (int64_t c = 0; c < count; c += kTileLanes) {
-        winners.add_bias(first + c, sums + bias_at() + first + c);
+      float* const bias = sums + bias_at() + first;
+      if (channels && by_pairs) {
+        pair_2x2(winners, first, count, pairs, bias);
+      } else {
+        for (int64_t c = 0; c < count; c += kTileLanes) winners.add_bias(first + c, bias + c);
       }
       if (!channels) continue;
-      auto ahead = BackwardAhead::of<BFloat16, uint8_t>(args, n, true, row_tiles * taps);
-      winners.scatter(0, g.h.conv, first, some, 0, 0, cols, count, gradient);
+      if (!by_pairs) {
+        winners.write(0, g.h.conv, first, some, 0, 0, cols, count, gradient);
+        pair(gradient, count, pairs);
+      }
       // Zero times infinity is NaN, and nearly all of G is zero.
       if (!read_planes(n, x)) return false;
-      pair(gradient, count, pairs);
+      auto ahead = BackwardAhead::of<BFloat16, uint8_t>(args, n, true, row_tiles * taps);
       for (int64_t tile = 0; tile < row_tiles * taps; tile += 2) {
         ahead.step();
         const uint16_t* a[2];
@@ -180,9 +230,8 @@ const char* why_not_grad_weight_tiles(const Problem& problem) {
   if (const char* const because = why_not_backward_tiles(problem)) return because;
   // A row of the padded image is mostly padding.
   if (g.w.extent() > g.w.conv + kTileRows) return "the map is narrower than the kernel";
-  if (double(g.w.conv + g.w.extent()) * g.in_channels * 2 > kTileRowBytes) {
-    return "rows too long to be copied";
-  }
+  const char* const because = why_not_tile_rows(g.in_channels, g.w, g.w.conv);
+  if (because) return because;
   return why_not_backward_general(problem);  // which takes over where an operand is not finite
 }
 

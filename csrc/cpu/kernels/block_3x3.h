@@ -39,6 +39,10 @@ void for_block_storage(DataType type, const Body& body) {
   }
 }
 
+// Keeps an address in a register, so that the operands of FMAs need no index: on Intel's cores such
+// an FMA takes two slots of the front end instead of one.
+FUSEDCNN_INLINE void keep_address(const float*& address) { asm("" : "+r"(address)); }
+
 // Element q * stride + oc belongs to pooled pixel q and output channel oc.
 struct Windows {
   const uint8_t* codes;
@@ -63,6 +67,44 @@ Windows read_windows(const BackwardArgs& args, int64_t n) {
                         args.code_strides, codes, windows.code_stride);
   return windows;
 }
+
+#if defined(__AVX2__)
+// Of up to 64 output channels of one window, those that chose each element of it: bit oc of
+// element[e] is set where output channel oc chose e.
+struct Chosen {
+  uint64_t element[4] = {};
+
+  FUSEDCNN_INLINE Chosen(const uint8_t* codes, int64_t count) {
+#if defined(__AVX512BW__)
+    const __mmask64 some = ~uint64_t{0} >> (64 - count);
+    const __m512i code = _mm512_maskz_loadu_epi8(some, codes);
+    FUSEDCNN_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      element[e] = _mm512_mask_cmpeq_epi8_mask(some, code, _mm512_set1_epi8(static_cast<char>(e)));
+    }
+#else
+    const auto add = [&](uint64_t eight, int64_t at) __attribute__((always_inline)) {
+      const __m128i code = _mm_set_epi64x(-1, static_cast<int64_t>(eight));
+      FUSEDCNN_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const __m128i same = _mm_cmpeq_epi8(code, _mm_set1_epi8(static_cast<char>(e)));
+        element[e] |= static_cast<uint64_t>(_mm_movemask_epi8(same)) << at;
+      }
+    };
+    int64_t oc = 0;
+    for (; oc + 8 <= count; oc += 8) {
+      uint64_t eight;
+      memcpy(&eight, codes + oc, 8);
+      add(eight, oc);
+    }
+    if (oc == count) return;
+    uint64_t rest = ~uint64_t{0};
+    for (int64_t i = count; i-- > oc;) rest = rest << 8 | codes[i];
+    add(rest, oc);
+#endif
+  }
+};
+#endif
 
 }  // namespace
 }  // namespace fusedcnn::cpu::FUSEDCNN_ISA

@@ -213,15 +213,13 @@ const char* why_not_tiles(const Problem& problem) {
 const char* why_not_forward_tiles(const Problem& problem) {
   const Geometry& g = problem.geometry;
   if (const char* const because = why_not_tiles(problem)) return because;
-  const TileConvolution conv(g.in_channels, g.out_channels, g.h, g.w, g.w.conv);
-  if (double(conv.cols) * conv.pixel * 2 > kTileRowBytes) return "rows too long to be copied";
-  return nullptr;
+  return why_not_tile_rows(g.in_channels, g.w, g.w.conv);
 }
 
 void forward_tiles(const ForwardArgs& args, const ThreadPool& pool) {
   const Geometry& g = args.geometry;
   TileConvolution conv(g.in_channels, g.out_channels, g.h, g.w, g.w.conv);
-  conv.prepare(pool, {args.weight, args.weight_strides}, args.bias, args.bias_stride);
+  conv.prepare(pool, {args.weight, args.weight_strides, false}, args.bias, args.bias_stride);
   const int64_t padded = round_up(g.out_channels, kTileLanes);
   const TileForward forward{args, conv, smaller(g.h.window() + g.h.pool_stride, g.h.conv), padded};
 

@@ -12,23 +12,14 @@
 #include "cpu/kernels/channels_together.h"
 #include "cpu/kernels/large_windows.h"
 #include "cpu/kernels/simd.h"
+#include "cpu/kernels/storage_lanes.h"
 #include "cpu/kernels/transpose.h"
 #include "cpu/kernels/window_range.h"
+#include "cpu/kernels/winners_gradient.h"
 #include "cpu/scratch.h"
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
-
-template <typename S>
-struct BitsOf {
-  using Type = int16_t;
-};
-template <>
-struct BitsOf<float> {
-  using Type = int32_t;
-};
-template <typename S>
-using Bits = typename BitsOf<S>::Type;
 
 template <typename S>
 constexpr Bits<S> kInfinity = 0x7f80;
@@ -65,19 +56,6 @@ const char* why_not_grad_input_library(const Problem& problem) {
 }
 
 const char* library_is_slower(const Problem&) { return "not measured"; }
-
-template <typename E, int N>
-struct Lanes {
-  typedef E Type __attribute__((vector_size(N * sizeof(E))));
-  typedef E Unaligned __attribute__((vector_size(N * sizeof(E)), aligned(alignof(E)), may_alias));
-};
-
-// body(first channel) for blocks of N channels; the last one begins where it ends with them, so
-// that some are done twice.
-template <int N, typename Body>
-FUSEDCNN_INLINE void for_blocks(int64_t channels, const Body& body) {
-  for (int64_t c = 0; c < channels; c += N) body(smaller<int64_t>(c, channels - N));
-}
 
 // The first maximum of a window wins; NaN beats everything, a later NaN too, as in torch. NaN has
 // larger bits than infinity once its sign is away.
@@ -139,19 +117,6 @@ FUSEDCNN_NOINLINE void pool_row(const Geometry& g, const Bits<S>* plane, int64_t
   }
 }
 
-// body(N) with the widest vector that the channels fill.
-template <typename E, typename Body>
-FUSEDCNN_INLINE void with_lanes(int64_t channels, const Body& body) {
-  constexpr int kWide = kVectorBytes / sizeof(E), kLeast = 16 / sizeof(E);
-  if (channels >= kWide) {
-    body(std::integral_constant<int, kWide>{});
-  } else if (channels >= kLeast) {
-    body(std::integral_constant<int, kLeast>{});
-  } else {
-    body(std::integral_constant<int, 1>{});
-  }
-}
-
 // Rows of `row` bytes that a task takes at a time.
 inline int64_t library_rows(int64_t rows, int64_t row) {
   constexpr int64_t kBytes = 32 << 10;
@@ -196,75 +161,6 @@ void forward_library(const ForwardArgs& args, const ThreadPool& pool) {
 
 // ---- backward -----------------------------------------------------------------------------------
 
-// The pooled outputs whose windows hold convolution output `at` are among [first, last).
-struct Holders {
-  int64_t first, last;
-
-  Holders(const Axis& axis, int64_t at) { pooled_range(axis, at, at + 1, first, last); }
-
-  // Which element of pooled output o's window it is; -1: none.
-  static int64_t element(const Axis& axis, int64_t at, int64_t o) {
-    const int64_t distance = at + axis.pool_padding - o * axis.pool_stride;
-    if (axis.pool_dilation == 1) return distance;
-    return distance % axis.pool_dilation ? -1 : distance / axis.pool_dilation;
-  }
-};
-
-template <typename S, int N>
-FUSEDCNN_INLINE void winner_pixel(int64_t channels, const Bits<S>* grads, const uint8_t* codes,
-                                  int64_t element, Bits<S>* to) {
-  typedef typename Lanes<Bits<S>, N>::Type V;
-  typedef typename Lanes<Bits<S>, N>::Unaligned Unaligned;
-  typename Lanes<uint8_t, N>::Type bytes;
-  for_blocks<N>(channels, [&](int64_t c) {
-    memcpy(&bytes, codes + c, N);
-    const V number = __builtin_convertvector(bytes, V);
-    const V grad = *reinterpret_cast<const Unaligned*>(grads + c);
-    *reinterpret_cast<Unaligned*>(to + c) = grad & (number == static_cast<Bits<S>>(element));
-  });
-}
-
-// Overlapping windows: the sum, in float and in the windows' order.
-template <typename S>
-FUSEDCNN_INLINE void winners_pixel(const Geometry& g, const S* grads, int64_t grad_stride,
-                                   const uint8_t* codes, int64_t code_stride, int64_t first_row,
-                                   int64_t y, int64_t x, const Holders& rows, const Holders& cols,
-                                   S* to) {
-  constexpr int kN = kLanes<float>;
-  const auto sum = [&](int64_t c, auto add) {
-    for (int64_t oh = rows.first; oh < rows.last; ++oh) {
-      const int64_t ph = Holders::element(g.h, y, oh);
-      if (ph < 0) continue;
-      for (int64_t ow = cols.first; ow < cols.last; ++ow) {
-        const int64_t pw = Holders::element(g.w, x, ow);
-        if (pw < 0) continue;
-        const int64_t q = (oh - first_row) * g.w.out + ow;
-        add(grads + q * grad_stride + c, codes + q * code_stride + c, ph * g.w.pool_kernel + pw);
-      }
-    }
-  };
-  if (g.out_channels < kN) {
-    for (int64_t c = 0; c < g.out_channels; ++c) {
-      float total = 0;
-      sum(c, [&](const S* grad, const uint8_t* code, int64_t element) {
-        if (*code == element) total += widen(*grad);
-      });
-      to[c] = narrow<S>(total);
-    }
-    return;
-  }
-  for_blocks<kN>(g.out_channels, [&](int64_t c) {
-    Vector<float> total = {};
-    sum(c, [&](const S* grad, const uint8_t* code, int64_t element) {
-      typename Lanes<uint8_t, kN>::Type bytes;
-      memcpy(&bytes, code, kN);
-      const auto number = __builtin_convertvector(bytes, Vector<int32_t>);
-      total += number == static_cast<int32_t>(element) ? widen_vector(grad) : Vector<float>{};
-    });
-    narrow_vector(total, to + c);
-  });
-}
-
 template <typename S>
 void grad_input_library(const BackwardArgs& args, const ThreadPool& pool) {
   using B = Bits<S>;
@@ -284,38 +180,17 @@ void grad_input_library(const BackwardArgs& args, const ThreadPool& pool) {
     B* buffer = static_cast<B*>(scratch(Slot::kLists, size * int64_t{sizeof(B) + 1}));
     const Strides& gs = args.grad_output_strides;
     const Strides& cs = args.code_strides;
-    int64_t grad_stride, code_stride;
-    const B* grads =
+    PooledGradient<S> from;
+    from.first_row = first;
+    from.channels = g.out_channels;
+    from.grads =
         channels_together(part, static_cast<const B*>(args.grad_output) + n * gs.n + first * gs.h,
-                          gs, buffer, grad_stride);
-    const uint8_t* codes =
+                          gs, buffer, from.grad_stride);
+    from.codes =
         channels_together(part, static_cast<const uint8_t*>(args.code) + n * cs.n + first * cs.h,
-                          cs, reinterpret_cast<uint8_t*>(buffer + size), code_stride);
+                          cs, reinterpret_cast<uint8_t*>(buffer + size), from.code_stride);
     B* to = static_cast<B*>(args.plane) + (n * g.h.conv + begin) * row;
-    with_lanes<B>(g.out_channels, [&](auto lanes) {
-      for (int64_t y = begin; y < end; ++y) {
-        const Holders in_rows(g.h, y);
-        for (int64_t x = 0; x < g.w.conv; ++x, to += g.out_channels) {
-          const Holders in_cols(g.w, x);
-          const int64_t held = larger<int64_t>(0, in_rows.last - in_rows.first) *
-                               larger<int64_t>(0, in_cols.last - in_cols.first);
-          if (held > 1) {
-            winners_pixel(g, reinterpret_cast<const S*>(grads), grad_stride, codes, code_stride,
-                          first, y, x, in_rows, in_cols, reinterpret_cast<S*>(to));
-            continue;
-          }
-          const int64_t ph = held ? Holders::element(g.h, y, in_rows.first) : -1;
-          const int64_t pw = held ? Holders::element(g.w, x, in_cols.first) : -1;
-          if (ph < 0 || pw < 0) {
-            memset(to, 0, g.out_channels * sizeof(B));
-            continue;
-          }
-          const int64_t q = (in_rows.first - first) * g.w.out + in_cols.first;
-          winner_pixel<S, lanes()>(g.out_channels, grads + q * grad_stride, codes + q * code_stride,
-                                   ph * g.w.pool_kernel + pw, to);
-        }
-      }
-    });
+    winners_gradient(g, from, begin, end, 0, g.w.conv, to, g.out_channels, row);
   });
 }
 
@@ -328,11 +203,8 @@ void forward_library(const ForwardArgs& args, const ThreadPool& pool) {
 }
 
 void grad_input_library(const BackwardArgs& args, const ThreadPool& pool) {
-  switch (args.type) {
-    case DataType::kFloat32: return grad_input_library<float>(args, pool);
-    case DataType::kBFloat16: return grad_input_library<BFloat16>(args, pool);
-    default: return grad_input_library<Float16>(args, pool);
-  }
+  if (args.type == DataType::kBFloat16) return grad_input_library<BFloat16>(args, pool);
+  grad_input_library<Float16>(args, pool);
 }
 
 }  // namespace

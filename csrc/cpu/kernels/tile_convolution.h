@@ -11,6 +11,7 @@
 
 #include "cpu/kernel.h"
 #include "cpu/kernels/tile_machine.h"
+#include "cpu/kernels/transpose.h"
 #include "cpu/scratch.h"
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
@@ -24,11 +25,49 @@ FUSEDCNN_INLINE int64_t tile_channels(int64_t channels) {
   return padded;
 }
 
+// A short row, for which calling memcpy would cost more.
+FUSEDCNN_INLINE void copy_row(const uint16_t* from, uint16_t* to, int64_t width) {
+  for (int64_t x = 0; x < width; x += 32) {
+    const int64_t count = smaller<int64_t>(32, width - x);
+    const __mmask32 some = static_cast<__mmask32>(~uint32_t{0} >> (32 - count));
+    _mm512_mask_storeu_epi16(to + x, some, _mm512_maskz_loadu_epi16(some, from + x));
+  }
+}
+
 // The weights as the convolution at hand sees them: grad_input's swaps the channels and runs
 // backwards over the taps.
 struct TileWeights {
   const void* data;  // of bfloat16
   Strides strides;   // of out channel, in channel, kh, kw
+  bool backwards;
+
+  // Those of `count` output channels from `first` on: [count][taps][in_channels].
+  void gather(int64_t first, int64_t count, int64_t in_channels, int64_t kernel_h, int64_t kernel_w,
+              uint16_t* to) const {
+    const uint16_t* const from = static_cast<const uint16_t*>(data) + first * strides.n;
+    const int64_t taps = kernel_h * kernel_w, size = taps * in_channels;
+    const bool taps_follow = strides.w == 1 && strides.h == kernel_w;
+    if (taps_follow && strides.n == taps) {
+      return transpose_matrix(from, strides.c, to, in_channels, in_channels, count * taps);
+    }
+    for (int64_t oc = 0; taps_follow && oc < count; ++oc) {
+      transpose_matrix(from + oc * strides.n, strides.c, to + oc * size, in_channels, in_channels,
+                       taps);
+    }
+    for (int64_t tap = 0; !taps_follow && tap < taps; ++tap) {
+      const uint16_t* source = from + tap / kernel_w * strides.h + tap % kernel_w * strides.w;
+      uint16_t* target = to + tap * in_channels;
+      if (strides.n == 1) {
+        transpose_matrix(source, strides.c, target, size, in_channels, count);
+        continue;
+      }
+      for (int64_t oc = 0; oc < count; ++oc) {
+        for (int64_t c = 0; c < in_channels; ++c) {
+          target[oc * size + c] = source[oc * strides.n + c * strides.c];
+        }
+      }
+    }
+  }
 };
 
 struct TileConvolution {
@@ -124,29 +163,35 @@ struct TileConvolution {
     parallel_tasks(pool, tiles, [&](int64_t tile) { pack(from, tile); });
   }
 
-  // One tile of lanes of every chunk.
+  // One tile of lanes of every chunk: of each lane 32 elements as A's rows have them, which are 16
+  // pairs, and then pairs and lanes change places.
   void pack(const TileWeights& from, int64_t tile) const {
     const int64_t block = tile / 2, step = wide(block) * kTileB;
     uint16_t* to = weights + block * 2 * chunks * kTileB + tile % 2 * kTileB;
     const int64_t first = packed > 1 ? 0 : tile * kTileLanes, shift = packed > 1 ? tile : 0;
     const int64_t count = smaller<int64_t>(kTileLanes, out_channels - first);
-    const uint16_t* const data = static_cast<const uint16_t*>(from.data) + first * from.strides.n;
+    const int64_t taps = kernel_h * kernel_w;
+    uint16_t* gathered =
+        static_cast<uint16_t*>(scratch(Slot::kPlanes, count * taps * in_channels * 2));
+    from.gather(first, count, in_channels, kernel_h, kernel_w, gathered);
+    alignas(64) uint16_t rows[kTileLanes * kTileDepth];
     for (int64_t kh = 0; kh < kernel_h; ++kh) {
       for (int64_t b = 0, s = 0; b < begun; ++b, s = next(s)) {
         for (int64_t d = 0; d < deep(); ++d, to += step) {
-          memset(to, 0, kTileB * sizeof(uint16_t));
+          memset(rows, 0, sizeof rows);
+          const int64_t channels = smaller<int64_t>(in_channels - d * kTileDepth, kTileDepth);
           for (int64_t u = 0; u < pixels(); ++u) {
             const int64_t place = s + u - shift, kw = place / dilation_w;
             if (place < 0 || place % dilation_w || kw >= kernel_w) continue;
-            const int64_t end = smaller<int64_t>(in_channels - d * kTileDepth, kTileDepth);
-            for (int64_t c = 0; c < end && c < pixel; ++c) {
-              const uint16_t* source = data + (d * kTileDepth + c) * from.strides.c +
-                                       kh * from.strides.h + kw * from.strides.w;
-              const int64_t depth = u * pixel + c;
-              uint16_t* pair = to + depth / 2 * 2 * kTileLanes + depth % 2;
-              for (int64_t oc = 0; oc < count; ++oc) pair[2 * oc] = source[oc * from.strides.n];
+            const int64_t tap = kh * kernel_w + kw;
+            const uint16_t* source =
+                gathered + (from.backwards ? taps - 1 - tap : tap) * in_channels + d * kTileDepth;
+            for (int64_t oc = 0; oc < count; ++oc, source += taps * in_channels) {
+              copy_row(source, rows + oc * kTileDepth + u * pixel, channels);
             }
           }
+          transpose_matrix(reinterpret_cast<const float*>(rows), kTileLanes,
+                           reinterpret_cast<float*>(to), kTileLanes, kTileLanes, kTileLanes);
         }
       }
     }

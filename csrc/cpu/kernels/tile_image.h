@@ -10,8 +10,13 @@ namespace {
 
 // Bytes of a band's copy of the image: a small part of L2, beside the weights.
 constexpr int64_t kTileBandBytes = int64_t{256} << 10;
-// And of one of its rows, at most.
-constexpr int64_t kTileRowBytes = int64_t{1} << 20;
+
+// Of images with longer rows not even a few fit.
+inline const char* why_not_tile_rows(int64_t channels, const Axis& w, int64_t width) {
+  constexpr double kRowBytes = 1 << 20;
+  const double cols = double(width - 1) * w.stride + w.extent();
+  return cols * tile_channels(channels) * 2 > kRowBytes ? "rows too long to be copied" : nullptr;
+}
 
 // `width` pixels of 2 to 4 planes side by side: two pixels are one 32-bit element of a vector, or
 // half of two. to: [width][4], or [2] where there are two planes.
@@ -37,6 +42,27 @@ FUSEDCNN_INLINE void interleave_planes(const uint16_t* from, int64_t plane, int6
     _mm512_mask_storeu_epi64(to + x * 4, left, _mm512_permutex2var_epi32(first, low, second));
     _mm512_mask_storeu_epi64(to + x * 4 + 32, right,
                              _mm512_permutex2var_epi32(first, high, second));
+  }
+}
+
+// `width` pixels of 2 to 4 channels to planes.
+FUSEDCNN_INLINE void split_pixels(const uint16_t* from, int64_t width, int64_t channels,
+                                  uint16_t* to, int64_t plane) {
+  const __m512i count = _mm512_set1_epi16(static_cast<short>(channels));
+  const __m512i first = _mm512_mullo_epi16(
+      count,
+      _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0,
+                                            0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)));
+  for (int64_t x = 0; x < width; x += 16, from += 16 * channels) {
+    const int64_t pixels = smaller<int64_t>(16, width - x);
+    const uint64_t some = ~uint64_t{0} >> (64 - pixels * channels);
+    const __m512i low = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(some), from);
+    const __m512i high = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(some >> 32), from + 32);
+    for (int64_t c = 0; c < channels; ++c) {
+      const __m512i place = _mm512_add_epi16(first, _mm512_set1_epi16(static_cast<short>(c)));
+      _mm256_mask_storeu_epi16(to + c * plane + x, static_cast<__mmask16>((1u << pixels) - 1),
+                               _mm512_castsi512_si256(_mm512_permutex2var_epi16(low, place, high)));
+    }
   }
 }
 

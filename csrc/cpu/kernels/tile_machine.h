@@ -41,7 +41,7 @@ struct TileProduct {
 #if defined(FUSEDCNN_EMULATED_TILES)
 
 struct TileMachine {
-  explicit TileMachine(int) {}
+  explicit TileMachine(int, int = 0) {}
 
   template <int M, int N>
   static void multiply(const TileProduct& p, const uint16_t* const* a, float* const* c) {
@@ -65,13 +65,15 @@ struct TileMachine {
 // threads.
 class TileMachine {
  public:
-  // Shallow tiles of A cross fewer cache lines, and those of B have fewer rows.
-  explicit TileMachine(int depth) {
+  // Shallow tiles of A cross fewer cache lines, and those of B have fewer rows. `rows`: of A and C,
+  // if fewer than 16 are wanted; a product takes a cycle for each.
+  explicit TileMachine(int depth, int rows = kTileRows) {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
+    for (int tile = 0; tile < 6; ++tile) config.rows[tile] = static_cast<uint8_t>(rows);
     config.bytes[4] = config.bytes[5] = static_cast<uint16_t>(depth * 2);
     config.rows[6] = config.rows[7] = static_cast<uint8_t>(depth / 2);
     asm volatile("" : : "m"(config));
@@ -125,7 +127,7 @@ class TileMachine {
 #else
 
 struct TileMachine {
-  explicit TileMachine(int) {}
+  explicit TileMachine(int, int = 0) {}
 
   // One tile of C in 16 registers: a load of B and 16 broadcasts of a pair of A for 16 products.
   template <int M, int N>

@@ -6,6 +6,7 @@
 #include "cpu/kernels/large_windows.h"
 #include "cpu/kernels/simd.h"
 #include "cpu/kernels/window_range.h"
+#include "cpu/kernels/winners_gradient.h"
 #include "cpu/scratch.h"
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
@@ -40,7 +41,26 @@ struct TileWinners {
 
   // `channels` channels from `channel` on of the rows [begin, end) of the convolution's gradient,
   // which begins at row `top` and column `left` of `to`: [rows][cols][pixel], zeros elsewhere.
-  // Windows do not overlap.
+  void write(int64_t begin, int64_t end, int64_t channel, int64_t channels, int64_t top,
+             int64_t left, int64_t cols, int64_t pixel, uint16_t* to) const {
+    const Geometry& g = args.geometry;
+    if (g.h.pool_stride >= g.h.window() && g.w.pool_stride >= g.w.window()) {
+      return scatter(begin, end, channel, channels, top, left, cols, pixel, to);
+    }
+    // Columns to the left of `to` are seen by padding alone.
+    const int64_t from = larger<int64_t>(0, -left), until = smaller(g.w.conv, cols - left);
+    const PooledGradient<BFloat16> pooled{reinterpret_cast<const int16_t*>(grads) + channel,
+                                          grad_stride,
+                                          codes + channel,
+                                          code_stride,
+                                          first,
+                                          channels};
+    winners_gradient(g, pooled, begin, end, from, until,
+                     reinterpret_cast<int16_t*>(to) + (top * cols + from + left) * pixel, pixel,
+                     cols * pixel);
+  }
+
+  // The same where windows do not overlap: window by window.
   void scatter(int64_t begin, int64_t end, int64_t channel, int64_t channels, int64_t top,
                int64_t left, int64_t cols, int64_t pixel, uint16_t* to) const {
     const Geometry& g = args.geometry;
@@ -102,7 +122,6 @@ const char* why_not_backward_tiles(const Problem& problem) {
   if (g.groups != 1) return "only for groups = 1";
   for (const Axis* axis : {&g.h, &g.w}) {
     if (axis->stride != 1) return "only for stride 1";
-    if (axis->pool_stride < axis->window()) return "only for windows that do not overlap";
   }
   return nullptr;
 }

@@ -84,37 +84,71 @@ FUSEDCNN_INLINE void store_row(To* to, BlockRow<E> row, int64_t count) {
   convert_run(reinterpret_cast<const E*>(&row), to, count);
 }
 
+// to[c][r] = from[r][c], 8x8 of 4 bytes: 4x4 within the halves of registers, where a shuffle is one
+// instruction, then the halves change places.
+template <typename E>
+FUSEDCNN_INLINE void transpose_halves(BlockRow<E> (&rows)[8]) {
+  // Of two rows, in each half: the lower or upper two elements interleaved; two pairs side by side.
+  constexpr auto low = [](int l) { return l / 4 * 4 + l % 4 / 2 + l % 2 * 8; };
+  constexpr auto high = [](int l) { return l / 4 * 4 + l % 4 / 2 + l % 2 * 8 + 2; };
+  constexpr auto low_pair = [](int l) { return l / 4 * 4 + l % 2 + l % 4 / 2 * 8; };
+  constexpr auto high_pair = [](int l) { return l / 4 * 4 + l % 2 + l % 4 / 2 * 8 + 2; };
+  constexpr auto low_half = [](int l) { return l % 4 + l / 4 * 8; };
+  constexpr auto high_half = [](int l) { return l % 4 + l / 4 * 8 + 4; };
+  BlockRow<E> quads[8];
+  FUSEDCNN_UNROLL
+  for (int r = 0; r < 8; r += 4) {
+    const BlockRow<E> a = shuffle(rows[r], rows[r + 1], low),
+                      b = shuffle(rows[r], rows[r + 1], high);
+    const BlockRow<E> c = shuffle(rows[r + 2], rows[r + 3], low);
+    const BlockRow<E> d = shuffle(rows[r + 2], rows[r + 3], high);
+    quads[r] = shuffle(a, c, low_pair);
+    quads[r + 1] = shuffle(a, c, high_pair);
+    quads[r + 2] = shuffle(b, d, low_pair);
+    quads[r + 3] = shuffle(b, d, high_pair);
+  }
+  FUSEDCNN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = shuffle(quads[i], quads[i + 4], low_half);
+    rows[i + 4] = shuffle(quads[i], quads[i + 4], high_half);
+  }
+}
+
+// The same, 16x16 of 2 bytes in registers of two halves: those exchange theirs first, since x86
+// interleaves elements of two bytes within halves in one instruction and across them in three.
+template <typename E>
+FUSEDCNN_INLINE void transpose_words(BlockRow<E> (&rows)[16]) {
+  constexpr auto left = [](int l) { return l % 8 + l / 8 * 16; };
+  constexpr auto right = [](int l) { return l % 8 + l / 8 * 16 + 8; };
+  constexpr auto low = [](int l) { return l / 8 * 8 + l % 8 / 2 + l % 2 * 16; };
+  constexpr auto high = [](int l) { return l / 8 * 8 + l % 8 / 2 + l % 2 * 16 + 4; };
+  BlockRow<E> next[16];
+  FUSEDCNN_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    next[i] = shuffle(rows[i], rows[i + 8], left);
+    next[i + 8] = shuffle(rows[i], rows[i + 8], right);
+  }
+  FUSEDCNN_UNROLL
+  for (int round = 0; round < 3; ++round) {
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const int from = i / 4 * 8 + i % 4, to = i / 4 * 8 + i % 4 * 2;
+      rows[to] = shuffle(next[from], next[from + 4], low);
+      rows[to + 1] = shuffle(next[from], next[from + 4], high);
+    }
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < 16; ++i) next[i] = rows[i];
+  }
+}
+
 // to[c][r] = from[r][c]: log2(N) rounds of interleaving row i with row i + N/2. Each round rotates
 // the joint index (row bits, column bits) by one bit, so that after all of them the two halves
-// have changed places. Registers of two 16-byte lanes exchange halves first, since x86 interleaves
-// two-byte elements within lanes in one instruction and across them in three.
+// have changed places.
 template <typename E>
 FUSEDCNN_INLINE void transpose_block(BlockRow<E> (&rows)[kBlock<E>]) {
   constexpr int kN = kBlock<E>;
-  if constexpr (sizeof(E) == 2 && sizeof(BlockRow<E>) == 32) {
-    constexpr auto left = [](int l) { return l % 8 + l / 8 * 16; };
-    constexpr auto right = [](int l) { return l % 8 + l / 8 * 16 + 8; };
-    constexpr auto low = [](int l) { return l / 8 * 8 + l % 8 / 2 + l % 2 * 16; };
-    constexpr auto high = [](int l) { return l / 8 * 8 + l % 8 / 2 + l % 2 * 16 + 4; };
-    BlockRow<E> next[kN];
-    FUSEDCNN_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      next[i] = shuffle(rows[i], rows[i + 8], left);
-      next[i + 8] = shuffle(rows[i], rows[i + 8], right);
-    }
-    FUSEDCNN_UNROLL
-    for (int round = 0; round < 3; ++round) {
-      FUSEDCNN_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        const int from = i / 4 * 8 + i % 4, to = i / 4 * 8 + i % 4 * 2;
-        rows[to] = shuffle(next[from], next[from + 4], low);
-        rows[to + 1] = shuffle(next[from], next[from + 4], high);
-      }
-      FUSEDCNN_UNROLL
-      for (int i = 0; i < kN; ++i) next[i] = rows[i];
-    }
-    return;
-  }
+  if constexpr (sizeof(E) == 2 && sizeof(BlockRow<E>) == 32) return transpose_words<E>(rows);
+  if constexpr (kN == 8 && sizeof(E) == 4) return transpose_halves<E>(rows);
   constexpr auto low = [](int l) { return l / 2 + l % 2 * kN; };
   constexpr auto high = [](int l) { return l / 2 + l % 2 * kN + kN / 2; };
   FUSEDCNN_UNROLL
