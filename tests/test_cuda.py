@@ -15,7 +15,7 @@ import torch
 from checks import over, over_dtypes
 from forcing import CUDA_KERNELS, PASSES, Forced, run_pass
 from fusedcnn import _cuda, _stock, conv_relu_max_pool2d
-from fusedcnn.functional import _why_stock, pack_geometry
+from fusedcnn.functional import pack_geometry, why_stock
 from geometries import BLOCKS
 from reference import LAYOUTS, exact_case, float_case, with_layout
 from torch import Tensor
@@ -66,11 +66,11 @@ def test_routing(monkeypatch):
         wide = torch.empty(1, 1, 2**14, 2**14, device="cuda")
     geometry = pack_geometry((1, 1))
     monkeypatch.setattr(_cuda, "reason", "for a test")
-    reason = _why_stock(input, input, geometry, False)
+    reason = why_stock(input, input, geometry, False)
     assert reason == "no fused kernel for device type 'cuda': for a test"
     monkeypatch.setattr(_cuda, "reason", None)
-    assert _why_stock(input, input, geometry, False) is None
-    assert "pixels" in _why_stock(wide, input, geometry, False)
+    assert why_stock(input, input, geometry, False) is None
+    assert "pixels" in why_stock(wide, input, geometry, False)
 
 
 def test_tf32_follows_torch(monkeypatch):

@@ -24,14 +24,20 @@ struct Way {
   uint64_t seed;
   bool late_copies;
   int64_t most_blocks;  // few, so that blocks take several tasks; or one for every task
-  bool plane_channels_last;
 };
 constexpr Way kWays[] = {
-    {"forward order, late copies", Order::kForward, 1, true, 1 << 30, true},
-    {"reverse order, early copies, 3 blocks", Order::kReverse, 1, false, 3, false},
-    {"run ahead, late copies, 5 blocks", Order::kRunAhead, 2, true, 5, true},
-    {"run ahead, early copies", Order::kRunAhead, 3, false, 1 << 30, false},
+    {"forward order, late copies", Order::kForward, 1, true, 1 << 30},
+    {"reverse order, early copies, 3 blocks", Order::kReverse, 1, false, 3},
+    {"run ahead, late copies, 5 blocks", Order::kRunAhead, 2, true, 5},
+    {"run ahead, early copies, 4 blocks", Order::kRunAhead, 3, false, 4},
 };
+
+// The order of a library kernel's plane: either one in every layout and every way of running, if
+// not for every type, also where a quick test leaves most of them out.
+template <typename Args>
+bool plane_channels_last(const Args& args, int way) {
+  return (static_cast<int>(args.type) + args.wide_code + way) % 2;
+}
 
 void use(const Way& way) {
   cuda_on_cpu::Options& options = cuda_on_cpu::options();
@@ -67,7 +73,7 @@ Tensor new_plane(const fusedcnn::Geometry& g, fusedcnn::DataType type) {
 
 void library_forward(const Kernel& kernel, fusedcnn::ForwardArgs args, int way) {
   Tensor plane = new_plane(args.geometry, args.type);
-  args.plane_channels_last = kWays[way].plane_channels_last;
+  args.plane_channels_last = plane_channels_last(args, way);
   const void* const bias = args.bias;
   args.bias = nullptr;
   stock_convolution(args, plane.data());
@@ -80,7 +86,7 @@ void library_forward(const Kernel& kernel, fusedcnn::ForwardArgs args, int way) 
 void library_backward(const Kernel& kernel, fusedcnn::BackwardArgs args, int way) {
   Tensor plane = new_plane(args.geometry, args.type);
   args.plane = plane.data();
-  args.plane_channels_last = kWays[way].plane_channels_last;
+  args.plane_channels_last = plane_channels_last(args, way);
   fusedcnn::BackwardArgs scatter = args;
   scatter.input = scatter.weight = nullptr;
   scatter.grad_input = scatter.grad_weight = scatter.grad_bias = nullptr;

@@ -46,8 +46,8 @@
 // are not cut.
 //
 // The product is dense: an infinite or NaN weight makes NaN of every pixel of its channel that lies
-// in a tile, as it does in the stock layers' products, where the general kernel meets it only where
-// a gradient does. Gradients, infinite or NaN, spread to their own nine pixels only.
+// in a tile, as it does in the stock layers' products; winners_3x3 meets it only where a gradient
+// does. Gradients, infinite or NaN, spread to their own nine pixels only.
 
 #include "cuda/kernels/backward_input_tensor_cores_3x3_tile.h"
 

@@ -31,14 +31,14 @@
 // has run on a CPU only.
 //
 // A block sums a slab of the images' tiles in registers; its warps' sums are added in order, and
-// the second stage adds up the slabs. How many there are depends on the geometry
-// alone. For 16 -> 32 channels a slab's sums are 18 KiB, as much as an image and its gradients: at
-// batches below some 1,000 these sums, which stay in the L2 cache, cost about as much as all else.
-// A register takes at most kMmaChain products of an instruction (K = 16, tf32: 8, of which a
-// quarter is not zero), unless the slabs' sums would take more than kMostPartialBytes. Should each
-// addition truncate, that is kMmaChain / 2^24 = 2^-16 at most of the magnitudes added up: beside
-// 2^-9 and 2^-12 for rounding the result and 2^-11 for rounding tf32's operands, nothing. The bias,
-// which is not rounded to tf32, has chains of 4 gradients, and of 64 such sums.
+// the second stage adds up the slabs. How many there are depends on the geometry alone. For 16 ->
+// 32 channels a slab's sums are 18 KiB, as much as an image and its gradients: at batches below
+// some 1,000 these sums, which stay in the L2 cache, cost about as much as all else. A register
+// takes at most kMmaChain products of an instruction (K = 16, tf32: 8, of which a quarter is not
+// zero), unless the slabs' sums would take more than kMostPartialBytes. Should each addition
+// truncate, that is kMmaChain / 2^24 = 2^-16 at most of the magnitudes added up: beside 2^-9 and
+// 2^-12 for rounding the result and 2^-11 for rounding tf32's operands, nothing. The bias, which is
+// not rounded to tf32, has chains of 4 gradients, and of 64 such sums.
 //
 // Products with gradients of zero are computed, as in stock layers and unlike in the kernels that
 // follow the codes: a pixel that is not finite makes NaN of every weight that it meets. No farther:

@@ -24,8 +24,8 @@
 // so far this has run on a CPU only.
 //
 // Sums run over a slab of the images' tiles, in registers for a tile, then in shared memory; those
-// of the warps that share output channels are added up, and the second stage adds
-// up the slabs in order. How many there are depends on the geometry alone.
+// of the warps that share output channels are added up, and the second stage adds up the slabs in
+// order. How many there are depends on the geometry alone.
 
 #include <type_traits>
 

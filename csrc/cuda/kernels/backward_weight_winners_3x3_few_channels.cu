@@ -31,8 +31,7 @@
 //
 // Sums run over a slab of the images' tiles: a chain of a tile, at most 32 products long, then
 // totals of tiles, both in registers. Warps and windows side by side are added up at the end, and
-// the second stage adds up the slabs in order. How many there are depends on the
-// geometry alone.
+// the second stage adds up the slabs in order. How many there are depends on the geometry alone.
 
 #include "cuda/kernels/backward_weight_tiles.h"
 

@@ -23,9 +23,6 @@ inline AxisSizes sizes_of(const Axis& axis) {
           i(axis.conv),        i(axis.out)};
 }
 
-// A coordinate outside every input, also after adding another one of these.
-constexpr int kOutside = -(1 << 30);
-
 // Whether 0 <= i < size.
 FUSEDCNN_DEVICE bool inside(int i, int size) {
   return static_cast<unsigned>(i) < static_cast<unsigned>(size);
