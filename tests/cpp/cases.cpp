@@ -97,6 +97,10 @@ std::vector<Case> all_cases() {
       make("one_output", {2, 5, 1}, {8}, {10}),
       make("bands", {1, 48, 3}, {40}, {38}),
       make("many_images", {601, 2, 3}, {4}, {4}),
+      // What grad_weight's lists take together: several small images, the last of them fewer; and
+      // apart: bands of one image, the last of them lower.
+      make("images_together", {50, 9, 5}, {6}, {10}),
+      make("bands_of_rows", {2, 9, 6}, {60}, {40}),
       // convolution
       both("kernel1", {2, 5, 6}, 7, 8, {.kernel = 1, .padding = 0}),
       make("kernel2x5", {1, 3, 4}, {.in = 8, .kernel = 2}, {.in = 11, .kernel = 5, .padding = 2}),

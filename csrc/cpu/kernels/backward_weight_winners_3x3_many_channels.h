@@ -23,6 +23,8 @@ namespace {
 constexpr int kInputLanes = kLanes<float>;
 // One block's pixels of a band: most of a small L1, beside which lists and sums stream.
 constexpr int64_t kBandBytes = int64_t{24} << 10;
+// Images whose windows share a list, where several fit.
+constexpr int64_t kMostTogether = 8;
 
 // Output channels of a task, where there are too few images for all threads: each task lays out the
 // input anew.
@@ -53,23 +55,27 @@ FUSEDCNN_NOINLINE void add_live(const float* pixels, int64_t pitch, const uint32
   }
 }
 
-// Some pooled rows of all output channels of one image, each channel's windows side by side:
-// element oc * stride + q. Where they are, or converted into `buffer`.
+// Some pooled rows of one image, each output channel's windows side by side.
+template <typename T>
+struct WindowRows {
+  const T* data;
+  int64_t stride;  // from one output channel to the next
+
+  const T* of(int64_t oc) const { return data + oc * stride; }
+};
+
+// `rows` pooled rows of `channels` output channels: where they are, or converted into `buffer`.
 template <typename From, typename To>
-const To* windows_together(const Geometry& g, const From* from, Strides strides, int64_t rows,
-                           int64_t channels, To* buffer, int64_t& stride) {
+WindowRows<To> windows_together(const Geometry& g, const From* from, Strides strides, int64_t rows,
+                                int64_t channels, To* buffer) {
   const bool rows_follow = rows == 1 || strides.h == strides.w * g.w.out;
   if constexpr (std::is_same_v<From, To>) {
-    if (strides.w == 1 && rows_follow) {
-      stride = strides.c;
-      return from;
-    }
+    if (strides.w == 1 && rows_follow) return {from, strides.c};
   }
   const int64_t windows = rows * g.w.out;
-  stride = windows;
   if (strides.c == 1 && rows_follow) {
-    transpose_matrix(from, strides.w, buffer, stride, windows, channels);
-    return buffer;
+    transpose_matrix(from, strides.w, buffer, windows, windows, channels);
+    return {buffer, windows};
   }
   To* to = buffer;
   for (int64_t oc = 0; oc < channels; ++oc) {
@@ -82,7 +88,7 @@ const To* windows_together(const Geometry& g, const From* from, Strides strides,
       }
     }
   }
-  return buffer;
+  return {buffer, windows};
 }
 
 #if !defined(__AVX512F__)
@@ -152,15 +158,16 @@ FUSEDCNN_NOINLINE int64_t list_live(const uint8_t* codes, const float* grads, in
 }
 
 // Lays out a band of image n, [blocks][rows][cols][kInputLanes], from row `first` of the padded
-// image on, zeros around it.
+// image on, zeros around it; blocks are `block_stride` apart.
 template <typename S>
 void read_blocks(const BackwardArgs& args, int64_t n, int64_t first, int64_t rows, int64_t cols,
-                 float* to) {
+                 float* pixels, int64_t block_stride) {
   const Geometry& g = args.geometry;
   const Strides strides = args.input_strides;
   const int64_t pitch = cols * kInputLanes;
   const int64_t left = smaller(g.w.padding, cols), width = smaller(g.w.in, cols - left);
-  for (int64_t c = 0; c < g.in_channels; c += kInputLanes) {
+  for (int64_t c = 0; c < g.in_channels; c += kInputLanes, pixels += block_stride) {
+    float* to = pixels;
     const int64_t channels = smaller<int64_t>(kInputLanes, g.in_channels - c);
     const S* image = static_cast<const S*>(args.input) + n * strides.n + c * strides.c;
     for (int64_t y = first; y < first + rows; ++y, to += pitch) {
@@ -169,16 +176,16 @@ void read_blocks(const BackwardArgs& args, int64_t n, int64_t first, int64_t row
       if (empty || channels < kInputLanes) memset(to, 0, pitch * sizeof(float));
       if (empty) continue;
       const S* from = image + h * strides.h;
-      float* pixels = to + left * kInputLanes;
+      float* inner = to + left * kInputLanes;
       memset(to, 0, left * kInputLanes * sizeof(float));
       if (strides.c == 1 && channels == kInputLanes) {
         for (int64_t x = 0; x < width; ++x) {
-          store(pixels + x * kInputLanes, widen_vector(from + x * strides.w));
+          store(inner + x * kInputLanes, widen_vector(from + x * strides.w));
         }
       } else {
-        read_pixels(from, strides, pixels, kInputLanes, width, channels);
+        read_pixels(from, strides, inner, kInputLanes, width, channels);
       }
-      memset(pixels + width * kInputLanes, 0, (cols - left - width) * kInputLanes * sizeof(float));
+      memset(inner + width * kInputLanes, 0, (cols - left - width) * kInputLanes * sizeof(float));
     }
   }
 }
@@ -197,7 +204,12 @@ void grad_weight_winners_3x3_many_channels(const BackwardArgs& args, const Threa
   const int64_t fitting = (kBandBytes / (pitch * int64_t{sizeof(float)}) - 2) / 2;
   const int64_t bands = (g.h.out + larger<int64_t>(1, fitting) - 1) / larger<int64_t>(1, fitting);
   const int64_t band = (g.h.out + bands - 1) / bands;  // of equal height
-  const int64_t windows = band * g.w.out, block_size = (2 * band + 2) * pitch;
+  const int64_t windows = band * g.w.out, band_size = (2 * band + 2) * pitch;
+  // Small images share lists, so that a call has more to do than to load and store sums.
+  const int64_t together =
+      bands > 1 ? 1
+                : larger<int64_t>(1, smaller(smaller(partials.images, kMostTogether),
+                                             kBandBytes / (band_size * int64_t{sizeof(float)})));
 
   // Output channels of a task: all, or those of a fixed share where there are few images.
   const int64_t share =
@@ -217,18 +229,21 @@ void grad_weight_winners_3x3_many_channels(const BackwardArgs& args, const Threa
     float* bias = own + bias_at + begin * kInputLanes;
     memset(bias, 0, channels * kInputLanes * sizeof(float));
 
+    const int64_t block_size = together * band_size;
     float* pixels =
         static_cast<float*>(scratch(Slot::kPlanes, blocks * block_size * sizeof(float)));
     // The lists of all output channels follow each other: that of `r` begins at list[r].
     int64_t* list =
         static_cast<int64_t*>(scratch(Slot::kTransformed, (channels + 1) * sizeof(int64_t)));
-    const int64_t room = channels * windows + kInputLanes;  // the last list's vectors run over
+    const int64_t room =
+        together * channels * windows + kInputLanes;  // the last list's vectors run over
     float* gradient =
         static_cast<float*>(scratch(Slot::kLists, room * (sizeof(float) + sizeof(uint32_t))));
     uint32_t* place = reinterpret_cast<uint32_t*>(gradient + room);
+    const int64_t dense_size = channels * windows;
     float* dense_grads = static_cast<float*>(
-        scratch(Slot::kGradient, channels * windows * (sizeof(float) + sizeof(uint8_t))));
-    uint8_t* dense_codes = reinterpret_cast<uint8_t*>(dense_grads + channels * windows);
+        scratch(Slot::kGradient, together * dense_size * (sizeof(float) + sizeof(uint8_t))));
+    uint8_t* dense_codes = reinterpret_cast<uint8_t*>(dense_grads + together * dense_size);
     uint32_t* base = static_cast<uint32_t*>(scratch(Slot::kPatch, windows * sizeof(uint32_t)));
     for (int64_t q = 0; q < windows; ++q) {
       base[q] = static_cast<uint32_t>(q / g.w.out * 2 * pitch + q % g.w.out * 2 * kInputLanes);
@@ -238,33 +253,45 @@ void grad_weight_winners_3x3_many_channels(const BackwardArgs& args, const Threa
       from_code[l] = static_cast<int32_t>(l / 2 % 2 * pitch + l % 2 * kInputLanes);
     }
 
-    for (int64_t n = partials.begin(partial); n < partials.begin(partial + 1); ++n) {
-      auto ahead = BackwardAhead::of<S, uint8_t>(args, n, blocks > 0, bands * channels);
+    const int64_t last = partials.begin(partial + 1);
+    for (int64_t n = partials.begin(partial); n < last; n += together) {
+      const int64_t images = smaller(together, last - n);
+      auto ahead =
+          BackwardAhead::of<S, uint8_t>(args, n + images - 1, blocks > 0, bands * channels);
       for (int64_t first = 0; first < g.h.out; first += band) {
-        const int64_t rows = smaller(band, g.h.out - first), count = rows * g.w.out;
-        const auto from = [&](const auto* data, Strides s) {
-          return data + n * s.n + begin * s.c + first * s.h;
-        };
-        int64_t grad_stride, code_stride;
-        const float* grads = windows_together(
-            g, from(static_cast<const S*>(args.grad_output), args.grad_output_strides),
-            args.grad_output_strides, rows, channels, dense_grads, grad_stride);
-        const uint8_t* codes =
-            windows_together(g, from(static_cast<const uint8_t*>(args.code), args.code_strides),
-                             args.code_strides, rows, channels, dense_codes, code_stride);
-        list[0] = 0;
-        for (int64_t r = 0; r < channels; ++r) {
-          list[r + 1] = list[r] + list_live(codes + r * code_stride, grads + r * grad_stride, count,
-                                            base, from_code, place + list[r], gradient + list[r],
-                                            bias + r * kInputLanes);
+        const int64_t rows = smaller(band, g.h.out - first);
+        WindowRows<float> grads[kMostTogether];
+        WindowRows<uint8_t> codes[kMostTogether];
+        for (int64_t i = 0; i < images; ++i) {
+          const auto from = [&](const auto* data, Strides s) {
+            return data + (n + i) * s.n + begin * s.c + first * s.h;
+          };
+          grads[i] = windows_together(
+              g, from(static_cast<const S*>(args.grad_output), args.grad_output_strides),
+              args.grad_output_strides, rows, channels, dense_grads + i * dense_size);
+          codes[i] =
+              windows_together(g, from(static_cast<const uint8_t*>(args.code), args.code_strides),
+                               args.code_strides, rows, channels, dense_codes + i * dense_size);
+          if (blocks) {
+            read_blocks<S>(args, n + i, 2 * first, 2 * rows + 2, cols, pixels + i * band_size,
+                           block_size);
+          }
         }
-        if (blocks) read_blocks<S>(args, n, 2 * first, 2 * rows + 2, cols, pixels);
+        int64_t entries = 0;
+        for (int64_t r = 0; r < channels; ++r) {
+          list[r] = entries;
+          for (int64_t i = 0; i < images; ++i) {
+            entries += list_live(codes[i].of(r), grads[i].of(r), rows * g.w.out, base,
+                                 from_code + static_cast<int32_t>(i * band_size), place + entries,
+                                 gradient + entries, bias + r * kInputLanes);
+          }
+        }
+        list[channels] = entries;
         for (int64_t b = 0; b < blocks; ++b) {
           for (int64_t r = 0; r < channels; ++r) {
             if (b == 0) ahead.step();
-            add_live(pixels + b * (2 * rows + 2) * pitch, pitch, place + list[r],
-                     gradient + list[r], list[r + 1] - list[r],
-                     own + (b * g.out_channels + begin + r) * kTaps);
+            add_live(pixels + b * block_size, pitch, place + list[r], gradient + list[r],
+                     list[r + 1] - list[r], own + (b * g.out_channels + begin + r) * kTaps);
           }
         }
       }
