@@ -98,8 +98,94 @@ struct WideBlock {
   }
 };
 
+#if defined(__AVX512F__)
+// For up to 4 channels a register holds a row of the patch, 4 pixels of 4 channels. Each output
+// channel has its weights laid out once for every element that it may choose.
+struct NarrowBlock {
+  static constexpr int kChannels = 4;
+  static constexpr int kRow = 4 * kChannels;
+  static constexpr __mmask16 kTwoPixels = 0x00ff;
+  // [code][row of the patch]: the lanes under its 3x3 taps.
+  static constexpr __mmask16 kTaps[4][4] = {{0x0fff, 0x0fff, 0x0fff, 0},
+                                            {0xfff0, 0xfff0, 0xfff0, 0},
+                                            {0, 0x0fff, 0x0fff, 0x0fff},
+                                            {0, 0xfff0, 0xfff0, 0xfff0}};
+  static constexpr int kSize = 4 * 4 * kRow;
+  static constexpr int kOutChannels = 32;  // 32 KB of weights, most of L1
+
+  // to: [4 codes][4 rows][4 pixels][4 channels]
+  template <typename S>
+  static void pack(const S* weight, Strides strides, int64_t channels, float* to) {
+    memset(to, 0, kSize * sizeof(float));
+    for (int code = 0; code < 4; ++code) {
+      for (int t = 0; t < 9; ++t) {
+        const int row = code / 2 + t / 3, pixel = code % 2 + t % 3;
+        for (int64_t c = 0; c < channels; ++c) {
+          to[((code * 4 + row) * 4 + pixel) * kChannels + c] =
+              widen(weight[c * strides.c + t / 3 * strides.h + t % 3 * strides.w]);
+        }
+      }
+    }
+  }
+
+  static FUSEDCNN_NOINLINE void add_row(const Windows& rows, int64_t windows, int64_t out_channels,
+                                        const float* weights, float* done, float* carry,
+                                        bool first) {
+    const __mmask64 some = ~uint64_t{0} >> (64 - out_channels);
+    const int64_t pitch = (2 * windows + 2) * kChannels;
+    // Of the next window's patch, what earlier windows left in its two left columns.
+    __m512 left[4];
+    const auto finish = [&]() __attribute__((always_inline)) {
+      FUSEDCNN_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        float* below = carry + r * pitch;
+        float* at = done + r * pitch;
+        const __m512 above = _mm512_maskz_loadu_ps(kTwoPixels, first ? below : at);
+        _mm512_mask_storeu_ps(at, kTwoPixels, above + left[r]);
+        const __m512 old = _mm512_maskz_loadu_ps(first ? 0 : kTwoPixels, below);
+        _mm512_mask_storeu_ps(below, kTwoPixels, old + left[r + 2]);
+      }
+      done += 2 * kChannels;
+      carry += 2 * kChannels;
+    };
+    FUSEDCNN_UNROLL
+    for (int r = 0; r < 4; ++r) left[r] = _mm512_setzero_ps();
+    const uint8_t* codes = rows.codes;
+    const float* gradients = rows.grads;
+    for (int64_t q = 0; q < windows; ++q) {
+      const __m512i code = _mm512_maskz_loadu_epi8(some, codes);
+      uint64_t live = _mm512_mask_cmpneq_epi8_mask(some, code, _mm512_set1_epi8(-1));
+      // Summed apart from `left`, so that windows do not wait for each other.
+      __m512 patch[4];
+      FUSEDCNN_UNROLL
+      for (int r = 0; r < 4; ++r) patch[r] = _mm512_setzero_ps();
+      for (; live; live &= live - 1) {
+        const int64_t oc = __builtin_ctzll(live);
+        const __m512 g = _mm512_set1_ps(gradients[oc]);
+        const float* w = weights + (oc * 4 + codes[oc]) * (4 * kRow);
+        FUSEDCNN_UNROLL
+        for (int r = 0; r < 4; ++r) {
+          // Only pixels under a tap: elsewhere an infinite gradient would meet a zero.
+          patch[r] = _mm512_mask3_fmadd_ps(g, load(w + r * kRow), patch[r], kTaps[codes[oc]][r]);
+        }
+      }
+      FUSEDCNN_UNROLL
+      for (int r = 0; r < 4; ++r) left[r] += patch[r];
+      finish();
+      FUSEDCNN_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        left[r] = _mm512_maskz_shuffle_f32x4(kTwoPixels, left[r], left[r], 0xee);
+      }
+      codes += rows.code_stride;
+      gradients += rows.grad_stride;
+    }
+    finish();
+  }
+};
+#else
 // For up to 4 channels a register of 8 lanes holds a pair of pixels, and the patch is 4 rows of two
-// pairs. Each output channel has its weights laid out once for each of the window's columns.
+// pairs. Output channels are taken by the window's row that they chose from, and each has its
+// weights laid out once for each of the window's columns.
 struct NarrowBlock {
   static constexpr int kChannels = 4;
   static constexpr int kPair = 2 * kChannels;
@@ -191,6 +277,7 @@ struct NarrowBlock {
     finish();
   }
 };
+#endif
 
 template <typename S, typename Block>
 void grad_input_winners_3x3_typed(const BackwardArgs& args, const ThreadPool& pool) {
