@@ -24,7 +24,8 @@ def block_for(forced) -> Block:
 def operands(forced):
     torch.manual_seed(0)
     block = block_for(forced)
-    return torch.randn(block.input), torch.randn(block.weight), torch.randn(32)
+    dtype = torch.bfloat16 if forced.kernel == "tiles" else torch.float32
+    return tuple(torch.randn(shape).to(dtype) for shape in (block.input, block.weight, 32))
 
 
 def forward(forced, input, weight, bias):
@@ -38,7 +39,9 @@ def fresh(forced, input, weight, bias):
 
 
 def through_numpy(weight):
-    weight.detach().numpy()[...] += 1
+    """Half or double of each; numpy has no bfloat16."""
+    bits = torch.int32 if weight.dtype == torch.float32 else torch.int16
+    weight.detach().view(bits).numpy()[...] ^= 1 << (23 if bits == torch.int32 else 7)
 
 
 CHANGES = {
