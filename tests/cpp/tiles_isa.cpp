@@ -16,6 +16,7 @@ void machine(const uint16_t* a, const uint16_t* b, float* c) {
   product.chunks = 1;
   product.b = b;
   product.c_pitch = kTileLanes;
+  product.c_step = 0;
   multiply_tiles(1, 1, product, &a, &c);
 }
 

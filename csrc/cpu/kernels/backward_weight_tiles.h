@@ -50,7 +50,7 @@ struct TileGradWeight {
     lanes = round_up(g.out_channels, kTileLanes);
   }
 
-  // Floats of the sums: [row tiles][taps][16][lanes], and the bias's [lanes].
+  // Floats of the sums: [row tiles][taps][lanes / 16][16][16], and the bias's [lanes].
   int64_t bias_at() const { return row_tiles * taps * kTileRows * lanes; }
   int64_t size() const { return bias_at() + lanes; }
 
@@ -199,11 +199,17 @@ struct TileGradWeight {
         }
         for (int64_t lane = 0; lane < count; lane += 2 * kTileLanes) {
           for (int64_t j = 0; j < m; ++j) {
-            c[j] = sums + (tile + j) * kTileRows * lanes + first + lane;
+            c[j] = sums + (tile + j) * kTileRows * lanes + (first + lane) * kTileRows;
           }
-          const TileProduct product{
-              kTileDepth,         plane, offsets, images * chunks, pairs + lane * kTileDepth,
-              count * kTileDepth, lanes, nullptr};
+          const TileProduct product{kTileDepth,
+                                    plane,
+                                    offsets,
+                                    images * chunks,
+                                    pairs + lane * kTileDepth,
+                                    count * kTileDepth,
+                                    kTileLanes,
+                                    kTileRows * kTileLanes,
+                                    nullptr};
           multiply_tiles(m, smaller<int64_t>(2, (count - lane) / kTileLanes), product, a, c);
         }
       }
@@ -229,8 +235,8 @@ struct TileGradWeight {
       const int64_t count = smaller<int64_t>(kTileLanes, g.out_channels - oc);
       for (int64_t tap = 0; tap < taps; ++tap) {
         BFloat16 turned[kTileLanes * kTileRows];
-        transpose_matrix(sums + (tile * taps + tap) * row + oc, lanes, turned, kTileRows, rows,
-                         count);
+        transpose_matrix(sums + (tile * taps + tap) * row + oc * kTileRows, kTileLanes, turned,
+                         kTileRows, rows, count);
         for (int64_t n = 0; n < count; ++n) {
           BFloat16* to = static_cast<BFloat16*>(args.grad_weight) + (oc + n) * s.n;
           for (int64_t r = 0; r < rows; ++r) {
@@ -262,11 +268,9 @@ const char* grad_weight_tiles_are_slower(const Problem& problem) {
                            ? g.in_channels * g.h.kernel
                            : smaller<int64_t>(g.in_channels, 16);
   if (2 * rows < kTileRows) return "input channels fill less than half of its tiles";
-  // Each sum in memory is read and written once for a few images.
-  const double weights = double(g.in_channels) * g.out_channels * g.taps();
   const double pixels = double(g.h.conv) * (g.w.conv + g.w.extent() - 1);
   if (g.batch * pixels < 512) return "too few pixels for its sums";
-  if (weights > 5e5 && pixels < 512) return "too many weights for its sums";
+  if (pixels > 16.0 * g.outputs()) return "few winners among its pixels";
   const bool overlap = g.h.pool_stride < g.h.window() || g.w.pool_stride < g.w.window();
   if (overlap && g.in_channels * g.taps() < 512) return "too few products for overlapping windows";
   return nullptr;

@@ -239,9 +239,15 @@ struct TileConvolution {
   void rows(const uint16_t* image, int64_t first, int64_t begin, int64_t end, int64_t block,
             bool masked, float* ring, int64_t ring_rows) const {
     const int64_t n = wide(block), size = row_size(block);
-    const TileProduct product{depth,          packed * stride_w * pixel,    offsets,
-                              chunks,         block_weights(block),         n * kTileB,
-                              n * kTileLanes, bias + block * 2 * kTileLanes};
+    const TileProduct product{depth,
+                              packed * stride_w * pixel,
+                              offsets,
+                              chunks,
+                              block_weights(block),
+                              n * kTileB,
+                              n * kTileLanes,
+                              kTileLanes,
+                              bias + block * 2 * kTileLanes};
     const int64_t total = (end - begin) * across;
     int64_t y = begin, x = 0;
     for (int64_t i = 0; i < total; i += 2) {

@@ -24,9 +24,9 @@ constexpr int kTileB = kTileDepth * kTileLanes;
 // A sum of products over `chunks` of `depth`, 32 or less. Row i of an A tile begins at
 //   a + offsets[chunk] + i * a_pitch
 // where as many elements must be readable, and the B tiles of a chunk lie side by side, `b_step`
-// elements after those of the chunk before. C's rows are c_pitch floats apart, its tiles side by
-// side. Sums begin with the row `start` of [tiles][16], the same for all rows of C, or with C where
-// it is null.
+// elements after those of the chunk before. C's rows are c_pitch floats apart, and its tiles of
+// neighbouring columns c_step. Sums begin with the row `start` of [tiles][16], the same for all
+// rows of C, or with C where it is null.
 struct TileProduct {
   int depth;  // even; what the TileMachine was made for
   int64_t a_pitch;
@@ -35,6 +35,7 @@ struct TileProduct {
   const uint16_t* b;
   int64_t b_step;
   int64_t c_pitch;
+  int64_t c_step;
   const float* start;
 };
 
@@ -46,7 +47,7 @@ struct TileMachine {
   template <int M, int N>
   static void multiply(const TileProduct& p, const uint16_t* const* a, float* const* c) {
     for (int t = 0; t < M * N; ++t) {
-      float* const to = c[t / N] + t % N * kTileLanes;
+      float* const to = c[t / N] + t % N * p.c_step;
       for (int i = 0; p.start && i < kTileRows; ++i) {
         memcpy(to + i * p.c_pitch, p.start + t % N * kTileLanes, kTileLanes * sizeof(float));
       }
@@ -98,9 +99,9 @@ class TileMachine {
       if constexpr (M > 1 && N > 1) _tile_loadd(3, p.start + kTileLanes, 0);
     } else {
       _tile_loadd(0, c[0], c_bytes);
-      if constexpr (N > 1) _tile_loadd(1, c[0] + kTileLanes, c_bytes);
+      if constexpr (N > 1) _tile_loadd(1, c[0] + p.c_step, c_bytes);
       if constexpr (M > 1) _tile_loadd(2, second, c_bytes);
-      if constexpr (M > 1 && N > 1) _tile_loadd(3, second + kTileLanes, c_bytes);
+      if constexpr (M > 1 && N > 1) _tile_loadd(3, second + p.c_step, c_bytes);
     }
     const uint16_t* b = p.b;
     for (int64_t k = 0; k < p.chunks; ++k, b += p.b_step) {
@@ -118,9 +119,9 @@ class TileMachine {
       }
     }
     _tile_stored(0, c[0], c_bytes);
-    if constexpr (N > 1) _tile_stored(1, c[0] + kTileLanes, c_bytes);
+    if constexpr (N > 1) _tile_stored(1, c[0] + p.c_step, c_bytes);
     if constexpr (M > 1) _tile_stored(2, c[M - 1], c_bytes);
-    if constexpr (M > 1 && N > 1) _tile_stored(3, c[M - 1] + kTileLanes, c_bytes);
+    if constexpr (M > 1 && N > 1) _tile_stored(3, c[M - 1] + p.c_step, c_bytes);
   }
 };
 
@@ -134,7 +135,7 @@ struct TileMachine {
   static FUSEDCNN_NOINLINE void multiply(const TileProduct& p, const uint16_t* const* a,
                                          float* const* c) {
     for (int t = 0; t < M * N; ++t) {
-      float* const to = c[t / N] + t % N * kTileLanes;
+      float* const to = c[t / N] + t % N * p.c_step;
       __m512 sum[kTileRows];
       FUSEDCNN_UNROLL
       for (int i = 0; i < kTileRows; ++i) {

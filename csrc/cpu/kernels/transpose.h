@@ -67,6 +67,9 @@ FUSEDCNN_INLINE BlockRow<E> load_row(const From* from, int64_t count) {
     const __m512 part = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
     return (BlockRow<E>)part;
   }
+  if constexpr (std::is_same_v<From, E> && sizeof(E) == 2) {
+    return (BlockRow<E>)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), from);
+  }
 #endif
   convert_run(from, reinterpret_cast<E*>(&row), count);
   return row;
@@ -79,6 +82,9 @@ FUSEDCNN_INLINE void store_row(To* to, BlockRow<E> row, int64_t count) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<To, E> && sizeof(E) == 4) {
     return _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), (__m512)row);
+  }
+  if constexpr (std::is_same_v<To, E> && sizeof(E) == 2) {
+    return _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), (__m256i)row);
   }
 #endif
   convert_run(reinterpret_cast<const E*>(&row), to, count);
