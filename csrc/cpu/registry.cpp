@@ -18,9 +18,12 @@ namespace fusedcnn::cpu::FUSEDCNN_ISA {
 
 // The one list of kernels: selection, tests and benchmarks read it. Within a pass, first come,
 // first served.
-KernelList kernels();
+//
+// A reference, since machines without this ISA call the function too: to return a copy, compilers
+// use the widest registers that the ISA has.
+const KernelList& kernels();
 
-KernelList kernels() {
+const KernelList& kernels() {
   // name, pass, exact, error, winograd, why_not, forward, backward, library, why_slower
   static constexpr Kernel list[] = {
       {"library", Pass::kForward, true, 2, false, why_not_library, forward_library, nullptr, true,
@@ -49,7 +52,9 @@ KernelList kernels() {
       {"general", Pass::kGradInput, true, 2, false, why_not_backward_general, nullptr,
        grad_input_general},
   };
-  return {list, sizeof list / sizeof *list, transpose_images, multiply_add_rate};
+  static constexpr KernelList result = {list, sizeof list / sizeof *list, transpose_images,
+                                        multiply_add_rate};
+  return result;
 }
 
 }  // namespace fusedcnn::cpu::FUSEDCNN_ISA

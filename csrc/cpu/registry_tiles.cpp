@@ -8,9 +8,9 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 
 // The feature's own kernels; what they do not cover is left to the list of AVX-512.
-KernelList kernels();
+const KernelList& kernels();
 
-KernelList kernels() {
+const KernelList& kernels() {
   // name, pass, exact, error, winograd, why_not, forward, backward, library, why_slower
   static constexpr Kernel list[] = {
       {"tiles", Pass::kForward, true, 2, false, why_not_forward_tiles, forward_tiles, nullptr,
@@ -20,7 +20,8 @@ KernelList kernels() {
       {"tiles", Pass::kGradInput, true, 2, false, why_not_grad_input_tiles, nullptr,
        grad_input_tiles, false, grad_input_tiles_are_slower},
   };
-  return {list, sizeof list / sizeof *list, nullptr, nullptr};
+  static constexpr KernelList result = {list, sizeof list / sizeof *list, nullptr, nullptr};
+  return result;
 }
 
 }  // namespace fusedcnn::cpu::FUSEDCNN_ISA

@@ -8,9 +8,9 @@
 namespace fusedcnn::cpu {
 
 // One accessor per ISA object, each defined in registry.cpp.
-#define X(isa)          \
-  namespace isa {       \
-  KernelList kernels(); \
+#define X(isa)                 \
+  namespace isa {              \
+  const KernelList& kernels(); \
   }
 FUSEDCNN_FEATURE_LIST
 FUSEDCNN_ISA_LIST

@@ -17,7 +17,7 @@ FUSEDCNN_FEATURE_LIST
 #undef X
 #if defined(FUSEDCNN_EMULATED_TILES)
 namespace emulated_tiles {
-KernelList kernels();
+const KernelList& kernels();
 }
 #endif
 }  // namespace fusedcnn::cpu
