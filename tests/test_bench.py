@@ -211,7 +211,7 @@ def test_every_kernel_is_timed_or_says_why_not(run_here):
 
 
 def test_named_kernels_that_do_not_cover_are_listed(run_here):
-    other = next(k for k in kernels(ISAS[0], "forward") if k not in kernels(ISAS[0], "grad_input"))
+    other = next(k for k in kernels(ISAS[0], "forward") if k.startswith("winograd"))
     arguments = ["--shape", "3x9x9", "--conv", "4, 5, stride=2", "--kernel", other, "general"]
     arguments += ["--passes", "forward", "grad_input", "--isa", ISAS[0], *QUICK]
     _, printed, report = run_here("bench_kernels", *arguments)

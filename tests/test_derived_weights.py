@@ -21,10 +21,14 @@ def block_for(forced) -> Block:
     return SHALLOW if forced.kernel == "winograd_f2" else DEEP
 
 
+def dtype_of(forced) -> torch.dtype:
+    return torch.bfloat16 if forced.kernel == "tiles" else torch.float32
+
+
 def operands(forced):
     torch.manual_seed(0)
     block = block_for(forced)
-    dtype = torch.bfloat16 if forced.kernel == "tiles" else torch.float32
+    dtype = dtype_of(forced)
     return tuple(torch.randn(shape).to(dtype) for shape in (block.input, block.weight, 32))
 
 
@@ -84,7 +88,8 @@ def test_another_weight_at_the_same_address(forced):
 @over_kernels
 def test_other_kernel_sizes_over_the_same_memory(forced):
     """3x3 and 9x1 taps with the same strides are the same bytes in another order."""
-    memory, input = torch.randn(16 * 4 * 9), torch.randn(2, 4, 12, 12)
+    dtype = dtype_of(forced)
+    memory, input = torch.randn(16 * 4 * 9).to(dtype), torch.randn(2, 4, 12, 12).to(dtype)
     weights = [memory.as_strided((16, 4, *kernel), (36, 9, 1, 3)) for kernel in ((3, 3), (9, 1))]
     exercised = 0
     for weight in weights * 2:

@@ -17,7 +17,6 @@ from fusedcnn._geometry import pack_geometry
 from torch import Tensor
 
 PASSES = ["forward", "grad_weight", "grad_input"]
-HALF = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
 
 def operands(dtype: torch.dtype = torch.float32, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,18 +173,7 @@ def stock_channels_last(input: Tensor, weight: Tensor, bias: Tensor | None) -> T
     return F.max_pool2d(F.relu(F.conv2d(input, weight, bias, padding=1)), 2)
 
 
-def library_passes(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Tensor]:
-    """Output and, in half types, grad_input for an output gradient of ones."""
-    geometry = pack_geometry((3, 3), padding=1)
-    with _ops.force(kernel="library"):
-        output, code = _ops.forward_op(input, weight, bias, geometry, True)
-        if input.dtype == torch.float32:
-            return [output]
-        ones = torch.ones_like(output)
-        return [output, _ops.backward_op(ones, input, weight, code, geometry, _ops.GRAD_INPUT)[0]]
-
-
-@HALF
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
 def test_library_is_the_stock_convolution(dtype, last, with_bias):
@@ -194,33 +182,22 @@ def test_library_is_the_stock_convolution(dtype, last, with_bias):
     if last:
         input = input.contiguous(memory_format=torch.channels_last)
     tensors = [input, weight, bias if with_bias else None]
-    got = library_passes(*tensors)
-    assert got[0].is_contiguous(memory_format=torch.channels_last) == last
-    assert_equal(got, step(stock_channels_last, tensors)[: len(got)])
+    with _ops.force(kernel="library"):
+        got = conv_relu_max_pool2d(*tensors, padding=1)
+    assert got.is_contiguous(memory_format=torch.channels_last) == last
+    assert_equal(got, stock_channels_last(*tensors))
 
 
 def test_library_records_no_graph():
-    """The raw operators' results have their own history only."""
-    tensors = [t.requires_grad_() for t in operands(torch.bfloat16)]
-    with _ops.below_autograd():
-        results = library_passes(*tensors)
+    """The raw operator's results have their own history only."""
+    tensors = [t.requires_grad_() for t in operands()]
+    with _ops.force(kernel="library"), _ops.below_autograd():
+        results = _ops.forward_op(*tensors, pack_geometry((3, 3), padding=1), True)
     assert not any(t.requires_grad for t in results)
     assert torch.is_grad_enabled()
 
 
-def test_library_does_not_read_the_input_for_its_gradient():
-    input, weight, _ = operands(torch.bfloat16)
-    geometry = pack_geometry((3, 3), padding=1)
-    output, expected = library_passes(input, weight)
-    with _ops.force(kernel="library"):
-        code = _ops.forward_op(input, weight, None, geometry, True)[1]
-        input.untyped_storage().resize_(0)
-        ones = torch.ones_like(output)
-        got = _ops.backward_op(ones, input, weight, code, geometry, _ops.GRAD_INPUT)[0]
-    assert_equal(got, expected)
-
-
-# The stock convolution's output, 300 MB, does not fit into what is left; the pooled one does.
+# The stock convolution's output, 270 MB, does not fit into what is left; the pooled one does.
 WITHOUT_MEMORY = """
 import resource, sys, torch
 import fusedcnn
@@ -228,13 +205,13 @@ from fusedcnn import _ops, conv_relu_max_pool2d, explain
 
 torch.set_num_threads(1)
 fusedcnn.backends.benchmark = sys.argv[1] == "benchmark"
-one = torch.ones(1, dtype=torch.bfloat16)
-image, weight = one.expand(1, 64, 262144, 9), one.expand(64, 64, 1, 1)
-pool = dict(pool_kernel_size=(25, 9))
+one = torch.ones(1)
+image, weight = one.expand(1, 64, 1024, 1024), one.expand(64, 64, 5, 5)
+pool = dict(pool_kernel_size=15)
 static = explain(image, weight, **pool)["forward"].kernel
 if not fusedcnn.backends.benchmark and static != "library":
     raise SystemExit("not chosen here")
-conv_relu_max_pool2d(image[:, :, :50], weight, **pool)  # loads all there is
+conv_relu_max_pool2d(image[..., :50, :50], weight, **pool)  # loads all there is
 
 def used():
     with open("/proc/self/status") as status:
@@ -243,7 +220,7 @@ def used():
 limit = used() + (200 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 output = conv_relu_max_pool2d(image, weight, **pool)
-assert output.eq(64).all() and _ops._C.last_selected()["forward"] != "library"
+assert output.eq(1600).all() and _ops._C.last_selected()["forward"] != "library"
 """
 
 

@@ -58,26 +58,25 @@ struct Kernel {
   const char* (*why_not)(const Problem& problem);
   void (*forward)(const ForwardArgs& args, const ThreadPool& pool);
   void (*backward)(const BackwardArgs& args, const ThreadPool& pool);
-  // Whether it stands around the stock convolution, which the caller runs: the forward reads
-  // args.plane instead of input and weight, the backward writes args.plane instead of gradients.
+  // Whether it stands around the stock convolution, which the caller runs: it reads args.plane
+  // instead of input and weight.
   bool library = false;
   // Null, or why another kernel would be faster: holds only where no kernel is forced.
   const char* (*why_slower)(const Problem& problem) = nullptr;
 };
 
-// Dense images of `channels` x `pixels`, one dimension behind the other, either way round.
+// Dense images [channels][pixels], which become [pixels][channels].
 struct TransposeArgs {
   int64_t element_bytes;  // 2 or 4
   int64_t images, channels, pixels;
   const void* from;
   void* to;
-  bool to_channels_last;
 };
 
 struct KernelList {
   const Kernel* kernels;  // in order of preference, within each pass
   int count;
-  void (*transpose)(const TransposeArgs& args, const ThreadPool& pool);
+  void (*to_channels_last)(const TransposeArgs& args, const ThreadPool& pool);
   // Billions of float32 operations a second that one core of this ISA can do in multiply-adds: the
   // yardstick of the benchmarks. Runs for about `seconds`.
   double (*multiply_add_rate)(double seconds);

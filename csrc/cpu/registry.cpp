@@ -43,8 +43,6 @@ const KernelList& kernels() {
 #endif
       {"general", Pass::kGradWeight, true, 2, false, why_not_backward_general, nullptr,
        grad_weight_general},
-      {"library", Pass::kGradInput, true, 2, false, why_not_grad_input_library, nullptr,
-       grad_input_library, true, library_is_slower},
 #if defined(__AVX2__)
       {"winners_3x3", Pass::kGradInput, true, 2, false, why_not_3x3_block, nullptr,
        grad_input_winners_3x3},
@@ -52,7 +50,7 @@ const KernelList& kernels() {
       {"general", Pass::kGradInput, true, 2, false, why_not_backward_general, nullptr,
        grad_input_general},
   };
-  static constexpr KernelList result = {list, sizeof list / sizeof *list, transpose_images,
+  static constexpr KernelList result = {list, sizeof list / sizeof *list, to_channels_last,
                                         multiply_add_rate};
   return result;
 }

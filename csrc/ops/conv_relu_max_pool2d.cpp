@@ -162,16 +162,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward(
   }
   if (call.run_grad_input()) {
     const auto run = [&](const cpu::Kernel& kernel) {
-      BackwardArgs args = call.input_args();
-      std::optional<Tensor> plane;
-      if (kernel.library) {
-        plane = empty_plane(input, g);
-        args.plane = plane->mutable_data_ptr();
-      }
-      with_memory([&] { kernel.backward(args, thread_pool(g)); });
-      if (plane) stock_grad_input(*plane, input, weight, g, call.grad_input, thread_pool(g));
+      with_memory([&] { kernel.backward(call.input_args(), thread_pool(g)); });
     };
-    run_or_without_library(Pass::kGradInput, problem, run);
+    run(choose(Pass::kGradInput, problem, run));
   }
   return {call.grad_input, call.grad_weight, call.grad_bias};
 }

@@ -16,12 +16,4 @@ torch::stable::Tensor stock_convolution(const torch::stable::Tensor& input,
                                         const std::optional<torch::stable::Tensor>& bias,
                                         const Geometry& g, const cpu::ThreadPool& pool);
 
-// A gradient for that output: in its memory format, uninitialised.
-torch::stable::Tensor empty_plane(const torch::stable::Tensor& like, const Geometry& g);
-
-// The input's gradient that `plane` implies, into `grad_input`.
-void stock_grad_input(const torch::stable::Tensor& plane, const torch::stable::Tensor& input,
-                      const torch::stable::Tensor& weight, const Geometry& g,
-                      const torch::stable::Tensor& grad_input, const cpu::ThreadPool& pool);
-
 }  // namespace fusedcnn

@@ -151,15 +151,8 @@ Backend cpu_backend(const fusedcnn::cpu::Isa& isa) {
         call(kernel.forward, args, way);
       };
     } else {
-      tested.backward = [&kernel, plane_of](fusedcnn::BackwardArgs args, int way) {
-        if (!kernel.library) return call(kernel.backward, args, way);
-        Tensor plane = plane_of(args.geometry, args.type);
-        args.plane = plane.data();
-        args.plane_channels_last = true;
-        fusedcnn::BackwardArgs scatter = args;
-        scatter.input = scatter.weight = nullptr;
-        call(kernel.backward, scatter, way);
-        stock_convolution_backward(args);
+      tested.backward = [&kernel](const fusedcnn::BackwardArgs& args, int way) {
+        call(kernel.backward, args, way);
       };
     }
     backend.kernels.push_back(tested);

@@ -8,6 +8,7 @@
 
 #include "cpu/kernel.h"
 #include "cpu/kernels/ahead.h"
+#include "cpu/kernels/backward_general.h"
 #include "cpu/kernels/patches.h"
 #include "cpu/kernels/tile_convolution.h"
 #include "cpu/kernels/tile_image.h"
@@ -62,20 +63,22 @@ inline void grad_input_band(const BackwardArgs& args, const TileConvolution& con
 const char* why_not_grad_input_tiles(const Problem& problem) {
   const Geometry& g = problem.geometry;
   if (const char* const because = why_not_backward_tiles(problem)) return because;
-  return why_not_tile_rows(g.out_channels, g.w, g.w.in);
+  if (const char* const because = why_not_tile_rows(g.out_channels, g.w, g.w.in)) return because;
+  return why_not_backward_general(problem);  // which takes over where a weight is not finite
 }
 
-const char* grad_input_tiles_are_slower(const Problem& problem) {
-  const Geometry& g = problem.geometry;
-  if (const char* const because = why_tiles_are_slower()) return because;
-  return why_wide_tiles_are_slower(g.out_channels, g.w.in);
-}
+const char* grad_input_tiles_are_slower(const Problem&) { return why_tiles_are_slower(); }
 
 void grad_input_tiles(const BackwardArgs& args, const ThreadPool& pool) {
   const Geometry& g = args.geometry;
   TileConvolution conv(g.out_channels, g.in_channels, g.h, g.w, g.w.in);
   const Strides& s = args.weight_strides;
   conv.prepare(pool, {args.weight, {s.c, s.n, s.h, s.w}, true});
+  // The zeros around the gradient meet weights that no output does, and times infinity they are
+  // NaN.
+  if (!all_finite(conv.weights, conv.tiles * conv.chunks * kTileB)) {
+    return grad_input_general(args, pool);
+  }
 
   const int64_t row = conv.cols * conv.pixel * 2;
   int64_t rows = larger<int64_t>(8, kTileBandBytes / row);

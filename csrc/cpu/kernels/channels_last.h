@@ -1,5 +1,5 @@
-// Images from channel-major to pixel-major memory and back: what the library kernels' callers need
-// where the stock convolution's layout is not theirs.
+// Images from channel-major to pixel-major memory: what the library kernel's caller needs where the
+// stock convolution's layout is not its own.
 #pragma once
 
 #include "cpu/kernel.h"
@@ -13,29 +13,24 @@ namespace {
 constexpr int64_t kPixels = 64;
 
 template <typename E>
-void transpose_images(const TransposeArgs& args, const ThreadPool& pool) {
+void to_channels_last(const TransposeArgs& args, const ThreadPool& pool) {
   const int64_t bands = (args.pixels + kPixels - 1) / kPixels;
   parallel_tasks(pool, args.images * bands, [&](int64_t task) {
     const int64_t n = task / bands, first = task % bands * kPixels;
     const int64_t count = smaller(kPixels, args.pixels - first);
     const E* from = static_cast<const E*>(args.from) + n * args.channels * args.pixels;
     E* to = static_cast<E*>(args.to) + n * args.channels * args.pixels;
-    if (args.to_channels_last) {
-      transpose_matrix(from + first, args.pixels, to + first * args.channels, args.channels,
-                       args.channels, count);
-    } else {
-      transpose_matrix(from + first * args.channels, args.channels, to + first, args.pixels, count,
-                       args.channels);
-    }
+    transpose_matrix(from + first, args.pixels, to + first * args.channels, args.channels,
+                     args.channels, count);
   });
 }
 
 // Bits are moved, never computed with, so integers of the element's size stand for it.
-void transpose_images(const TransposeArgs& args, const ThreadPool& pool) {
+void to_channels_last(const TransposeArgs& args, const ThreadPool& pool) {
   if (args.element_bytes == 2) {
-    transpose_images<int16_t>(args, pool);
+    to_channels_last<int16_t>(args, pool);
   } else {
-    transpose_images<int32_t>(args, pool);
+    to_channels_last<int32_t>(args, pool);
   }
 }
 

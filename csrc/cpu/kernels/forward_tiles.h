@@ -220,8 +220,7 @@ const char* forward_tiles_are_slower(const Problem& problem) {
   const Geometry& g = problem.geometry;
   if (const char* const because = why_tiles_are_slower()) return because;
   // A tile's cycles go by its rows and columns, however few of its 32 products are wanted.
-  if (g.in_channels * g.w.kernel < 9) return "too few products to a row of taps";
-  return why_wide_tiles_are_slower(g.in_channels, g.w.conv);
+  return g.in_channels * g.w.kernel < 9 ? "too few products to a row of taps" : nullptr;
 }
 
 void forward_tiles(const ForwardArgs& args, const ThreadPool& pool) {

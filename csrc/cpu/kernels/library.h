@@ -1,31 +1,25 @@
-// What surrounds the stock convolution where selection takes it: a pass over its output that
-// applies ReLU, pools and writes codes, and a pass that writes the winners' gradients, from which
-// the stock convolution's backward goes on. Both read and write a plane [N, conv h, conv w, OC];
-// the caller runs the convolutions, with the bias in them.
+// What surrounds the stock convolution where selection takes it: a pass over its output, a plane
+// [N, conv h, conv w, OC] with the bias in it, that applies ReLU, pools and writes codes. The
+// caller runs the convolution. Gradients have no such kernel here: the stock ones depend on the
+// number of threads (grad_weight) and on the batch (grad_input), and in bfloat16 they spread NaN.
 //
-// The forward only compares and moves values, so they stay the bits that are stored: of two numbers
+// The pass only compares and moves values, so they stay the bits that are stored: of two numbers
 // above zero, the larger has the larger bits. Numbers below zero need no order, since ReLU turns
 // them off.
 #pragma once
 
 #include "cpu/kernel.h"
-#include "cpu/kernels/channels_together.h"
-#include "cpu/kernels/large_windows.h"
 #include "cpu/kernels/simd.h"
 #include "cpu/kernels/storage_lanes.h"
 #include "cpu/kernels/transpose.h"
 #include "cpu/kernels/window_range.h"
-#include "cpu/kernels/winners_gradient.h"
-#include "cpu/machine.h"
 #include "cpu/scratch.h"
 
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
 template <typename S>
-constexpr Bits<S> kInfinity = 0x7f80;
-template <>
-constexpr Bits<Float16> kInfinity<Float16> = 0x7c00;
+constexpr Bits<S> kInfinity = 0x7c00;
 template <>
 constexpr Bits<float> kInfinity<float> = 0x7f800000;
 
@@ -33,45 +27,33 @@ constexpr Bits<float> kInfinity<float> = 0x7f800000;
 template <typename S>
 constexpr Bits<S> kSign = static_cast<Bits<S>>(uint32_t{1} << (8 * sizeof(S) - 1));
 
-// The faults of stock convolutions are torch 2.13's: tests/test_stock_faults.py.
 const char* why_not_library(const Problem& problem) {
   const Axis &h = problem.geometry.h, &w = problem.geometry.w;
   if (problem.type == DataType::kFloat64) return "float64";
+  if (problem.type == DataType::kBFloat16) {
+    return "bfloat16, where torch's convolution spreads NaN to outputs that do not see it";
+  }
   if (problem.wide_code) return "int32 codes";
   if (h.padding != h.padding_after || w.padding != w.padding_after) {
     return "padding differs between two sides";
   }
-  if (problem.type == DataType::kFloat32) return nullptr;
-  if (w.conv == 1) return "one column of outputs, where the stock convolution can be wrong";
-  if (h.kernel == 1 && w.kernel == 1 && (h.padding > 0 || w.padding > 0)) {
-    return "a padded 1x1 convolution, where the stock one can crash";
+  // A fault of torch 2.13: tests/test_stock_faults.py.
+  const bool pointwise = h.kernel == 1 && w.kernel == 1 && (h.padding > 0 || w.padding > 0);
+  if (problem.type == DataType::kFloat16 && pointwise) {
+    return "a padded 1x1 convolution, where torch's can crash";
   }
   return nullptr;
 }
 
-const char* why_not_grad_input_library(const Problem& problem) {
-  // Its sums are taken in an order that depends on the batch.
-  if (problem.type == DataType::kFloat32)
-    return "float32, where the stock gradient is another in another batch";
-  return why_not_library(problem);
-}
-
-// Measured on a Xeon with AMX, whose tiles the stock convolution uses in bfloat16; without them it
-// computes half types no faster than float32.
+// Measured on a Xeon with AVX-512.
 const char* library_is_slower(const Problem& problem) {
   const Geometry& g = problem.geometry;
   const double products = double(g.in_channels_per_group()) * g.taps();  // to a convolution output
   const double all = products * g.batch * g.out_channels * g.h.conv * g.w.conv;
   if (kVectorBytes < 32) return "not measured for vectors of 16 bytes";
-  if (problem.type == DataType::kFloat32) {
-    if (products < 1500) return "fewer than 1,500 products to a convolution output";
-    return all < 1e8 ? "fewer than 1e8 products in all" : nullptr;
-  }
   if (problem.type == DataType::kFloat16) return "torch computes float16 no faster than float32";
-  if (!machine().amx_bf16) return "without AMX torch computes bfloat16 no faster than float32";
-  if (products < 64) return "fewer than 64 products to a convolution output";
-  // A call of torch's convolution takes some 40 us.
-  return all < 1e7 ? "fewer than 1e7 products in all" : nullptr;
+  if (products < 1500) return "fewer than 1,500 products to a convolution output";
+  return all < 1e8 ? "fewer than 1e8 products in all" : nullptr;
 }
 
 // The first maximum of a window wins; NaN beats everything, a later NaN too, as in torch. NaN has
@@ -176,52 +158,9 @@ void forward_library(const ForwardArgs& args, const ThreadPool& pool) {
   });
 }
 
-// ---- backward -----------------------------------------------------------------------------------
-
-template <typename S>
-void grad_input_library(const BackwardArgs& args, const ThreadPool& pool) {
-  using B = Bits<S>;
-  const Geometry& g = args.geometry;
-  const int64_t row = g.w.conv * g.out_channels;
-  // Whole windows, where they do not overlap: then no band reads another's.
-  const int64_t rows = round_up(library_rows(g.h.conv, row * int64_t{sizeof(B)}), g.h.pool_stride);
-  const int64_t bands = (g.h.conv + rows - 1) / rows;
-  parallel_tasks(pool, g.batch * bands, [&](int64_t task) {
-    const int64_t n = task / bands, begin = task % bands * rows;
-    const int64_t end = smaller(begin + rows, g.h.conv);
-    Geometry part = g;
-    int64_t first, last;
-    pooled_range(g.h, begin, end, first, last);
-    part.h.out = larger<int64_t>(0, last - first);
-    const int64_t size = part.outputs() * g.out_channels;
-    B* buffer = static_cast<B*>(scratch(Slot::kLists, size * int64_t{sizeof(B) + 1}));
-    const Strides& gs = args.grad_output_strides;
-    const Strides& cs = args.code_strides;
-    PooledGradient<S> from;
-    from.first_row = first;
-    from.channels = g.out_channels;
-    from.grads =
-        channels_together(part, static_cast<const B*>(args.grad_output) + n * gs.n + first * gs.h,
-                          gs, buffer, from.grad_stride);
-    from.codes =
-        channels_together(part, static_cast<const uint8_t*>(args.code) + n * cs.n + first * cs.h,
-                          cs, reinterpret_cast<uint8_t*>(buffer + size), from.code_stride);
-    B* to = static_cast<B*>(args.plane) + (n * g.h.conv + begin) * row;
-    winners_gradient(g, from, begin, end, 0, g.w.conv, to, g.out_channels, row);
-  });
-}
-
 void forward_library(const ForwardArgs& args, const ThreadPool& pool) {
-  switch (args.type) {
-    case DataType::kFloat32: return forward_library<float>(args, pool);
-    case DataType::kBFloat16: return forward_library<BFloat16>(args, pool);
-    default: return forward_library<Float16>(args, pool);
-  }
-}
-
-void grad_input_library(const BackwardArgs& args, const ThreadPool& pool) {
-  if (args.type == DataType::kBFloat16) return grad_input_library<BFloat16>(args, pool);
-  grad_input_library<Float16>(args, pool);
+  if (args.type == DataType::kFloat32) return forward_library<float>(args, pool);
+  forward_library<Float16>(args, pool);
 }
 
 }  // namespace

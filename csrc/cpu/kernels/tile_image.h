@@ -28,13 +28,6 @@ inline const char* why_tiles_are_slower() {
 #endif
 }
 
-// Of a wide convolution by tiles, with `width` outputs to a row.
-inline const char* why_wide_tiles_are_slower(int64_t in_channels, int64_t width) {
-  const bool empty = 4 * width < 3 * round_up(width, kTileRows);
-  return in_channels > kTileDepth && empty ? "rows fill less than three quarters of its tiles"
-                                           : nullptr;
-}
-
 // `width` pixels of 2 to 4 planes side by side: two pixels are one 32-bit element of a vector, or
 // half of two. to: [width][4], or [2] where there are two planes.
 FUSEDCNN_INLINE void interleave_planes(const uint16_t* from, int64_t plane, int64_t planes,
