@@ -197,6 +197,32 @@ def test_library_records_no_graph():
     assert torch.is_grad_enabled()
 
 
+WIDE = [((4, 64, 15, 17), (40, 64, 5, 5)), ((3, 256, 9, 9), (64, 256, 3, 3))]
+
+
+@pytest.mark.parametrize(("image", "kernel"), WIDE)
+@pytest.mark.usefixtures("restore_threads")
+def test_library_depends_on_neither_threads_nor_batch(image, kernel):
+    input, weight = torch.randn(image), torch.randn(kernel)
+    with _ops.force(kernel="library"):
+        torch.set_num_threads(1)
+        one = conv_relu_max_pool2d(input, weight)
+        torch.set_num_threads(3)
+        assert_equal(conv_relu_max_pool2d(input, weight), one)
+        apart = [conv_relu_max_pool2d(part, weight) for part in input.split(1)]
+    assert_equal(torch.cat(apart), one)
+
+
+def test_library_under_autocast():
+    """The operator computes in the type that it is given."""
+    input, weight = torch.randint(-2, 3, (8, 256, 16, 16)).float(), torch.ones(64, 256, 3, 3)
+    geometry = pack_geometry((3, 3))
+    with _ops.force(kernel="library"):
+        expected = _ops.forward_op(input, weight, None, geometry, True)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_equal(_ops.forward_op(input, weight, None, geometry, True), expected)
+
+
 # The stock convolution's output, 270 MB, does not fit into what is left; the pooled one does.
 WITHOUT_MEMORY = """
 import resource, sys, torch
