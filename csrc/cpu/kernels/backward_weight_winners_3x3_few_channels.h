@@ -120,9 +120,11 @@ struct Patches {
                                     float* to) {
     for (int64_t y = 0; y < 2 * rows + 1; ++y, plane += cols) {
       for (int64_t x = 0; x < 2 * windows + 1; ++x, to += 4) {
-        const __m128d upper = _mm_load_sd(reinterpret_cast<const double*>(plane + x));
-        const __m128d both = _mm_loadh_pd(upper, reinterpret_cast<const double*>(plane + x + cols));
-        _mm_storeu_ps(to, _mm_castpd_ps(both));
+        const auto two = [](const float* from) {
+          return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+        };
+        const __m128i both = _mm_unpacklo_epi64(two(plane + x), two(plane + x + cols));
+        _mm_storeu_ps(to, _mm_castsi128_ps(both));
       }
     }
   }
