@@ -145,6 +145,7 @@ struct TileGradWeight {
   // Adds the images [begin, end) to the sums of the output channels from `first` on, `count` of
   // them in whole tiles. Returns whether all operands were finite.
   bool add_images(int64_t begin, int64_t end, int64_t first, int64_t count, float* sums) const {
+    if (begin == end) return true;  // an empty batch
     const int64_t some = smaller(count, g.out_channels - first);
     const int64_t chunks = pixels / kTileDepth, plane_size = row_tiles * kTileRows * plane;
     const int64_t most = smaller(together(), end - begin);
