@@ -31,7 +31,7 @@ Machine look() {
   if (!__builtin_cpu_supports("avx512bw") || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return {};
   if (a >= 1) __get_cpuid_count(7, 1, &a1, &unused, &unused, &unused);
   const bool tiles = bit(d, 22) && bit(d, 24);  // AMX-BF16 and AMX-TILE
-  return {bit(a1, 5), bit(d, 23), tiles && tiles_granted()};
+  return {bit(a1, 5), tiles && tiles_granted()};
 }
 
 #else

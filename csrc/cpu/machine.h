@@ -1,13 +1,11 @@
-// What this machine can do beyond the ISAs: what the stock layers' library uses, and what kernels
-// may be compiled for.
+// What this machine can do beyond the ISAs.
 #pragma once
 
 namespace fusedcnn::cpu {
 
 struct Machine {
   bool avx512_bf16;  // vdpbf16ps
-  bool avx512_fp16;
-  bool amx_bf16;  // tiles of bfloat16, which the operating system lets this process use
+  bool amx_bf16;     // tiles of bfloat16, which the operating system lets this process use
 };
 
 const Machine& machine();

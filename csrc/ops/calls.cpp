@@ -33,6 +33,10 @@ Geometry check_forward(const Tensor& input, const Tensor& weight, const std::opt
   return g;
 }
 
+Problem problem_of(const Geometry& g, DataType type, bool wide_code, const Strides& input) {
+  return {g, type, wide_code, input.c == 1 && g.in_channels > 1};
+}
+
 ForwardCall forward_call(const Geometry& g, const Tensor& input, const Tensor& weight,
                          const std::optional<Tensor>& bias, bool with_code) {
   const bool batched = input.dim() == 4;

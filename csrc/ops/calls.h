@@ -16,6 +16,9 @@ Geometry check_forward(const torch::stable::Tensor& input, const torch::stable::
                        const std::optional<torch::stable::Tensor>& bias,
                        const std::vector<int64_t>& packed);
 
+// What selection sees of a call; input: its strides.
+Problem problem_of(const Geometry& g, DataType type, bool wide_code, const Strides& input);
+
 struct ForwardCall {
   ForwardArgs args;
   torch::stable::Tensor output;  // [N, OC, OH, OW]

@@ -23,7 +23,7 @@ std::string explanation(const VerdictsOf& verdicts_of) {
   return text;
 }
 
-// "bfloat16 [64, 3, 32, 32] x [16, 3, 3, 3], stride 1, 1, ...": tells problems apart.
+// "bfloat16 [64, 3, 32, 32] x [16, 3, 3, 3], pool 2, 2, ...": tells problems apart.
 std::string description(const Problem& problem);
 
 // Whether FUSEDCNN_LOG=debug was in the environment when this library was loaded.

@@ -74,10 +74,6 @@ void with_memory(const Body& body) {
   }
 }
 
-Problem problem_of(const Geometry& g, DataType type, bool wide_code, const Strides& input) {
-  return {g, type, wide_code, input.c == 1 && g.in_channels > 1};
-}
-
 // The kernel that is to compute the pass. run(kernel) does so, as often as measuring asks for.
 template <typename Run>
 const cpu::Kernel& choose(Pass pass, const Problem& problem, const Run& run) {

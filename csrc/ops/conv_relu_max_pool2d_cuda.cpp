@@ -47,10 +47,6 @@ void check_coordinates(const Geometry& g) {
   }
 }
 
-Problem problem_of(const Geometry& g, DataType type, bool wide_code, const Strides& input) {
-  return {g, type, wide_code, input.c == 1 && g.in_channels > 1};
-}
-
 // One call's device, stream and working memory.
 class Session {
  public:
