@@ -7,7 +7,7 @@
 // With few input channels, copies of their planes that begin one row of taps further down make up
 // the 16: then a tile holds the taps of a column.
 //
-// A task owns the sums of a run of images, and with few images 32 of the output channels:
+// A task owns the sums of a run of images, and with few such runs a part of the output channels:
 //   X  [16 channels' planes][plane]
 //   G  [pixels][out channels]           the convolution's gradient
 #pragma once
