@@ -8,6 +8,12 @@
 
 namespace fusedcnn {
 
+// Of one channel's convolution outputs, or of a part of them: how many, their mean, and the sum of
+// their squared distances from it. Parts are put together in order, in double.
+struct Moments {
+  double count, mean, squares;
+};
+
 // Pointers are to elements of `type`, except the code's. Tensors have the sizes of the geometry:
 // input [N, C, H, W], weight [OC, C/groups, KH, KW], bias [OC], output, grad_output and code
 // [N, OC, OH, OW]. `wide_code`: the code's elements are int32 instead of uint8. `plane`: for
@@ -29,6 +35,12 @@ struct ForwardArgs {
   Strides output_strides;
   const void* plane;
   bool plane_channels_last;
+  // Batch normalisation's half of a forward, where relu is false: a window's maximum is the output
+  // as it is, and codes are off only in windows without elements.
+  bool relu = true;
+  // Null, or where the kernel writes the moments of all convolution outputs, those that no window
+  // sees too: [moment_slots][OC].
+  Moments* moments = nullptr;
 };
 
 // Any of the three gradients may be null: not wanted. Each is overwritten, not added to.
@@ -51,6 +63,9 @@ struct BackwardArgs {
   void* grad_bias;  // contiguous
   void* plane;
   bool plane_channels_last;
+  // Adds to grad_weight, which is float (or double) and contiguous, instead of overwriting it; for
+  // kernels that say that they can.
+  bool accumulate = false;
 };
 
 // What selection may look at: enough to decide, nothing that changes from call to call.
@@ -59,6 +74,11 @@ struct Problem {
   DataType type;
   bool wide_code;
   bool channels_last = false;  // the channels of one of input's pixels lie side by side
+  bool relu = true;            // see ForwardArgs
+  bool moments = false;        // whether they are wanted
+  // A convolution's own backward: the pool is 1x1, and every output has a gradient. Its code is one
+  // byte of 0 with strides of 0, and grad_output [N, conv h, conv w, OC] without gaps.
+  bool dense = false;
 };
 
 enum class Pass : int { kForward, kGradWeight, kGradInput };

@@ -63,6 +63,13 @@ struct Kernel {
   bool library = false;
   // Null, or why another kernel would be faster: holds only where no kernel is forced.
   const char* (*why_slower)(const Problem& problem) = nullptr;
+  // Whether a forward kernel can leave ReLU out.
+  bool without_relu = false;
+  // Null, or into how many parts a forward kernel that writes moments splits the batch. A function
+  // of the problem alone.
+  int64_t (*moment_slots)(const Problem& problem) = nullptr;
+  // Whether a grad_weight kernel can add to what is there: see BackwardArgs.
+  bool accumulates = false;
 };
 
 // Dense images [channels][pixels], which become [pixels][channels].

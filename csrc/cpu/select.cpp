@@ -126,11 +126,20 @@ const char* last_chosen(Pass pass) {
 
 namespace {
 
+// Why a kernel cannot compute the problem, or null.
+const char* why_never(const Kernel& kernel, const Problem& problem) {
+  if (kernel.pass == Pass::kForward) {
+    if (!problem.relu && !kernel.without_relu) return "only with ReLU";
+    if (problem.moments && !kernel.moment_slots) return "without statistics";
+  }
+  return kernel.why_not(problem);
+}
+
 // Why a kernel does not serve, as far as switches and forced choices let it; null where it does.
 auto why_not(const Problem& problem, const char* forced) {
   return [&problem, forced](const Kernel& kernel) {
     if (kernel.winograd && !forced && !winograd_allowed()) return "Winograd is switched off";
-    const char* const because = kernel.why_not(problem);
+    const char* const because = why_never(kernel, problem);
     return because || forced || !kernel.why_slower ? because : kernel.why_slower(problem);
   };
 }
@@ -162,7 +171,9 @@ std::vector<const Kernel*> candidates(Pass pass, const Problem& problem) {
     for (int i = 0; i < isa->list.count; ++i) {
       const Kernel& kernel = isa->list.kernels[i];
       const bool ruled_out = kernel.winograd && !winograd_allowed();
-      if (kernel.pass == pass && !ruled_out && !kernel.why_not(problem)) kernels.push_back(&kernel);
+      if (kernel.pass == pass && !ruled_out && !why_never(kernel, problem)) {
+        kernels.push_back(&kernel);
+      }
     }
   }
   return kernels;

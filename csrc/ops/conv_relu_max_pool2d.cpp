@@ -183,6 +183,17 @@ STABLE_TORCH_LIBRARY(fusedcnn, m) {
   m.def(
       "conv_relu_max_pool2d_backward(Tensor grad_output, Tensor input, Tensor weight, "
       "Tensor code, int[] geometry, int output_mask) -> (Tensor, Tensor, Tensor)");
+  // mean, var: of each channel of the convolution without its bias, float32 (or float64), var with
+  // the divisor N. extremum: of each window, the output that its maximum comes from, without bias.
+  m.def(
+      "conv_batch_norm_relu_max_pool2d(Tensor input, Tensor weight, Tensor? bias, "
+      "Tensor? bn_weight, Tensor? bn_bias, int[] geometry, float eps, bool with_code) -> "
+      "(Tensor output, Tensor code, Tensor extremum, Tensor mean, Tensor var)");
+  m.def(
+      "conv_batch_norm_relu_max_pool2d_backward(Tensor grad_output, Tensor input, Tensor weight, "
+      "Tensor? bn_weight, Tensor code, Tensor extremum, Tensor mean, Tensor var, int[] geometry, "
+      "float eps, int output_mask) -> (Tensor grad_input, Tensor grad_weight, "
+      "Tensor grad_bn_weight, Tensor grad_bn_bias)");
   m.def("explain(Tensor input, Tensor weight, Tensor? bias, int[] geometry) -> str");
 }
 
