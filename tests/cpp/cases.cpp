@@ -89,6 +89,7 @@ std::vector<Case> all_cases() {
       make("one_channel", {2, 1, 33}, {6}, {10}),
       make("wide_pooled_map", {1, 2, 17}, {11}, {30}),
       make("many_channels", {1, 33, 31}, {6}, {7}),
+      make("channels31", {1, 31, 36}, {6}, {9}),
       make("channels64", {1, 64, 48}, {8}, {8}),
       both("channels15", {1, 15, 31}, 17, 16, {.padding = 0}, true),
       make("channels8", {1, 8, 16}, {17}, {31}, true),
