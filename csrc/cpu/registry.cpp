@@ -1,6 +1,11 @@
 // All CPU kernels of one ISA. Compiled once per ISA, with FUSEDCNN_ISA naming its namespace.
+#include "cpu/batch_norm_passes.h"
 #include "cpu/kernel.h"
 #include "cpu/kernels/backward_general.h"
+#include "cpu/kernels/batch_norm_channels.h"
+#include "cpu/kernels/batch_norm_gradient.h"
+#include "cpu/kernels/batch_norm_pool.h"
+#include "cpu/kernels/batch_norm_pooled.h"
 #include "cpu/kernels/channels_last.h"
 #include "cpu/kernels/forward_direct.h"
 #include "cpu/kernels/forward_general.h"
@@ -50,8 +55,10 @@ const KernelList& kernels() {
       {"general", Pass::kGradInput, true, 2, false, why_not_backward_general, nullptr,
        grad_input_general},
   };
+  static constexpr NormPasses norm = {norm_pool, norm_output, norm_sums, norm_gradient,
+                                      norm_load, norm_store,  norm_add,  norm_weight};
   static constexpr KernelList result = {list, sizeof list / sizeof *list, to_channels_last,
-                                        multiply_add_rate};
+                                        multiply_add_rate, &norm};
   return result;
 }
 
