@@ -1,6 +1,7 @@
 // All CPU kernels of one ISA. Compiled once per ISA, with FUSEDCNN_ISA naming its namespace.
 #include "cpu/kernel.h"
 #include "cpu/kernels/backward_general.h"
+#include "cpu/kernels/backward_weight_dense.h"
 #include "cpu/kernels/channels_last.h"
 #include "cpu/kernels/forward_direct.h"
 #include "cpu/kernels/forward_general.h"
@@ -41,6 +42,8 @@ const KernelList& kernels() {
       {"winners_3x3", Pass::kGradWeight, true, 2, false, why_not_grad_weight_winners_3x3, nullptr,
        grad_weight_winners_3x3},
 #endif
+      {"dense", Pass::kGradWeight, true, 2, false, why_not_grad_weight_dense, nullptr,
+       grad_weight_dense, false, nullptr, false, nullptr, true},
       {"general", Pass::kGradWeight, true, 2, false, why_not_backward_general, nullptr,
        grad_weight_general},
 #if defined(__AVX2__)
