@@ -25,7 +25,8 @@ namespace fusedcnn::cpu::FUSEDCNN_ISA {
 const KernelList& kernels();
 
 const KernelList& kernels() {
-  // name, pass, exact, error, winograd, why_not, forward, backward, library, why_slower
+  // name, pass, exact, error, winograd, why_not, forward, backward, library, why_slower,
+  // without_relu
   static constexpr Kernel list[] = {
       {"library", Pass::kForward, true, 2, false, why_not_library, forward_library, nullptr, true,
        library_is_slower},
@@ -35,9 +36,10 @@ const KernelList& kernels() {
        nullptr},
       {"winograd_f2x2", Pass::kForward, true, 2, true, why_not_winograd_f2x2, forward_winograd_f2x2,
        nullptr},
-      {"direct", Pass::kForward, true, 2, false, why_not_direct, forward_direct, nullptr},
-      {"general", Pass::kForward, true, 2, false, why_not_forward_general, forward_general,
-       nullptr},
+      {"direct", Pass::kForward, true, 2, false, why_not_direct, forward_direct, nullptr, false,
+       nullptr, /*without_relu=*/true},
+      {"general", Pass::kForward, true, 2, false, why_not_forward_general, forward_general, nullptr,
+       false, nullptr, /*without_relu=*/true},
 #if defined(__AVX2__)
       {"winners_3x3", Pass::kGradWeight, true, 2, false, why_not_grad_weight_winners_3x3, nullptr,
        grad_weight_winners_3x3},
