@@ -2,6 +2,7 @@
 #include "cpu/batch_norm_passes.h"
 #include "cpu/kernel.h"
 #include "cpu/kernels/backward_general.h"
+#include "cpu/kernels/backward_weight_dense.h"
 #include "cpu/kernels/batch_norm_channels.h"
 #include "cpu/kernels/batch_norm_gradient.h"
 #include "cpu/kernels/batch_norm_pool.h"
@@ -48,6 +49,8 @@ const KernelList& kernels() {
       {"winners_3x3", Pass::kGradWeight, true, 2, false, why_not_grad_weight_winners_3x3, nullptr,
        grad_weight_winners_3x3},
 #endif
+      {"dense", Pass::kGradWeight, true, 2, false, why_not_grad_weight_dense, nullptr,
+       grad_weight_dense, false, nullptr, false, nullptr, true},
       {"general", Pass::kGradWeight, true, 2, false, why_not_backward_general, nullptr,
        grad_weight_general},
 #if defined(__AVX2__)
