@@ -214,10 +214,7 @@ def _check_norm(
             )
         if dtype is None:
             dtype = tensor.dtype
-            wide = sums_dtype(input.dtype) if input.is_floating_point() else input.dtype
-            if dtype != input.dtype and dtype != wide:
-                like = f"{input.dtype}" if wide == input.dtype else f"{input.dtype} or {wide}"
-                raise RuntimeError(f"{name}: expected dtype {like} for this input, got {dtype}")
+            _check_dtype(name, dtype, input.dtype)
         elif tensor.dtype != dtype:
             raise RuntimeError(
                 f"{name}: expected dtype {dtype} like the normalisation's other tensors, got "
@@ -227,6 +224,13 @@ def _check_norm(
             raise RuntimeError(f"{name}: expected a Tensor that requires no gradient")
         if statistic and training:
             _check_writable(name, tensor)
+
+
+def _check_dtype(argument: str, dtype: torch.dtype, inputs: torch.dtype) -> None:
+    # Of an input of integers, or a quantized one, the operators have something to say.
+    if dtype != inputs and inputs.is_floating_point and dtype != sums_dtype(inputs):
+        allowed = " or ".join(map(str, dict.fromkeys((inputs, sums_dtype(inputs)))))
+        raise RuntimeError(f"{argument}: expected dtype {allowed} for this input, got {dtype}")
 
 
 def _check_writable(argument: str, tensor: Tensor) -> None:
