@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from fusedcnn import _stock
-from fusedcnn._derivatives import _winners, conv_backward
+from fusedcnn._derivatives import winners, conv_backward
 from fusedcnn._geometry import Geometry, padding_of, pool_of, sums_dtype
 from fusedcnn._ops import GRAD_BATCH_NORM, GRAD_INPUT, GRAD_WEIGHT
 from fusedcnn._registrations import _code
@@ -33,11 +33,12 @@ def forward(
     beta = torch.zeros_like(gamma) if bn_bias is None else bn_bias.to(wide)
     var, mean = torch.var_mean(plane, (0, 2, 3), correction=0)
     signed = plane * gamma.sign().view(-1, 1, 1)
-    _, index = torch.ops.aten.max_pool2d_with_indices(signed, *pool_of(g))
+    pooled, index = torch.ops.aten.max_pool2d_with_indices(signed, *pool_of(g))
+    index = torch.where(pooled == -torch.inf, 0, index)  # a window without elements
     extremum = plane.flatten(2).gather(2, index.flatten(2)).view(index.shape).to(dtype)
     scale = (gamma / (var + eps).sqrt()).view(-1, 1, 1)
     output = F.relu((extremum.to(wide) - mean.view(-1, 1, 1)) * scale + beta.view(-1, 1, 1))
-    output = output.to(dtype)
+    output = torch.where(pooled == -torch.inf, pooled, output).to(dtype)
     code = _code(output, index, plane.shape[-1], g)
     like = torch.channels_last if _is_channels_last(input) else torch.contiguous_format
     output, code, extremum = (t.contiguous(memory_format=like) for t in (output, code, extremum))
@@ -63,16 +64,16 @@ def backward(
     g = Geometry(*geometry)
     dtype, wide = input.dtype, sums_dtype(input.dtype)
     y = _stock.conv(input.to(wide), weight.to(wide), None, g)
-    live, index = _winners(code, y.shape[-1], g)
+    live, index = winners(code, y.shape[-1], g)
     grad = torch.where(live, grad_output.to(wide), 0)
     invstd = (var + eps).rsqrt()
     normal = (extremum.to(wide) - mean.view(-1, 1, 1)) * invstd.view(-1, 1, 1)
     grad_bn_bias = grad.sum((0, 2, 3))
     grad_bn_weight = torch.where(live, grad * normal, 0).sum((0, 2, 3))
     scale = invstd if bn_weight is None else bn_weight.to(wide) * invstd
-    winners = torch.zeros_like(y).flatten(2).scatter_add(2, index.flatten(2), grad.flatten(2))
+    grad_y = torch.zeros_like(y).flatten(2).scatter_add(2, index.flatten(2), grad.flatten(2))
     count = y.numel() // y.shape[1]
-    grad_y = winners.view_as(y) - (grad_bn_bias / count).view(-1, 1, 1)
+    grad_y = grad_y.view_as(y) - (grad_bn_bias / count).view(-1, 1, 1)
     slope = (grad_bn_weight * invstd / count).view(-1, 1, 1)
     grad_y = (grad_y - (y - mean.view(-1, 1, 1)) * slope) * scale.view(-1, 1, 1)
     padded = F.pad(input.to(wide), padding_of(g))

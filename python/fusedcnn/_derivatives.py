@@ -52,7 +52,7 @@ torch.library.register_autograd(
 )
 
 
-def _winners(code: Tensor, conv_w: int, g: Geometry) -> tuple[Tensor, Tensor]:
+def winners(code: Tensor, conv_w: int, g: Geometry) -> tuple[Tensor, Tensor]:
     """Where gradient flows, and the winner's index into its plane; 0 where none flows."""
     live = code != off(code.dtype)
     element = torch.where(live, code, 0).long()
@@ -80,7 +80,7 @@ def dense_backward(
     n, out_channels = grad_output.shape[:2]
     padded = F.pad(input, padding_of(g))
     conv_h, conv_w = plane_sizes(g, padded.shape[2:], weight.shape[2:])
-    live, index = _winners(code, conv_w, g)
+    live, index = winners(code, conv_w, g)
     flat = grad_output.new_zeros(n, out_channels, conv_h * conv_w)
     flat = flat.scatter_add(2, index.flatten(2), torch.where(live, grad_output, 0).flatten(2))
     grad_input, *others = conv_backward(
@@ -229,10 +229,10 @@ def dense_bn_backward(
         t if t.requires_grad else t.detach().requires_grad_() for t in (input, weight, bn_weight)
     ]
     plane = _stock.conv(*leaves[:2], None, g)
-    live, index = _winners(code, plane.shape[-1], g)
+    live, index = winners(code, plane.shape[-1], g)
     plane = F.batch_norm(plane, None, None, leaves[2], bn_bias, training=True, eps=eps)
-    winners = plane.flatten(2).gather(2, index.flatten(2)).view(index.shape)
-    output = torch.where(live, winners, 0)
+    output = plane.flatten(2).gather(2, index.flatten(2)).view(index.shape)
+    output = torch.where(live, output, 0)
     return torch.autograd.grad(output, (*leaves, bn_bias), grad_output, create_graph=True)
 
 

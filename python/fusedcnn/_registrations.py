@@ -69,8 +69,10 @@ def _bn_decomposed(
     output, index = torch.ops.aten.max_pool2d_with_indices(normal, *pool_of(g))
     if not with_code:
         return output, output.new_empty(0, dtype=code_dtype(g)), output.new_empty(0), mean, var
+    code = _code(output, index, plane.shape[-1], g)
+    index = torch.where(output <= 0, 0, index)  # elsewhere nobody reads the extremum
     extremum = plane.flatten(2).gather(2, index.flatten(2)).view(index.shape)
-    return output, _code(output, index, plane.shape[-1], g), extremum, mean, var
+    return output, code, extremum, mean, var
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:
