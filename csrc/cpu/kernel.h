@@ -80,6 +80,8 @@ struct TransposeArgs {
   void* to;
 };
 
+struct NormPasses;  // batch_norm_passes.h
+
 struct KernelList {
   const Kernel* kernels;  // in order of preference, within each pass
   int count;
@@ -87,6 +89,8 @@ struct KernelList {
   // Billions of float32 operations a second that one core of this ISA can do in multiply-adds: the
   // yardstick of the benchmarks. Runs for about `seconds`.
   double (*multiply_add_rate)(double seconds);
+  // What stands around the convolutions of a block with batch normalisation.
+  const NormPasses* norm;
 };
 
 }  // namespace fusedcnn::cpu

@@ -1,6 +1,12 @@
 // All CPU kernels of one ISA. Compiled once per ISA, with FUSEDCNN_ISA naming its namespace.
+#include "cpu/batch_norm_passes.h"
 #include "cpu/kernel.h"
 #include "cpu/kernels/backward_general.h"
+#include "cpu/kernels/backward_weight_dense.h"
+#include "cpu/kernels/batch_norm_channels.h"
+#include "cpu/kernels/batch_norm_gradient.h"
+#include "cpu/kernels/batch_norm_pool.h"
+#include "cpu/kernels/batch_norm_pooled.h"
 #include "cpu/kernels/channels_last.h"
 #include "cpu/kernels/forward_direct.h"
 #include "cpu/kernels/forward_general.h"
@@ -24,7 +30,8 @@ namespace fusedcnn::cpu::FUSEDCNN_ISA {
 const KernelList& kernels();
 
 const KernelList& kernels() {
-  // name, pass, exact, error, winograd, why_not, forward, backward, library, why_slower
+  // name, pass, exact, error, winograd, why_not, forward, backward, library, why_slower,
+  // without_relu
   static constexpr Kernel list[] = {
       {"library", Pass::kForward, true, 2, false, why_not_library, forward_library, nullptr, true,
        library_is_slower},
@@ -34,13 +41,16 @@ const KernelList& kernels() {
        nullptr},
       {"winograd_f2x2", Pass::kForward, true, 2, true, why_not_winograd_f2x2, forward_winograd_f2x2,
        nullptr},
-      {"direct", Pass::kForward, true, 2, false, why_not_direct, forward_direct, nullptr},
-      {"general", Pass::kForward, true, 2, false, why_not_forward_general, forward_general,
-       nullptr},
+      {"direct", Pass::kForward, true, 2, false, why_not_direct, forward_direct, nullptr, false,
+       nullptr, /*without_relu=*/true},
+      {"general", Pass::kForward, true, 2, false, why_not_forward_general, forward_general, nullptr,
+       false, nullptr, /*without_relu=*/true},
 #if defined(__AVX2__)
       {"winners_3x3", Pass::kGradWeight, true, 2, false, why_not_grad_weight_winners_3x3, nullptr,
        grad_weight_winners_3x3},
 #endif
+      {"dense", Pass::kGradWeight, true, 2, false, why_not_grad_weight_dense, nullptr,
+       grad_weight_dense, false, nullptr, false, nullptr, true},
       {"general", Pass::kGradWeight, true, 2, false, why_not_backward_general, nullptr,
        grad_weight_general},
 #if defined(__AVX2__)
@@ -50,8 +60,10 @@ const KernelList& kernels() {
       {"general", Pass::kGradInput, true, 2, false, why_not_backward_general, nullptr,
        grad_input_general},
   };
+  static constexpr NormPasses norm = {norm_pool, norm_output, norm_sums, norm_gradient,
+                                      norm_load, norm_store,  norm_add,  norm_weight};
   static constexpr KernelList result = {list, sizeof list / sizeof *list, to_channels_last,
-                                        multiply_add_rate};
+                                        multiply_add_rate, &norm};
   return result;
 }
 

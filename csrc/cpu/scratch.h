@@ -15,6 +15,11 @@ enum class Slot : int {
   kPartials,
   kWeights,
   kTransformed,
+  // Not for kernels: batch_norm.cpp, which calls them.
+  kNormPlane,
+  kNormChannels,
+  kNormWeights,
+  kNormSums,
   kCount
 };
 

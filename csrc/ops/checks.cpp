@@ -2,6 +2,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -82,6 +83,13 @@ std::string device_text(const Tensor& tensor) {
          std::to_string(device.index);
 }
 
+void check_on_device_of(const Tensor& input, const char* argument, const Tensor& tensor) {
+  check_defined(argument, tensor);
+  if (same_device(tensor, input)) return;
+  fail(argument, ": expected a tensor on ", device_text(input), " like input, got one on ",
+       device_text(tensor));
+}
+
 // Dense, on the device of `like`.
 Tensor empty_strided(int64_t rank, const int64_t* sizes, const int64_t* strides, ScalarType type,
                      const Tensor& like) {
@@ -145,12 +153,19 @@ bool same_device(const Tensor& a, const Tensor& b) {
   return first.type == second.type && first.index == second.index;
 }
 
-void check_like_input(const char* argument, const Tensor& tensor, const Tensor& input) {
-  check_defined(argument, tensor);
-  if (!same_device(tensor, input)) {
-    fail(argument, ": expected a tensor on ", device_text(input), " like input, got one on ",
-         device_text(tensor));
+void check_tensor(const char* argument, const Tensor& tensor, const Tensor& input,
+                  std::initializer_list<ScalarType> types) {
+  check_on_device_of(input, argument, tensor);
+  std::string expected;
+  for (const ScalarType type : types) {
+    if (tensor.scalar_type() == type) return;
+    expected += (expected.empty() ? "" : " or ") + std::string(type_text(type));
   }
+  fail(argument, ": expected ", expected, ", got ", type_text(tensor.scalar_type()));
+}
+
+void check_like_input(const char* argument, const Tensor& tensor, const Tensor& input) {
+  check_on_device_of(input, argument, tensor);
   if (tensor.scalar_type() != input.scalar_type()) {
     fail(argument, ": expected ", type_text(input.scalar_type()), " like input, got ",
          type_text(tensor.scalar_type()));
@@ -218,6 +233,11 @@ Tensor empty_image(const Tensor& like, bool batched, int64_t n, int64_t c, int64
   const int64_t last[] = {c * h * w, 1, w * c, c};
   const int skip = batched ? 0 : 1;
   return empty_strided(4 - skip, sizes + skip, (channels_last ? last : contiguous) + skip, type,
+                       like);
+}
+
+Tensor empty_twin(const Tensor& like) {
+  return empty_strided(like.dim(), like.sizes().data(), like.strides().data(), like.scalar_type(),
                        like);
 }
 

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -20,6 +21,11 @@ Geometry check_geometry(const torch::stable::Tensor& input, const torch::stable:
 DataType check_type(const torch::stable::Tensor& input);
 
 bool same_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b);
+
+// Throws unless `tensor` is on the device of `input` and of one of the types.
+void check_tensor(const char* argument, const torch::stable::Tensor& tensor,
+                  const torch::stable::Tensor& input,
+                  std::initializer_list<torch::headeronly::ScalarType> types);
 
 // Throws unless `tensor` is on the device of `input` and of the same type.
 void check_like_input(const char* argument, const torch::stable::Tensor& tensor,
@@ -48,6 +54,9 @@ std::string out_of_memory_text(int64_t bytes);
 torch::stable::Tensor empty_image(const torch::stable::Tensor& like, bool batched, int64_t n,
                                   int64_t c, int64_t h, int64_t w,
                                   torch::headeronly::ScalarType type, bool channels_last);
+
+// An uninitialised tensor with device, type, sizes and strides of `like`, which is dense.
+torch::stable::Tensor empty_twin(const torch::stable::Tensor& like);
 
 // An uninitialised contiguous tensor of one dimension on the device of `like`.
 torch::stable::Tensor empty_vector(const torch::stable::Tensor& like, int64_t size,

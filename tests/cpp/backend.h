@@ -23,6 +23,7 @@ struct TestedKernel {
   bool tf32 = false;   // rounds float32 operands to tf32
   // Of a library kernel: the convolution output that it pools, of a sum and its bias.
   std::function<double(fusedcnn::DataType, double sum, double bias)> stored = {};
+  bool without_relu = false;  // a forward that can leave ReLU out
 };
 
 struct Backend {

@@ -35,7 +35,9 @@ Shape output_shape(const Geometry& g) { return {g.batch, g.out_channels, g.h.out
 
 bool run_forward(const Call& call, const Operands& operands, Forward* result,
                  const std::string& what, bool want_code) {
-  const auto& [g, type, wide, pixels_first] = call.problem;
+  const Geometry& g = call.problem.geometry;
+  const fusedcnn::DataType type = call.problem.type;
+  const bool wide = call.problem.wide_code;
   const auto place = [&](Shape shape) { return strides_for(call.layout, shape); };
   const Tensor input = tensor_of(type, input_shape(g), place(input_shape(g)), operands.input);
   const Tensor weight = tensor_of(type, weight_shape(g), place(weight_shape(g)), operands.weight);
@@ -56,6 +58,7 @@ bool run_forward(const Call& call, const Operands& operands, Forward* result,
   args.geometry = g;
   args.type = type;
   args.wide_code = wide;
+  args.relu = call.problem.relu;
   args.input = input.data();
   args.input_strides = input.strides();
   args.weight = weight.data();
@@ -75,7 +78,9 @@ bool run_forward(const Call& call, const Operands& operands, Forward* result,
 
 bool run_backward(const Call& call, const Operands& operands, const std::vector<int32_t>& codes,
                   Gradients* result, const std::string& what, bool want_weight, bool want_bias) {
-  const auto& [g, type, wide, pixels_first] = call.problem;
+  const Geometry& g = call.problem.geometry;
+  const fusedcnn::DataType type = call.problem.type;
+  const bool wide = call.problem.wide_code;
   const bool weight_pass = call.kernel->pass == Pass::kGradWeight;
   const auto place = [&](Shape shape) { return strides_for(call.layout, shape); };
   const Tensor grad_output =
@@ -83,7 +88,7 @@ bool run_backward(const Call& call, const Operands& operands, const std::vector<
   const Tensor code = codes_of(wide, output_shape(g), place(output_shape(g)), codes);
   const Tensor input = tensor_of(type, input_shape(g), place(input_shape(g)), operands.input);
   const Tensor weight = tensor_of(type, weight_shape(g), place(weight_shape(g)), operands.weight);
-  const auto fresh = [type = type](Shape shape, Strides strides) {
+  const auto fresh = [type](Shape shape, Strides strides) {
     return Tensor(shape, strides, element_size(type), signalling_nan(type));
   };
   Tensor grad_input = fresh(input_shape(g), place(input_shape(g)));

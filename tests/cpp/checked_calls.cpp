@@ -59,8 +59,9 @@ void check_rounded(const Problem& problem, const Operands& operands, const Forwa
     // Where both are off, or name the same element, there is nothing to choose.
     bool winner = got.code[i] == want.code[i];
     if (!winner && std::isfinite(best)) {
-      const double named =
-          got.code[i] < 0 ? 0 : window_element(problem.geometry, operands, i, got.code[i]);
+      const double named = got.code[i] < 0 && problem.relu
+                               ? 0
+                               : window_element(problem.geometry, operands, i, got.code[i]);
       winner = std::fabs(named - best) <= allowed;
     }
     if (close && winner) continue;
@@ -74,7 +75,8 @@ void check_rounded(const Problem& problem, const Operands& operands, const Forwa
 std::string describe(const Backend& backend, const Call& call, const std::string& data) {
   return backend.name + " " + name(call.kernel->pass) + " " + call.kernel->name + " " +
          name(call.problem.type) + (call.problem.wide_code ? " int32 code " : " byte code ") +
-         name(call.layout) + ", " + backend.ways[call.way] + ", " + data;
+         (call.problem.relu ? "" : "without ReLU ") + name(call.layout) + ", " +
+         backend.ways[call.way] + ", " + data;
 }
 
 void check_call(const Call& call, const Operands& operands, const Forward& want,

@@ -140,6 +140,7 @@ Backend cpu_backend(const fusedcnn::cpu::Isa& isa) {
         return rounded(type, sum + bias);
       };
     }
+    tested.without_relu = kernel.without_relu;
     if (kernel.forward) {
       tested.forward = [&kernel, plane_of](fusedcnn::ForwardArgs args, int way) {
         if (!kernel.library) return call(kernel.forward, args, way);

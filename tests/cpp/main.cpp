@@ -14,6 +14,7 @@
 #include "test_kernels.h"
 #include "test_select.h"
 #include "test_tiles.h"
+#include "test_without_relu.h"
 
 namespace {
 
@@ -88,6 +89,7 @@ int main(int count, char** arguments) {
     selftest::test_tile_products(isa);
     selftest::test_exact(backend, quick);
     selftest::test_special_values(backend);
+    selftest::test_without_relu(backend, quick);
     selftest::test_optional_arguments(backend);
     selftest::test_rounding(backend);
     selftest::test_determinism(backend);

@@ -75,7 +75,7 @@ double window_element_in_chains(const Geometry& g, const Operands& operands, int
   return total + sum;
 }
 
-Forward forward(const Geometry& g, const Operands& operands, const Stored& stored) {
+Forward forward(const Geometry& g, const Operands& operands, const Stored& stored, bool relu) {
   Operands without_bias = operands;
   without_bias.bias.clear();
   Forward result;
@@ -88,23 +88,21 @@ Forward forward(const Geometry& g, const Operands& operands, const Stored& store
     }
     for (int64_t o = 0; o < g.outputs(); ++o) {
       double best = -std::numeric_limits<double>::infinity();
-      int32_t code = -1;
-      bool empty = true;
+      int32_t code = -1;  // none yet
       for (int64_t e = 0; e < g.window(); ++e) {
         const int64_t ch = conv_place(g.h, o / g.w.out, e / g.w.pool_kernel);
         const int64_t cw = conv_place(g.w, o % g.w.out, e % g.w.pool_kernel);
         if (!inside(ch, g.h.conv) || !inside(cw, g.w.conv)) continue;
-        empty = false;
         const double value = map[ch * g.w.conv + cw];
         // The first maximum wins; a NaN beats everything, the last of several.
-        if (value > best || std::isnan(value)) {
+        if (code < 0 || value > best || std::isnan(value)) {
           best = value;
           code = static_cast<int32_t>(e);
         }
       }
-      const bool off = best <= 0;
-      // ReLU comes before the pool, so only a window without elements keeps its -infinity.
-      result.output.push_back(off && !empty ? 0 : best);
+      // ReLU comes before the pool, so a window without elements keeps its -infinity.
+      const bool off = relu && code >= 0 && best <= 0;
+      result.output.push_back(off ? 0 : best);
       result.code.push_back(off ? -1 : code);
     }
   }

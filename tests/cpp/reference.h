@@ -46,8 +46,9 @@ double window_element_in_chains(const fusedcnn::Geometry& g, const Operands& ope
 // What becomes of a convolution output before it is pooled, of its sum and its bias.
 using Stored = std::function<double(double sum, double bias)>;
 
-// `stored`: null for the sum of both, as it is.
-Forward forward(const fusedcnn::Geometry& g, const Operands& operands, const Stored& stored = {});
+// `stored`: null for the sum of both, as it is. `relu`: see fusedcnn::ForwardArgs.
+Forward forward(const fusedcnn::Geometry& g, const Operands& operands, const Stored& stored = {},
+                bool relu = true);
 
 // The gradients that flow to the winners that `code` names.
 Gradients backward(const fusedcnn::Geometry& g, const Operands& operands,

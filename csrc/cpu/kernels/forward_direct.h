@@ -21,12 +21,14 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-// Pools one output of one vector of channels: max, ReLU and code. conv: [..][conv cols][stride]
-// from convolution row `begin` on; values, codes: [lanes].
-template <typename T>
+// Pools one output of one vector of channels: max, perhaps ReLU, and code. conv: [..][conv
+// cols][stride] from convolution row `begin` on; values, codes: [lanes].
+template <bool kReLU, typename T>
 FUSEDCNN_INLINE void pool_pixel(const Geometry& g, const T* conv, int64_t stride, int64_t begin,
                                 int64_t oh, int64_t ow, T* values, uint8_t* codes) {
   FirstMaximum<T> pool;
+  // Only without ReLU does it matter what wins where all is minus infinity.
+  if (!kReLU) pool.winner = broadcast(static_cast<Int<T>>(first_element(g, oh, ow)));
   const int64_t y0 = oh * g.h.pool_stride - g.h.pool_padding;
   const int64_t x0 = ow * g.w.pool_stride - g.w.pool_padding;
   for (int64_t ph = 0; ph < g.h.pool_kernel; ++ph) {
@@ -38,7 +40,7 @@ FUSEDCNN_INLINE void pool_pixel(const Geometry& g, const T* conv, int64_t stride
       pool.see(load(conv + ((y - begin) * g.w.conv + x) * stride), ph * g.w.pool_kernel + pw);
     }
   }
-  pool.finish(values, codes);
+  pool.template finish<kReLU>(values, codes);
 }
 
 template <typename S>
@@ -64,13 +66,16 @@ void direct_band(const ForwardArgs& args, const DirectShared<Accumulator<S>>& sh
                 g.w.in, n, g.batch, (shared.padded / kN + 1) / kDirectWide * (end - begin));
   for_direct_blocks(shared, [&]<int Z>(int64_t oc) {
     direct_block<Z>(g, shared, x, end - begin, oc, conv, ahead);
-    for (int64_t q = 0; q < pixels; ++q) {
-      for (int64_t z = 0; z < Z; ++z) {
-        const int64_t at = q * shared.padded + oc + z * kN;
-        pool_pixel(g, conv + z * kN, Z * kN, begin, first_out + q / g.w.out, q % g.w.out,
-                   values + at, codes + at);
+    const auto pool_pixels = [&]<bool kReLU>() {
+      for (int64_t q = 0; q < pixels; ++q) {
+        for (int64_t z = 0; z < Z; ++z) {
+          const int64_t at = q * shared.padded + oc + z * kN;
+          pool_pixel<kReLU>(g, conv + z * kN, Z * kN, begin, first_out + q / g.w.out, q % g.w.out,
+                            values + at, codes + at);
+        }
       }
-    }
+    };
+    args.relu ? pool_pixels.template operator()<true>() : pool_pixels.template operator()<false>();
   });
   const int64_t at = n * args.output_strides.n + first_out * args.output_strides.h;
   write_strip(values, shared.padded, pixels, g.out_channels, static_cast<S*>(args.output) + at,

@@ -111,20 +111,25 @@ struct DirectLarge {
     const Geometry& g = args.geometry;
     C* codes = static_cast<C*>(scratch(Slot::kPatch, row_size * int64_t{sizeof(C)}));
     typedef C Codes __attribute__((vector_size(kN * sizeof(C))));
-    for (int64_t i = 0; i < row_size; i += kN) {
-      const Vector<T> best = load(maxima.best + i);
-      const auto off = best <= Vector<T>{};  // false for NaN, which ReLU lets through
-      store(maxima.best + i, off ? Vector<T>{} : best);
-      const Vector<Int<T>> winner =
-          off ? broadcast(static_cast<Int<T>>(kOff<C>)) : load(maxima.winner + i);
-      const Codes narrow = __builtin_convertvector(winner, Codes);
-      memcpy(codes + i, &narrow, sizeof narrow);
-    }
-    const bool empty_row = empty_window(g.h, oh);
+    const Vector<T> least = broadcast(-static_cast<T>(__builtin_inff()));
     for (int64_t ow = 0; ow < g.w.out; ++ow) {
-      if (!empty_row && !empty_window(g.w, ow)) continue;
-      for (int64_t i = 0; i < shared.padded; i += kN) {
-        store(maxima.best + ow * shared.padded + i, broadcast(-static_cast<T>(__builtin_inff())));
+      const int64_t first = first_element(g, oh, ow);
+      const Vector<Int<T>> off_code = broadcast(static_cast<Int<T>>(kOff<C>));
+      const Vector<Int<T>> first_code =
+          first < 0 ? off_code : broadcast(static_cast<Int<T>>(first));
+      for (int64_t i = ow * shared.padded; i < (ow + 1) * shared.padded; i += kN) {
+        Vector<T> best = load(maxima.best + i);
+        Vector<Int<T>> winner = load(maxima.winner + i);
+        if (args.relu) {
+          const auto off = best <= Vector<T>{};  // false for NaN, which ReLU lets through
+          winner = off ? off_code : winner;
+          if (first >= 0) best = off ? Vector<T>{} : best;
+          store(maxima.best + i, best);
+        } else {  // where nothing won, all is minus infinity
+          winner = best == least ? first_code : winner;
+        }
+        const Codes narrow = __builtin_convertvector(winner, Codes);
+        memcpy(codes + i, &narrow, sizeof narrow);
       }
     }
     const int64_t at = n * args.output_strides.n + oh * args.output_strides.h;

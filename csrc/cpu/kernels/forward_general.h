@@ -45,10 +45,11 @@ void mask_outside(const ForwardPlan& plan, const Geometry& g, int64_t first_out,
 
 // Pools one row of one output channel: max, ReLU and code of kLanes places at a time.
 // conv: the channel's scratch at the row's first place; output, code: the row in the output
-// tensors (code may be null), `stride` elements between pixels.
-template <typename S, typename C>
+// tensors (code may be null), `stride` elements between pixels. first: the codes of windows in
+// which all is minus infinity, in whole vectors; null for zeros.
+template <bool kReLU, typename S, typename C>
 void pool_row(const ForwardPlan& plan, const Geometry& g, const Accumulator<S>* conv, S* output,
-              C* code, int64_t stride) {
+              C* code, int64_t stride, const Int<Accumulator<S>>* first) {
   using T = Accumulator<S>;
   constexpr int kN = kLanes<T>;
   typedef C CodeVector __attribute__((vector_size(kN * sizeof(C))));
@@ -58,6 +59,7 @@ void pool_row(const ForwardPlan& plan, const Geometry& g, const Accumulator<S>* 
   for (int64_t k = 0; k < g.w.out; k += kN) {
     Vector<T> best = broadcast(-static_cast<T>(__builtin_inff()));
     Vector<Int<T>> winner = {};
+    if (first) winner = load(first + k);
     for (int64_t e = 0; e < window; ++e) {
       const Vector<T> value = load(conv + plan.pool_offset[e] + k);
       // The first maximum wins; NaN beats everything, a later NaN too, as in torch.
@@ -65,9 +67,11 @@ void pool_row(const ForwardPlan& plan, const Geometry& g, const Accumulator<S>* 
       best = wins ? value : best;
       winner = wins ? broadcast(static_cast<Int<T>>(e)) : winner;
     }
-    const auto off = best <= Vector<T>{};  // false for NaN, which ReLU lets through
-    best = off ? Vector<T>{} : best;
-    winner = off ? broadcast(static_cast<Int<T>>(kOff<C>)) : winner;
+    if constexpr (kReLU) {
+      const auto off = best <= Vector<T>{};  // false for NaN, which ReLU lets through
+      best = off ? Vector<T>{} : best;
+      winner = off ? broadcast(static_cast<Int<T>>(kOff<C>)) : winner;
+    }
     const CodeVector codes = __builtin_convertvector(winner, CodeVector);
     if (direct && k + kN <= g.w.out) {
       store(reinterpret_cast<T*>(output) + k, best);
@@ -89,6 +93,20 @@ void pool_row(const ForwardPlan& plan, const Geometry& g, const Accumulator<S>* 
   }
 }
 
+// For pool_row, the first elements of `rows` rows of windows that lie in the plane: [rows][pitch].
+template <typename C, typename T>
+const Int<T>* first_elements(const Geometry& g, int64_t first_out, int64_t rows, int64_t pitch) {
+  Int<T>* const first =
+      static_cast<Int<T>*>(scratch(Slot::kLists, rows * pitch * int64_t{sizeof(Int<T>)}));
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t k = 0; k < pitch; ++k) {
+      const int64_t element = first_element(g, first_out + i, smaller(k, g.w.out - 1));
+      first[i * pitch + k] = static_cast<Int<T>>(element < 0 ? kOff<C> : element);
+    }
+  }
+  return first;
+}
+
 template <typename S, typename C>
 void forward_band(const ForwardArgs& args, const ForwardShared<Accumulator<S>>& shared, int64_t n,
                   int64_t first_out) {
@@ -99,6 +117,9 @@ void forward_band(const ForwardArgs& args, const ForwardShared<Accumulator<S>>& 
   const int64_t rows = smaller(plan.band, g.h.out - first_out);
   BandScratch<T> band(plan, channels);
   const bool masked = plan.h.masked || plan.w.masked;
+  const int64_t pitch = round_up(g.w.out, kLanes<T>);
+  const Int<T>* const first =
+      masked && !args.relu ? first_elements<C, T>(g, first_out, rows, pitch) : nullptr;
   Ahead ahead = Ahead::of(static_cast<const S*>(args.input), args.input_strides, g.in_channels,
                           g.h.in, g.w.in, n, g.batch, g.groups * shared.blocks);
 
@@ -118,7 +139,13 @@ void forward_band(const ForwardArgs& args, const ForwardShared<Accumulator<S>>& 
                              (first_out + i) * args.output_strides.h;
           S* output = static_cast<S*>(args.output) + at;
           C* code = args.code ? static_cast<C*>(args.code) + at : nullptr;
-          pool_row<S, C>(plan, g, channel + i * plan.pitch, output, code, args.output_strides.w);
+          const T* const row = channel + i * plan.pitch;
+          const int64_t stride = args.output_strides.w;
+          if (!args.relu) {
+            pool_row<false>(plan, g, row, output, code, stride, first ? first + i * pitch : first);
+            continue;
+          }
+          pool_row<true>(plan, g, row, output, code, stride, first);
           if (!masked) continue;
           const bool empty_row = empty_window(g.h, first_out + i);
           for (int64_t k = 0; k < g.w.out; ++k) {

@@ -193,6 +193,14 @@ struct GeneralLarge {
       const Maxima<T> columns = maxima.at(oc * width);
       const int64_t at = n * s.n + oc * s.c + oh * s.h;
       const auto write = [&](int64_t ow, T value, Int<T> element, bool empty) {
+        if (!args.relu) {
+          // Where nothing won, all is minus infinity.
+          const bool none = value == -static_cast<T>(__builtin_inff());
+          const int64_t winner = none ? first_element(g, oh, ow) : element;
+          static_cast<S*>(args.output)[at + ow * s.w] = narrow<S>(value);
+          if (args.code) static_cast<C*>(args.code)[at + ow * s.w] = static_cast<C>(winner);
+          return;
+        }
         const bool off = value <= 0;  // false for NaN, which ReLU lets through
         static_cast<S*>(args.output)[at + ow * s.w] = narrow<S>(off && !empty ? T(0) : value);
         if (!args.code) return;

@@ -16,11 +16,11 @@ struct LaneBytesOf {
   typedef uint8_t Type __attribute__((vector_size(kLanes<T>)));
 };
 
-// The pool of one window, and then ReLU, for every lane.
+// The pool of one window, and then perhaps ReLU, for every lane.
 template <typename T>
 struct FirstMaximum {
   Vector<T> best = broadcast(-static_cast<T>(__builtin_inff()));
-  Vector<Int<T>> winner = {};
+  Vector<Int<T>> winner = {};  // where all is minus infinity
 
   // The first maximum wins; NaN beats everything, a later NaN too, as in torch.
   FUSEDCNN_INLINE void see(Vector<T> value, int64_t element) {
@@ -30,12 +30,18 @@ struct FirstMaximum {
   }
 
   // values, codes: [lanes].
+  template <bool kReLU = true>
   FUSEDCNN_INLINE void finish(T* values, uint8_t* codes) const {
-    const auto off = best <= Vector<T>{};  // false for NaN, which ReLU lets through
-    store(values, off ? Vector<T>{} : best);
+    Vector<T> value = best;
+    Vector<Int<T>> code = winner;
+    if constexpr (kReLU) {
+      const auto off = best <= Vector<T>{};  // false for NaN, which ReLU lets through
+      value = off ? Vector<T>{} : best;
+      code = off ? broadcast(static_cast<Int<T>>(kOff<uint8_t>)) : winner;
+    }
+    store(values, value);
     typedef typename LaneBytesOf<T>::Type LaneBytes;
-    const LaneBytes bytes = __builtin_convertvector(
-        off ? broadcast(static_cast<Int<T>>(kOff<uint8_t>)) : winner, LaneBytes);
+    const LaneBytes bytes = __builtin_convertvector(code, LaneBytes);
     memcpy(codes, &bytes, sizeof bytes);
   }
 };

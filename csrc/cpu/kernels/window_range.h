@@ -33,6 +33,14 @@ FUSEDCNN_INLINE bool empty_window(const Axis& axis, int64_t o) {
   return begin >= end;
 }
 
+// The first element of a window that is a convolution output, or -1.
+FUSEDCNN_INLINE int64_t first_element(const Geometry& g, int64_t oh, int64_t ow) {
+  int64_t top, bottom, left, right;
+  window_range(g.h, oh, 0, g.h.conv, top, bottom);
+  window_range(g.w, ow, 0, g.w.conv, left, right);
+  return top < bottom && left < right ? top * g.w.pool_kernel + left : -1;
+}
+
 // Kernels are made for rows of convolution outputs, and slow with single ones. Where both the
 // convolution's output and the window are one column wide, as over text, height and width change
 // places; codes mean the same then.
