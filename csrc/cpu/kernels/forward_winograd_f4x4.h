@@ -252,7 +252,7 @@ void sum_block(const WinogradShared& shared, int64_t channels, uint8_t halves, i
           direct_tile<float, 4, Z>(x + c / kRun * x_size + (y + kh) * row, kRun, kTaps, 3,
                                    smaller(kRun, channels - c), g + 3 * kh * tap + c * Z * kN, tap,
                                    last ? shared.bias + first : nullptr, c + kh > 0,
-                                   reinterpret_cast<float*>(conv[y]));
+                                   reinterpret_cast<float*>(conv[y]), Z * kN);
         }
       }
     }

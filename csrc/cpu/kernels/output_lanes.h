@@ -46,6 +46,14 @@ struct FirstMaximum {
   }
 };
 
+// Whether the convolution's outputs are wanted as they are. All codes are 0 then.
+inline bool is_plane(const Geometry& g, bool relu) {
+  const auto single = [](const Axis& axis) {
+    return axis.pool_kernel == 1 && axis.pool_stride == 1 && axis.pool_padding == 0;
+  };
+  return !relu && single(g.h) && single(g.w);
+}
+
 // Pooled rows of a task, given how many fit the caches: for batches too small to occupy several
 // threads, fewer, so that one large image makes several tasks. Neighbouring bands read some rows
 // twice, which bands of `least` rows can afford. Depends on sizes alone, never on threads.
