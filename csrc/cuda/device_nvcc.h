@@ -151,6 +151,8 @@ FUSEDCNN_DEVICE Float16 narrow<Float16>(float value) {
 
 FUSEDCNN_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 FUSEDCNN_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+// Rounded to nearest.
+FUSEDCNN_DEVICE double square_root(double value) { return sqrt(value); }
 template <typename T>
 FUSEDCNN_DEVICE T infinity() {
   return static_cast<T>(__int_as_float(0x7f800000));

@@ -1,102 +1,24 @@
 // The operators on CUDA: checks, allocation, selection, launch. The schemas are in
 // conv_relu_max_pool2d.cpp. A library of its own, which only a torch with CUDA loads.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "cuda/launch.h"
-#include "cuda/select.h"
 #include "ops/calls.h"
 #include "ops/checks.h"
 #include "ops/choice.h"
+#include "ops/cuda_session.h"
 #include "ops/stock_convolution_cuda.h"
-#include "ops/torch_cuda.h"
 
 namespace fusedcnn {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using torch::stable::accelerator::DeviceGuard;
-
-// torch's current stream on the device.
-void* current_stream(int32_t device) {
-  using Function = AOTITorchError (*)(int32_t device_index, void** stream);
-  static const auto function =
-      reinterpret_cast<Function>(torch_cuda_function("aoti_torch_get_current_cuda_stream"));
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(function(device, &stream));
-  return stream;
-}
-
-// The kernels' coordinates have 32 bits, and they add two of them.
-void check_coordinates(const Geometry& g) {
-  for (const Axis* axis : {&g.h, &g.w}) {
-    if (axis->padded() + axis->reach() >= int64_t{1} << 29) {
-      throw std::runtime_error(
-          "input, padding: expected fewer than 2^29 elements along each axis on CUDA");
-    }
-  }
-}
-
-// One call's device, stream and working memory.
-class Session {
- public:
-  explicit Session(const Tensor& input)
-      : input_(input),
-        guard_(input.get_device_index()),
-        target_{cuda::use_device(input.get_device_index()), cuda::tf32_allowed()},
-        stream_(current_stream(input.get_device_index())) {}
-
-  const cuda::Kernel& select(Pass pass, const Problem& problem) const {
-    const cuda::Kernel* const kernel = cuda::select(pass, problem, target_);
-    if (!kernel) {
-      const std::string forced = cuda::forced_kernel();
-      throw std::runtime_error(
-          refusal(pass, explain(pass, problem), forced.empty() ? nullptr : forced.c_str()));
-    }
-    if (logging()) log_choice("CUDA", pass, problem, kernel->name, explain(pass, problem));
-    return *kernel;
-  }
-
-  std::vector<Verdict> explain(Pass pass, const Problem& problem) const {
-    return cuda::explain(pass, problem, target_);
-  }
-
-  // Runs function(args, execution), the kernel's, with the memory that it asks for.
-  template <typename Args>
-  void run(const cuda::Kernel& kernel,
-           void (*function)(const Args& args, const cuda::Execution& execution),
-           const Args& args) const {
-    const Problem problem = problem_of(args.geometry, args.type, args.wide_code, {});
-    const int64_t bytes = kernel.workspace_bytes ? kernel.workspace_bytes(problem) : 0;
-    // Freed at return, to torch's allocator, which hands it out again in the stream's order only.
-    const Tensor workspace = empty_vector(input_, bytes, ScalarType::Byte);
-    function(args, cuda::Execution{stream_, bytes ? workspace.mutable_data_ptr() : nullptr});
-  }
-
-  // The order of a library kernel's plane.
-  bool plane_channels_last(const Tensor& weight, DataType type) const {
-    const bool half = type == DataType::kBFloat16 || type == DataType::kFloat16;
-    const bool tf32 = type == DataType::kFloat32 && target_.allow_tf32;
-    return plane_in_channels_last(input_, weight,
-                                  half || (tf32 && target_.device.capability >= 80));
-  }
-
- private:
-  const Tensor& input_;
-  const DeviceGuard guard_;
-  const cuda::Target target_;
-  void* const stream_;
-};
 
 std::tuple<Tensor, Tensor> conv_relu_max_pool2d_cuda(const Tensor& input, const Tensor& weight,
                                                      const std::optional<Tensor>& bias,

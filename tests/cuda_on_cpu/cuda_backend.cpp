@@ -4,6 +4,7 @@
 #include <cstring>
 #include <memory>
 
+#include "cuda/batch_norm.h"
 #include "cuda/kernel.h"
 #include "machine.h"
 #include "stock_convolution.h"
@@ -129,6 +130,25 @@ Backend cuda_backend(bool allow_tf32) {
     }
     backend.kernels.push_back(tested);
   }
+  return backend;
+}
+
+NormBackend norm_backend() {
+  NormBackend backend{"cuda", {}, {}, {}};
+  for (const Way& way : kWays) backend.ways.push_back(way.name);
+  const auto run = [](auto* function, auto* workspace_bytes, const auto& args, int way) {
+    use(kWays[way]);
+    const Workspace workspace(workspace_bytes(args));
+    function(args, Execution{nullptr, workspace.data.get()});
+  };
+  backend.forward = [run](const fusedcnn::NormForwardArgs& args, int way) {
+    run(fusedcnn::cuda::batch_norm_forward, fusedcnn::cuda::batch_norm_forward_workspace, args,
+        way);
+  };
+  backend.backward = [run](const fusedcnn::NormBackwardArgs& args, int way) {
+    run(fusedcnn::cuda::batch_norm_backward, fusedcnn::cuda::batch_norm_backward_workspace, args,
+        way);
+  };
   return backend;
 }
 

@@ -2,9 +2,12 @@
 #pragma once
 
 #include "backend.h"
+#include "test_batch_norm.h"
 
 namespace selftest {
 
 Backend cuda_backend(bool allow_tf32 = true);
+
+NormBackend norm_backend();
 
 }  // namespace selftest

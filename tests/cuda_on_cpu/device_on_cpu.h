@@ -234,6 +234,7 @@ inline Float16 narrow<Float16>(float value) {
 
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
+inline double square_root(double value) { return std::sqrt(value); }
 template <typename T>
 T infinity() {
   return std::numeric_limits<T>::infinity();

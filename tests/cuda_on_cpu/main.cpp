@@ -8,6 +8,7 @@
 #include "check.h"
 #include "cuda_backend.h"
 #include "fuzz.h"
+#include "test_batch_norm.h"
 #include "test_cuda_select.h"
 #include "test_device.h"
 #include "test_kernels.h"
@@ -30,6 +31,7 @@ void all_tests(bool quick) {
   selftest::test_machine();
   selftest::test_device();
   selftest::test_cuda_select();
+  selftest::test_batch_norm(selftest::norm_backend(), quick);
   const selftest::Backend backend = selftest::cuda_backend();
   selftest::test_float32_products(backend);  // few calls, which tell much
   selftest::test_tf32_rounding(backend);

@@ -162,6 +162,10 @@ FUSEDCNN_KERNEL(256) tf32_kernel(const float* from, uint32_t* to, int count) {
   for (int i = thread_index(); i < count; i += block_threads()) to[i] = to_tf32(from[i]);
 }
 
+FUSEDCNN_KERNEL(32) square_root_kernel(const double* from, double* to, int count) {
+  for (int i = thread_index(); i < count; i += block_threads()) to[i] = square_root(from[i]);
+}
+
 template <typename S>
 void test_conversions(Format format, const char* name) {
   constexpr int kAll = 65536;
@@ -217,6 +221,20 @@ void test_tf32() {
   bool right = true;
   for (size_t i = 0; i < values.size(); ++i) right &= as_float(to[i] & 0xffffe000) == expected[i];
   check(right, "to_tf32 rounds to ten bits, ties away from zero");
+}
+
+void test_square_root() {
+  const std::vector<double> values = {0, 1, 2, 3, 1e-5, 0x1p-1074, 9.0e16, HUGE_VAL};
+  const std::vector<double> expected = {
+      0,   1,       0x1.6a09e667f3bcdp+0, 0x1.bb67ae8584caap+0, 0x1.9e7c6e43390b7p-9, 0x1p-537,
+      3e8, HUGE_VAL};
+  const Buffer<double> from(values.size()), to(values.size());
+  std::memcpy(from.data(), values.data(), values.size() * sizeof(double));
+  run("square_root", square_root_kernel, 32, 0, static_cast<const double*>(from.data()), to.data(),
+      static_cast<int>(values.size()));
+  bool right = true;
+  for (size_t i = 0; i < values.size(); ++i) right &= to[i] == expected[i];
+  check(right, "square_root is rounded to nearest");
 }
 
 // ---- matrix instructions ------------------------------------------------------------------------
@@ -416,6 +434,7 @@ void test_device() {
   test_conversions<BFloat16>(kBFloat16Format, "bfloat16");
   test_conversions<Float16>(kFloat16Format, "float16");
   test_tf32();
+  test_square_root();
 }
 
 }  // namespace selftest

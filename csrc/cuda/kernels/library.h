@@ -135,5 +135,43 @@ inline PlaneSteps plane_steps(const Geometry& g, bool channels_last) {
                        : PlaneSteps{pixels * c, pixels, g.w.conv, 1};
 }
 
+// What a kernel needs that goes through windows.
+struct PoolSizes {
+  PoolAxis h, w;
+  PlaneSteps plane;
+  Tiles tiles;  // of the pooled outputs
+};
+
+// The elements of a window that lie in the plane.
+struct Window {
+  int rows, columns;
+  int first;       // the number of the first of them
+  int64_t offset;  // of that one, from the image's first
+};
+
+// The part of a window along one axis.
+struct Span {
+  int first, count;  // its elements
+  int at;            // where the first lies
+};
+FUSEDCNN_DEVICE Span span_of(const PoolAxis& axis, int o) {
+  const int begin = o * axis.stride - axis.padding, spread = dilation(axis);
+  const int first = begin < 0 ? divide(spread - 1 - begin, axis.by_dilation).quotient : 0;
+  const int room = axis.conv - begin;
+  const int there = room > 0 ? divide(room + spread - 1, axis.by_dilation).quotient : 0;
+  const int end = there < axis.kernel ? there : axis.kernel;
+  return {first, first < end ? end - first : 0, begin + first * spread};
+}
+FUSEDCNN_DEVICE Window window_of(const PoolSizes& sizes, Pixel pixel) {
+  const Span rows = span_of(sizes.h, pixel.row), columns = span_of(sizes.w, pixel.column);
+  return {rows.count, columns.count, rows.first * sizes.w.kernel + columns.first,
+          rows.at * sizes.plane.row + columns.at * sizes.plane.column};
+}
+
+// Of an output's pixel, in its first channel.
+FUSEDCNN_DEVICE int64_t offset_of(const Strides& strides, int64_t n, Pixel pixel) {
+  return n * strides.n + pixel.row * strides.h + pixel.column * strides.w;
+}
+
 }  // namespace
 }  // namespace fusedcnn::cuda

@@ -1,0 +1,68 @@
+#include "ops/cuda_session.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/launch.h"
+#include "cuda/select.h"
+#include "ops/choice.h"
+#include "ops/stock_convolution_cuda.h"
+#include "ops/torch_cuda.h"
+
+namespace fusedcnn {
+
+using torch::stable::Tensor;
+
+namespace {
+
+// torch's current stream on the device.
+void* current_stream(int32_t device) {
+  using Function = AOTITorchError (*)(int32_t device_index, void** stream);
+  static const auto function =
+      reinterpret_cast<Function>(torch_cuda_function("aoti_torch_get_current_cuda_stream"));
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  return stream;
+}
+
+}  // namespace
+
+void check_coordinates(const Geometry& g) {
+  for (const Axis* axis : {&g.h, &g.w}) {
+    if (axis->padded() + axis->reach() >= int64_t{1} << 29) {
+      throw std::runtime_error(
+          "input, padding: expected fewer than 2^29 elements along each axis on CUDA");
+    }
+  }
+}
+
+Session::Session(const Tensor& input)
+    : input_(input),
+      guard_(input.get_device_index()),
+      target_{cuda::use_device(input.get_device_index()), cuda::tf32_allowed()},
+      stream_(current_stream(input.get_device_index())) {}
+
+const cuda::Kernel& Session::select(Pass pass, const Problem& problem) const {
+  const cuda::Kernel* const kernel = cuda::select(pass, problem, target_);
+  if (!kernel) {
+    const std::string forced = cuda::forced_kernel();
+    throw std::runtime_error(
+        refusal(pass, explain(pass, problem), forced.empty() ? nullptr : forced.c_str()));
+  }
+  if (logging()) log_choice("CUDA", pass, problem, kernel->name, explain(pass, problem));
+  return *kernel;
+}
+
+std::vector<Verdict> Session::explain(Pass pass, const Problem& problem) const {
+  return cuda::explain(pass, problem, target_);
+}
+
+bool Session::plane_channels_last(const Tensor& weight, DataType type) const {
+  const bool half = type == DataType::kBFloat16 || type == DataType::kFloat16;
+  const bool tf32 = type == DataType::kFloat32 && target_.allow_tf32;
+  return plane_in_channels_last(input_, weight, half || (tf32 && target_.device.capability >= 80));
+}
+
+}  // namespace fusedcnn

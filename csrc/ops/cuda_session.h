@@ -1,0 +1,57 @@
+// What one call of an operator on CUDA runs with.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "core/selection.h"
+#include "cuda/kernel.h"
+#include "ops/calls.h"
+#include "ops/checks.h"
+
+namespace fusedcnn {
+
+// The kernels' coordinates have 32 bits, and they add two of them. Throws std::runtime_error.
+void check_coordinates(const Geometry& g);
+
+// One call's device, stream and working memory.
+class Session {
+ public:
+  explicit Session(const torch::stable::Tensor& input);
+
+  const cuda::Kernel& select(Pass pass, const Problem& problem) const;
+
+  std::vector<Verdict> explain(Pass pass, const Problem& problem) const;
+
+  // Runs function(args, execution) with so many bytes to work in.
+  template <typename Args>
+  void run(int64_t bytes, void (*function)(const Args& args, const cuda::Execution& execution),
+           const Args& args) const {
+    // Freed at return, to torch's allocator, which hands it out again in the stream's order only.
+    const torch::stable::Tensor workspace =
+        empty_vector(input_, bytes, torch::headeronly::ScalarType::Byte);
+    function(args, cuda::Execution{stream_, bytes ? workspace.mutable_data_ptr() : nullptr});
+  }
+  // The kernel's function, with the memory that it asks for.
+  template <typename Args>
+  void run(const cuda::Kernel& kernel,
+           void (*function)(const Args& args, const cuda::Execution& execution),
+           const Args& args) const {
+    const Problem problem = problem_of(args.geometry, args.type, args.wide_code, {});
+    run(kernel.workspace_bytes ? kernel.workspace_bytes(problem) : 0, function, args);
+  }
+
+  // The order of a library kernel's plane.
+  bool plane_channels_last(const torch::stable::Tensor& weight, DataType type) const;
+
+ private:
+  const torch::stable::Tensor& input_;
+  const torch::stable::accelerator::DeviceGuard guard_;
+  const cuda::Target target_;
+  void* const stream_;
+};
+
+}  // namespace fusedcnn
