@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,9 +66,11 @@ class ConvReLUMaxPool2dFunction(torch.autograd.Function):
 class ConvBatchNormReLUMaxPool2dFunction(torch.autograd.Function):
     """conv2d + batch_norm by the batch + ReLU + max_pool2d with its fused backward.
 
-    ``apply(input, weight, bias, bn_weight, bn_bias, geometry, eps)`` returns the pooled output and
-    the statistics of the convolution without its bias, which are not differentiable. Users want
-    :func:`fusedcnn.conv_batch_norm_relu_max_pool2d`, which also keeps running statistics.
+    ``apply(input, weight, bias, bn_weight, bn_bias, geometry, eps, update)``, where ``update`` is
+    None or is called with mean and variance of the convolution without its bias, as soon as all is
+    computed: under checkpointing, which breaks off a forward that it runs again when it has what
+    it needs, running statistics are then updated as by the stock layers. Users want
+    :func:`fusedcnn.conv_batch_norm_relu_max_pool2d`.
 
     Saved for the backward: input, weight, bn_weight, one byte and one element per pooled output and
     two numbers per channel. Differentiable any number of times.
@@ -83,29 +86,30 @@ class ConvBatchNormReLUMaxPool2dFunction(torch.autograd.Function):
         bn_bias: Tensor | None,
         geometry: tuple[int, ...],
         eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return output [N, OC, OH, OW], mean [OC] and var [OC]; save what the backward needs."""
+        update: Callable[[Tensor, Tensor], None] | None,
+    ) -> Tensor:
+        """Return the pooled output [N, OC, OH, OW] and save what the backward needs."""
         with below_autograd():
             output, *kept = bn_forward_op(
                 input, weight, bias, bn_weight, bn_bias, geometry, eps, True
             )
         ctx.save_for_backward(input, weight, bn_weight, *kept)
         ctx.geometry, ctx.eps = geometry, eps
-        _code, _extremum, mean, var = kept
-        ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        return output, mean, var
+        if update is not None:
+            update(*kept[2:])
+        return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of the first five that are needed, None for the rest."""
         mask = bn_output_mask(ctx.needs_input_grad)
         if grad_output is None or not mask:
-            return (None,) * 7
+            return (None,) * 8
         arguments = (grad_output, *ctx.saved_tensors, ctx.geometry, ctx.eps, mask)
         if torch.is_grad_enabled():  # create_graph=True: record the backward itself
             grads = bn_backward_op(*arguments)
         else:
             with below_autograd():
                 grads = bn_backward_op(*arguments)
-        return *bn_select_grads(grads, ctx.needs_input_grad), None, None
+        return *bn_select_grads(grads, ctx.needs_input_grad), None, None, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -141,19 +143,17 @@ def conv_batch_norm_relu_max_pool2d(
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in arguments[:5]
     )
-    if compiling:
-        output, _, _, mean, var = bn_forward_op(*arguments, needs_grad)
-    elif needs_grad:
-        output, mean, var = ConvBatchNormReLUMaxPool2dFunction.apply(*arguments)
-    else:
-        with below_autograd():
-            output, _, _, mean, var = bn_forward_op(*arguments, False)
+    update = None
     if running_mean is not None:
-        g = Geometry(*geometry)
-        count = input.shape[0]
-        for size in _plane_of(input, weight, g):
-            count = count * size
-        _update(running_mean, running_var, mean, var, bias, count, momentum)
+        conv_h, conv_w = _plane_of(input, weight, Geometry(*geometry))
+        count = input.shape[0] * conv_h * conv_w
+        update = functools.partial(_update, running_mean, running_var, bias, count, momentum)
+    if needs_grad and not compiling:
+        return ConvBatchNormReLUMaxPool2dFunction.apply(*arguments, update)
+    with contextlib.nullcontext() if compiling else below_autograd():
+        output, _code, _extremum, *statistics = bn_forward_op(*arguments, needs_grad)
+    if update is not None:
+        update(*statistics)
     return output
 
 
@@ -368,11 +368,11 @@ def _fold(
 def _update(
     running_mean: Tensor,
     running_var: Tensor,
-    mean: Tensor,
-    var: Tensor,
     bias: Tensor | None,
     count: int,
     momentum: float,
+    mean: Tensor,
+    var: Tensor,
 ) -> None:
     """Mix the batch's statistics into the running ones: the variance with the divisor count - 1."""
     with torch.no_grad():
