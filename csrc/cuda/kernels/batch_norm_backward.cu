@@ -32,7 +32,7 @@ struct SumSizes {
 };
 
 template <typename S, typename C>
-FUSEDCNN_KERNEL(kLibraryThreads)
+FUSEDCNN_KERNEL_RESIDENT(kLibraryThreads, 3)
 batch_norm_sums_kernel(NormBackwardArgs args, SumSizes sizes, GradientSums* parts) {
   using T = Accumulator<S>;
   constexpr int kAtOnce = 4;
