@@ -106,6 +106,8 @@ def parse(arguments: list[str] | None) -> Namespace:
         if unknown := [name for name in names if name not in BLOCKS]:
             parser.error(f"argument BLOCK: expected one of {', '.join(BLOCKS)}, got {unknown}")
         blocks = [BLOCKS[name] for name in dict.fromkeys(names)]
+    if not options.whole and (norms := [block.name for block in blocks if block.norm]):
+        parser.error(f"argument BLOCK: {norms} have a BatchNorm, which needs --blocks")
     options.blocks = []
     for block in blocks:
         batch_sizes = [1, block.batch] if on_cpu else [BATCH_ON_GPU]

@@ -42,6 +42,8 @@ MAX_COPIES = 64
 # takes part in too many near ties to leave images without any.
 MARGIN_EPSILONS = 128
 COARSE_MARGIN_EPSILONS = 4
+# Where a batch is taken as a whole, one in three has no window within this distance.
+BATCH_MARGIN_EPSILONS = 16
 TF32_EPSILON = 2.0**-10
 
 
@@ -58,6 +60,8 @@ class Block:
         conv: arguments of nn.Conv2d after in_channels.
         pool: arguments of nn.MaxPool2d.
         batch: images of a training step, no more than keeps a call within some 100 ms.
+        norm: whether a BatchNorm2d stands between convolution, which then has no bias, and ReLU.
+            Its backward is timed in training mode.
     """
 
     name: str
@@ -66,14 +70,18 @@ class Block:
     conv: dict[str, Any]
     pool: dict[str, Any]
     batch: int = 64
+    norm: bool = False
 
     def stock(self) -> nn.Sequential:
         """The block from stock layers; its fused form has the same state_dict keys."""
-        conv = nn.Conv2d(self.image[0], **self.conv)
-        return nn.Sequential(conv, nn.ReLU(), nn.MaxPool2d(**self.pool))
+        conv = nn.Conv2d(self.image[0], **self.conv, bias=not self.norm)
+        norm = [nn.BatchNorm2d(conv.out_channels)] if self.norm else []
+        return nn.Sequential(conv, *norm, nn.ReLU(), nn.MaxPool2d(**self.pool))
 
     def fused(self) -> nn.Sequential:
         """The same block, fused."""
+        if self.norm:
+            return fusedcnn.fuse(self.stock())
         conv, _, pool = self.stock()
         return nn.Sequential(fusedcnn.ConvReLUMaxPool2d.from_modules(conv, pool))
 
@@ -94,7 +102,7 @@ class Block:
     def output(self) -> torch.Size:
         """(out_channels, H, W) after the pool."""
         with torch.device("meta"):
-            return self.stock()(torch.empty(self.image)).shape
+            return self.stock().eval()(torch.empty(1, *self.image)).shape[1:]
 
 
 _SIZES = ("kernel_size", "stride", "padding")
@@ -108,11 +116,12 @@ def _block(
     conv: tuple[int, int, int],
     pool: tuple[int, int, int] = (2, 2, 0),
     batch: int = 64,
+    norm: bool = False,
 ) -> Block:
     """A block of square sizes; ``conv`` and ``pool`` are kernel size, stride and padding."""
     convolution = {"out_channels": channels[1]} | dict(zip(_SIZES, conv, strict=True))
     pooling = dict(zip(_SIZES, pool, strict=True))
-    return Block(name, title, (channels[0], size, size), convolution, pooling, batch)
+    return Block(name, title, (channels[0], size, size), convolution, pooling, batch, norm)
 
 
 # Overlapping windows, as in AlexNet.
@@ -138,9 +147,23 @@ BLOCKS = {block.name: block for block in (
     _block("cifar-3", "CIFAR net, third block", (128, 256), 8, (3, 1, 1)),
     _block("gray-1", "28x28 grayscale net, first block", (1, 32), 28, (3, 1, 1)),
     _block("gray-2", "28x28 grayscale net, second block", (32, 64), 14, (3, 1, 1)),
+    _block("bn-1", "BatchNorm CNN, first block", (3, 32), 32, (3, 1, 1), norm=True),
+    _block("bn-2", "BatchNorm CNN, second block", (32, 64), 16, (3, 1, 1), norm=True),
+    _block("bn-3", "BatchNorm CNN, third block", (64, 128), 8, (3, 1, 1), norm=True),
+    _block("bn-wide", "64 channels with BatchNorm", (64, 64), 32, (3, 1, 1), norm=True),
+    _block("bn-stem", "ResNet's stem with BatchNorm", (3, 64), 224, (7, 2, 3), (3, 2, 1), 8, True),
+    _block("bn-vgg", "VGG-11-BN, stage 1", (3, 64), 224, (3, 1, 1), batch=4, norm=True),
 )}
 # fmt: on
 SIMPLECNN_1, SIMPLECNN_2 = BLOCKS["simplecnn-1"], BLOCKS["simplecnn-2"]
+BATCH_NORM_BLOCKS = [BLOCKS[name] for name in ("bn-1", "bn-2", "bn-3")]
+
+
+def batch_norm_cnn() -> nn.Sequential:
+    """Three blocks with a BatchNorm each, and a linear layer, for 32x32 images."""
+    blocks = [layer for block in BATCH_NORM_BLOCKS for layer in block.stock()]
+    features = math.prod(BATCH_NORM_BLOCKS[-1].output)
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(features, 10))
 
 
 # ---- cases ---------------------------------------------------------------------------------------
@@ -232,6 +255,13 @@ CASES = {case.name: case for case in (
         # Adam reads parameter, gradient and two moments, and writes all but the gradient.
         elements_per_call=7 * sum(p.numel() for p in fusedcnn.SimpleCNN().parameters()),
     ),
+    Case(
+        "bn-training", "BatchNorm CNN, training step (Adam, fused=True for all)", batch_norm_cnn,
+        lambda: fusedcnn.fuse(batch_norm_cnn()), SIMPLECNN_1.image, "training",
+        flops=sum(block.flops * (2 + (i > 0)) for i, block in enumerate(BATCH_NORM_BLOCKS)),
+        elements=2 * _IMAGE + 3 * sum(math.prod(block.output) for block in BATCH_NORM_BLOCKS),
+        elements_per_call=7 * sum(p.numel() for p in batch_norm_cnn().parameters()),
+    ),
 )}
 # fmt: on
 
@@ -266,7 +296,13 @@ class Problem:
         self._stock = case.stock().to(device, dtype)
         self._batches: dict[bool, list[Batch]] = {}
         eps = torch.finfo(precision.measured).eps
+        # Of the batch's own statistics. A training step has none of dropout's besides.
+        self._normalised = case.kind != "forward" and any(
+            isinstance(layer, nn.BatchNorm2d) for layer in self._stock.modules()
+        )
         self._margin = MARGIN_EPSILONS * eps
+        if self._normalised and case.kind == "training":
+            self._margin = BATCH_MARGIN_EPSILONS * eps
         if precision.coarse:
             self._margin = COARSE_MARGIN_EPSILONS * max(eps, TF32_EPSILON * precision.tf32)
         images = self._draw_images()
@@ -285,7 +321,7 @@ class Problem:
         module.to(self.device, self.precision.dtype).load_state_dict(self._stock.state_dict())
         if channels_last:
             module.to(memory_format=torch.channels_last)
-        return module.train(self.case.kind == "training")
+        return module.train(self.case.kind != "forward")
 
     def batches(self, *, channels_last: bool = False) -> list[Batch]:
         """Return the batches that calls rotate over; results are checked on the first.
@@ -352,6 +388,11 @@ class Problem:
         """Images [N, C, H, W], for a training step without near ties."""
         if self.case.kind != "training" or self.precision.coarse:
             return self._random_images()
+        if self._normalised:  # each image matters to all: only a whole batch can be chosen
+            while True:
+                images = self._random_images()
+                if min(margin.min() for margin in self._margins(images)) >= self._margin:
+                    return images
         chosen = self._random_images()[:0]
         while len(chosen) < self.batch:
             images = self._random_images()
@@ -368,7 +409,7 @@ class Problem:
     @torch.no_grad()
     def _margins(self, images: Tensor) -> list[Tensor]:
         """Of each ReLU: how far its windows, or values without a pool, are from another choice."""
-        layers = _leaves(copy.deepcopy(self._stock).double().eval())
+        layers = _leaves(copy.deepcopy(self._stock).double().train(self._normalised))
         margins = []
         values = images.double()
         for layer, following in zip(layers, [*layers[1:], None], strict=True):

@@ -17,7 +17,7 @@ from forcing import CUDA_KERNELS, PASSES, Forced, run_pass
 from fusedcnn import _cuda, _stock, conv_relu_max_pool2d
 from fusedcnn.functional import pack_geometry, why_stock
 from geometries import BLOCKS
-from reference import LAYOUTS, exact_case, float_case, with_layout
+from reference import LAYOUTS, exact_case, float_case, largest_error, with_layout
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -233,6 +233,7 @@ def test_floats_are_as_close_as_the_stock_layers(block, dtype, monkeypatch):
     the CPU.
     """
     monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")  # tf32 errs by more
+    _cuda.follow_tf32()  # which operators called by themselves do not
     case = float_case(block.name, dtype)
     operands, code = case.operands.map(Tensor.cuda), case.code.cuda()
     wrong = []
@@ -241,7 +242,7 @@ def test_floats_are_as_close_as_the_stock_layers(block, dtype, monkeypatch):
         results.pop("code", None)
         for name, result in results.items():
             bound = getattr(case, name)
-            error = (result.cpu().double() - bound.reference).abs().max().item()
+            error = largest_error(result.cpu(), bound.reference)
             allowed = bound.allowed(forced.error)
             if not error <= allowed:
                 wrong.append(f"{name}, {forced}: {error:.3g} > {allowed:.3g}")

@@ -28,6 +28,14 @@ over_layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"]
 
 
 @pytest.fixture
+def repeatable(monkeypatch):
+    """Stock convolutions that return the same bits twice, of operands that are not rounded."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    _cuda.follow_tf32()  # which operators called by themselves do not
+
+
+@pytest.fixture
 def memory():
     """Skips a test for which the device has too little memory; gives it back afterwards."""
 
@@ -65,7 +73,7 @@ def results(input: Tensor, weight: Tensor, bias: Tensor, grad_output: Tensor) ->
 # ---- autograd and compilers ----------------------------------------------------------------------
 
 
-def test_expanded_gradients_and_empty_batches():
+def test_expanded_gradients_and_empty_batches(repeatable):
     tensors = [torch.randn(s, device="cuda") for s in ((2, 3, 8, 8), (4, 3, 3, 3))]
     grads = step(lambda *t: conv_relu_max_pool2d(*t).sum(), tensors)[1:]
     expected = step(lambda *t: stock(*t).sum(), [t.double() for t in tensors])[1:]
@@ -99,7 +107,11 @@ def test_opcheck(block):
     torch.library.opcheck(_ops.forward_op, (input, weight, bias, geometry, True))
     output, code = _ops.forward_op(input, weight, bias, geometry, True)
     arguments = (torch.randn_like(output), input, weight, code, geometry, 7)
-    torch.library.opcheck(_ops.backward_op, arguments)
+    # Not aot_dispatch_dynamic: with sizes as symbols, torch 2.11's own double backward of a
+    # convolution on CUDA asks a tensor for its numel().
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor",
+             "test_aot_dispatch_static")  # fmt: skip
+    torch.library.opcheck(_ops.backward_op, arguments, test_utils=tests)
 
 
 def test_compiled_equals_eager():
@@ -111,10 +123,8 @@ def test_compiled_equals_eager():
 # ---- the stock convolution -----------------------------------------------------------------------
 
 
-def test_what_the_library_kernels_return_is_the_stock_convolutions(monkeypatch):
+def test_what_the_library_kernels_return_is_the_stock_convolutions(repeatable):
     """Where the stock layers are deterministic, so are they; and their gradients are the same."""
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     tensors = operands()
     with _cuda.force("library"):
         found = [results(*tensors) for _ in range(2)]
@@ -135,7 +145,7 @@ def test_the_operator_refuses_operands_that_autocast_would_cast():
         _ops.forward_op(input, weight, bias, geometry, False)
 
 
-def test_a_released_input_is_not_read_for_grad_input():
+def test_a_released_input_is_not_read_for_grad_input(repeatable):
     input, weight, bias, grad_output = operands()
     geometry = by_name("simplecnn2_n2").pack()
     _, code = _ops.forward_op(input, weight, bias, geometry, True)
@@ -328,7 +338,7 @@ def test_arguments_on_different_devices(other):
 @over_dtypes
 @over_layouts
 @pytest.mark.parametrize("block", [1, 2])
-def test_replays_equal_eager_calls_in_every_type_and_layout(block, dtype, layout):
+def test_replays_equal_eager_calls_in_every_type_and_layout(block, dtype, layout, repeatable):
     tensors = [with_layout(t, layout) for t in operands(dtype=dtype, block=block)]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

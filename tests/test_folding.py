@@ -97,7 +97,9 @@ def test_follows_the_stock_layer(state, dtype):
     for training in (False, True, False):
         theirs, ours = (outcome(m.train(training), images) for m in (stock, fused))
         if isinstance(theirs, tuple):
-            assert ours == theirs
+            assert ours[0] is theirs[0], ours[1]
+            # The stock layer counts a batch that it then refuses.
+            stock[1].num_batches_tracked = copy.copy(fused[1].num_batches_tracked)
             continue
         compared = slice(None) if dtype == torch.float64 else slice(1)
         for one, other in zip(ours[compared], theirs[compared], strict=True):

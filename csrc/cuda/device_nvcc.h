@@ -15,6 +15,7 @@
 #define FUSEDCNN_DEVICE __device__ __forceinline__
 #define FUSEDCNN_UNROLL _Pragma("unroll")
 #define FUSEDCNN_NO_UNROLL _Pragma("unroll 1")
+#define FUSEDCNN_UNROLL_TWICE _Pragma("unroll 2")
 
 namespace fusedcnn::cuda {
 

@@ -11,8 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedcnn._geometry import Geometry, off, padding_of, plane_sizes
-from fusedcnn._ops import backward_op, forward_op, output_mask, select_grads
+from fusedcnn import _stock
+from fusedcnn._geometry import Geometry, off, padding_of, plane_sizes, sums_dtype
+from fusedcnn._ops import (
+    backward_op,
+    bn_backward_op,
+    bn_forward_op,
+    bn_output_mask,
+    bn_select_grads,
+    forward_op,
+    output_mask,
+    select_grads,
+)
 
 
 def _setup_forward(ctx, inputs, output):
@@ -42,6 +52,18 @@ torch.library.register_autograd(
 )
 
 
+def winners(code: Tensor, conv_w: int, g: Geometry) -> tuple[Tensor, Tensor]:
+    """Where gradient flows, and the winner's index into its plane; 0 where none flows."""
+    live = code != off(code.dtype)
+    element = torch.where(live, code, 0).long()
+    out_h, out_w = code.shape[-2:]
+    rows = torch.arange(out_h, device=code.device).view(-1, 1) * g.pool_stride_h - g.pool_padding_h
+    cols = torch.arange(out_w, device=code.device) * g.pool_stride_w - g.pool_padding_w
+    rows = rows + element.div(g.pool_kernel_w, rounding_mode="floor") * g.pool_dilation_h
+    cols = cols + element % g.pool_kernel_w * g.pool_dilation_w
+    return live, torch.where(live, rows * conv_w + cols, 0)
+
+
 def dense_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, code: Tensor, g: Geometry
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,24 +77,28 @@ def dense_backward(
     batched = input.dim() == 4
     if not batched:
         grad_output, input, code = grad_output[None], input[None], code[None]
-    n, out_channels, out_h, out_w = grad_output.shape
+    n, out_channels = grad_output.shape[:2]
     padded = F.pad(input, padding_of(g))
     conv_h, conv_w = plane_sizes(g, padded.shape[2:], weight.shape[2:])
-    live = code != off(code.dtype)
-    element = torch.where(live, code, 0).long()
-    rows = torch.arange(out_h, device=code.device).view(-1, 1) * g.pool_stride_h - g.pool_padding_h
-    cols = torch.arange(out_w, device=code.device) * g.pool_stride_w - g.pool_padding_w
-    rows = rows + element.div(g.pool_kernel_w, rounding_mode="floor") * g.pool_dilation_h
-    cols = cols + element % g.pool_kernel_w * g.pool_dilation_w
-    # Where no gradient flows the winner is meaningless; index 0 receives a zero.
-    index = torch.where(live, rows * conv_w + cols, 0)
+    live, index = winners(code, conv_w, g)
     flat = grad_output.new_zeros(n, out_channels, conv_h * conv_w)
     flat = flat.scatter_add(2, index.flatten(2), torch.where(live, grad_output, 0).flatten(2))
-    grad_padded, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        flat.view(n, out_channels, conv_h, conv_w),
+    grad_input, *others = conv_backward(
+        flat.view(n, out_channels, conv_h, conv_w), padded, weight, g
+    )
+    grad_input = F.pad(grad_input, [-p for p in padding_of(g)])
+    return (grad_input if batched else grad_input[0]), *others
+
+
+def conv_backward(
+    grad_output: Tensor, padded: Tensor, weight: Tensor, g: Geometry
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The convolution's gradients, of an input that is padded already."""
+    return torch.ops.aten.convolution_backward(
+        grad_output,
         padded,
         weight,
-        [out_channels],
+        [weight.shape[0]],
         [g.stride_h, g.stride_w],
         [0, 0],
         [g.dilation_h, g.dilation_w],
@@ -81,8 +107,6 @@ def dense_backward(
         g.groups,
         [True, True, True],
     )
-    grad_input = F.pad(grad_padded, [-p for p in padding_of(g)])
-    return (grad_input if batched else grad_input[0]), grad_weight, grad_bias
 
 
 def _setup_backward(ctx, inputs, output):
@@ -95,23 +119,45 @@ def _setup_backward(ctx, inputs, output):
 
 def _double_backward(ctx, *grad_grads):
     *primals, code = ctx.saved_tensors
+    geometry = Geometry(*ctx.geometry)
+
+    def gradients(*primals):
+        return dense_backward(*primals, code, geometry)
+
+    return *_differentiate(ctx, gradients, primals, grad_grads), None, None, None
+
+
+def _differentiate(ctx, gradients, primals, grad_grads) -> list[Tensor | None]:
+    """What the double backward returns for the primals, a backward's first arguments.
+
+    Args:
+        ctx: of the backward, with the ``mask`` of its results that were asked for.
+        gradients: the backward, in differentiable operations.
+        primals: its arguments; some may be None.
+        grad_grads: of its results; None where there is none.
+    """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases: one primal may have been computed from another (grad_output from input, in a
         # Hessian-vector product), and only the direct dependence is wanted here.
         primals = [
-            t.view_as(t) if create_graph else t.detach().requires_grad_(t.requires_grad)
+            t
+            if t is None
+            else t.view_as(t)
+            if create_graph
+            else t.detach().requires_grad_(t.requires_grad)
             for t in primals
         ]
-        outputs = dense_backward(*primals, code, Geometry(*ctx.geometry))
+        wanted = [t for t, need in zip(primals, ctx.needs_input_grad, strict=False) if need]
+        # The last bit of the mask is for all results from the third on.
+        masks = [1 << min(i, 2) for i in range(len(grad_grads))]
         pairs = [
             (output, grad)
-            for i, (output, grad) in enumerate(zip(outputs, grad_grads, strict=True))
-            if ctx.mask & (1 << i) and grad is not None
+            for output, mask, grad in zip(gradients(*primals), masks, grad_grads, strict=True)
+            if ctx.mask & mask and grad is not None
         ]
-        wanted = [t for t, need in zip(primals, ctx.needs_input_grad, strict=False) if need]
         if not pairs or not wanted:
-            return (None,) * 6
+            return [None] * len(primals)
         grads = iter(
             torch.autograd.grad(
                 [output for output, _ in pairs],
@@ -121,9 +167,94 @@ def _double_backward(ctx, *grad_grads):
                 allow_unused=True,
             )
         )
-    return *(next(grads) if need else None for need in ctx.needs_input_grad[:3]), None, None, None
+    return [next(grads) if need else None for need in ctx.needs_input_grad[: len(primals)]]
 
 
 torch.library.register_autograd(
     "fusedcnn::conv_relu_max_pool2d_backward", _double_backward, setup_context=_setup_backward
+)
+
+
+# ---- with a BatchNorm ----------------------------------------------------------------------------
+
+
+def _setup_bn_forward(ctx, inputs, output):
+    input, weight, bias, bn_weight, bn_bias, geometry, eps, with_code = inputs
+    kept = output[1:] if with_code else (bias, bn_bias)  # as in _setup_forward
+    ctx.save_for_backward(input, weight, bn_weight, *kept)
+    ctx.geometry, ctx.eps, ctx.with_code = geometry, eps, with_code
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _bn_backward(ctx, grad_output, *_):
+    mask = bn_output_mask(ctx.needs_input_grad)
+    if grad_output is None or not mask:
+        return (None,) * 8
+    input, weight, bn_weight, *kept = ctx.saved_tensors
+    if not ctx.with_code:
+        bias, bn_bias = kept
+        _, *kept = bn_forward_op(
+            input, weight, bias, bn_weight, bn_bias, ctx.geometry, ctx.eps, True
+        )
+    grads = bn_backward_op(
+        grad_output, input, weight, bn_weight, *kept, ctx.geometry, ctx.eps, mask
+    )
+    return *bn_select_grads(grads, ctx.needs_input_grad), None, None, None
+
+
+torch.library.register_autograd(
+    "fusedcnn::conv_batch_norm_relu_max_pool2d", _bn_backward, setup_context=_setup_bn_forward
+)
+
+
+def dense_bn_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    code: Tensor,
+    g: Geometry,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """The four gradients in differentiable torch operations; the code is held fixed.
+
+    They are those of the stock convolution and normalisation, read at the winners. A bias of the
+    convolution plays no part, and one of the normalisation adds to each output.
+    """
+    if bn_weight is None:
+        bn_weight = torch.ones(weight.shape[0], dtype=sums_dtype(input.dtype), device=input.device)
+    bn_bias = torch.zeros_like(bn_weight).requires_grad_()
+    leaves = [
+        t if t.requires_grad else t.detach().requires_grad_() for t in (input, weight, bn_weight)
+    ]
+    plane = _stock.conv(*leaves[:2], None, g)
+    live, index = winners(code, plane.shape[-1], g)
+    plane = F.batch_norm(plane, None, None, leaves[2], bn_bias, training=True, eps=eps)
+    output = plane.flatten(2).gather(2, index.flatten(2)).view(index.shape)
+    output = torch.where(live, output, 0)
+    return torch.autograd.grad(output, (*leaves, bn_bias), grad_output, create_graph=True)
+
+
+def _setup_bn_backward(ctx, inputs, output):
+    *primals, code, _extremum, _mean, _var, geometry, eps, mask = inputs
+    ctx.save_for_backward(*primals, code)
+    ctx.geometry, ctx.eps, ctx.mask = geometry, eps, mask
+    ctx.set_materialize_grads(False)
+
+
+def _bn_double_backward(ctx, *grad_grads):
+    *primals, code = ctx.saved_tensors
+    geometry = Geometry(*ctx.geometry)
+
+    def gradients(*primals):
+        return dense_bn_backward(*primals, code, geometry, ctx.eps)
+
+    return *_differentiate(ctx, gradients, primals, grad_grads), *(None,) * 7
+
+
+torch.library.register_autograd(
+    "fusedcnn::conv_batch_norm_relu_max_pool2d_backward",
+    _bn_double_backward,
+    setup_context=_setup_bn_backward,
 )

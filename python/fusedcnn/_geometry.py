@@ -70,6 +70,11 @@ def code_dtype(g: Geometry) -> torch.dtype:
     return torch.int32 if wide else torch.uint8
 
 
+def sums_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What statistics are computed in: half types in float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def off(dtype: torch.dtype) -> int:
     """The code of a window whose gradient ReLU stops."""
     return -1 if dtype == torch.int32 else 255

@@ -19,6 +19,8 @@ from fusedcnn import _C
 
 forward_op = torch.ops.fusedcnn.conv_relu_max_pool2d.default
 backward_op = torch.ops.fusedcnn.conv_relu_max_pool2d_backward.default
+bn_forward_op = torch.ops.fusedcnn.conv_batch_norm_relu_max_pool2d.default
+bn_backward_op = torch.ops.fusedcnn.conv_batch_norm_relu_max_pool2d_backward.default
 explain_op = torch.ops.fusedcnn.explain.default
 
 # `with below_autograd():` calls the operators without their autograd registration, which costs
@@ -26,8 +28,9 @@ explain_op = torch.ops.fusedcnn.explain.default
 # nothing is to be recorded.
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
-# Bits of the backward's output_mask.
+# Bits of the backwards' output_mask. With a BatchNorm the last is for both of its parameters.
 GRAD_INPUT, GRAD_WEIGHT, GRAD_BIAS = 1, 2, 4
+GRAD_BATCH_NORM = GRAD_BIAS
 
 
 def output_mask(needs_input_grad: tuple[bool, ...]) -> int:
@@ -45,6 +48,31 @@ def select_grads(
         grad_input if mask & GRAD_INPUT else None,
         grad_weight if mask & GRAD_WEIGHT else None,
         grad_bias if mask & GRAD_BIAS else None,
+    )
+
+
+def bn_output_mask(needs_input_grad: tuple[bool, ...]) -> int:
+    """As :func:`output_mask`, for (input, weight, bias, bn_weight, bn_bias)."""
+    need_input, need_weight, *others = needs_input_grad[:5]
+    return need_input * GRAD_INPUT + need_weight * GRAD_WEIGHT + any(others) * GRAD_BATCH_NORM
+
+
+def bn_select_grads(
+    grads: tuple[Tensor, Tensor, Tensor, Tensor], needs_input_grad: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (input, weight, bias, bn_weight, bn_bias) from the backward operator's results.
+
+    The mean takes the convolution's bias out again, so that no gradient is left for it: zeros, or
+    NaN where the channel's other gradients are not finite.
+    """
+    grad_input, grad_weight, grad_bn_weight, grad_bn_bias = grads
+    need_input, need_weight, need_bias, need_bn_weight, need_bn_bias = needs_input_grad[:5]
+    return (
+        grad_input if need_input else None,
+        grad_weight if need_weight else None,
+        (grad_bn_weight + grad_bn_bias) * 0 if need_bias else None,
+        grad_bn_weight if need_bn_weight else None,
+        grad_bn_bias if need_bn_bias else None,
     )
 
 

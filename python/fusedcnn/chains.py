@@ -416,9 +416,4 @@ def _why_not_module(node: fx.Node) -> str:
         return f"the forward of '{path}' was replaced on the instance"
     if hooks_of(module):
         return f"hooks on '{path}' ({', '.join(hooks_of(module))})"
-    if isinstance(module, nn.BatchNorm2d):
-        if module.training:
-            return f"'{path}' is in training mode and normalises by the batch: call eval() first"
-        if module.running_mean is None or module.running_var is None:
-            return f"'{path}' keeps no running statistics and normalises by the batch"
     return ""

@@ -36,8 +36,9 @@ def fuse(model, *, inplace=False, report=False):
     Equivalent to the model itself: the same outputs and gradients up to rounding, the same
     ``state_dict`` keys, and the very Parameters, so that an optimizer made before goes on. A
     :class:`fusedcnn.ConvReLUMaxPool2d` takes the convolution's place and ``nn.Identity`` those of
-    ReLU and MaxPool2d. A BatchNorm2d in evaluation mode may stand behind the convolution, and the
-    pool before ReLU; both may be modules or function calls, anywhere in the model.
+    ReLU and MaxPool2d. A BatchNorm2d may stand behind the convolution, which a
+    :class:`fusedcnn.ConvBatchNormReLUMaxPool2d` then computes, too, in either mode; and the pool
+    may stand before ReLU. Those two may be modules or function calls, anywhere in the model.
 
     docs/fuse.md says what is found, what is left alone and why, and docs/compatibility.md what
     changes around a fused chain: attributes that forward reads, for one, are fixed where a function
@@ -84,8 +85,9 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     What :func:`fuse` replaced stands again in its place. In models written with
     :class:`fusedcnn.ConvReLUMaxPool2d`, such as :class:`fusedcnn.FusedSimpleCNN`, a block followed
     by two ``nn.Identity`` in an ``nn.Sequential`` becomes Conv2d, ReLU, MaxPool2d; any other
-    becomes a :class:`StockConvReLUMaxPool2d`, which calls the three functions. Parameters are
-    shared, and the ``state_dict`` keys are the same.
+    becomes a :class:`StockConvReLUMaxPool2d` or :class:`StockConvBatchNormReLUMaxPool2d`, which
+    call the stock layers one by one. Parameters are shared, and the ``state_dict`` keys are the
+    same.
 
     Args:
         model: any module.
@@ -113,8 +115,8 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             for name in [n for n, v in vars(module).items() if isinstance(v, NotedMethod)]:
                 edits.reset_method(module, name)
             _unfuse_children(module, edits, convs)
-        if type(target) is ConvReLUMaxPool2d:
-            edits.set_class(target, StockConvReLUMaxPool2d)
+        if type(target) in _STOCK:
+            edits.set_class(target, _STOCK[type(target)])
     return target
 
 
@@ -124,6 +126,20 @@ class StockConvReLUMaxPool2d(ConvReLUMaxPool2d):
     def forward(self, input: Tensor) -> Tensor:
         """Return the pooled output [N, OC, OH, OW] (or [OC, OH, OW])."""
         return self._stock_forward(input)
+
+
+class StockConvBatchNormReLUMaxPool2d(ConvBatchNormReLUMaxPool2d):
+    """The like of a :class:`fusedcnn.ConvBatchNormReLUMaxPool2d`; see :func:`unfuse`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the pooled output [N, OC, OH, OW]."""
+        return self._stock_forward(input, self.batch_norm)
+
+
+_STOCK = {
+    ConvReLUMaxPool2d: StockConvReLUMaxPool2d,
+    ConvBatchNormReLUMaxPool2d: StockConvBatchNormReLUMaxPool2d,
+}
 
 
 def _check(function: str, model: nn.Module, **flags: bool) -> None:
@@ -139,8 +155,7 @@ def _check_undoable(path: str, module: nn.Module) -> None:
     if isinstance(module, RewrittenForward):
         known = RewrittenForward in type(module).__bases__
     elif isinstance(module, (ConvReLUMaxPool2d, FoldedBatchNorm2d)):
-        fused = (ConvReLUMaxPool2d, ConvBatchNormReLUMaxPool2d, FoldedBatchNorm2d)
-        known = type(module) in fused or isinstance(module, StockConvReLUMaxPool2d)
+        known = type(module) in (*_STOCK, *_STOCK.values(), FoldedBatchNorm2d)
     if not known:
         raise ValueError(
             f"model: expected fused parts of fusedcnn's own classes, got {type(module).__name__} "
@@ -330,10 +345,12 @@ class _Plan:
 
 
 def _fused(conv: nn.Conv2d, norms: list[nn.Module], pool: dict[str, Any]) -> ConvReLUMaxPool2d:
-    cls = ConvBatchNormReLUMaxPool2d if norms else ConvReLUMaxPool2d
-    fused = cls.from_modules(conv, nn.MaxPool2d(**pool))
+    pool = nn.MaxPool2d(**pool)
     if norms:
-        fused.set_batch_norm(norms[0])
+        fused = ConvBatchNormReLUMaxPool2d.from_modules(conv, *norms, pool)
+        fused.leave_batch_norm()
+    else:
+        fused = ConvReLUMaxPool2d.from_modules(conv, pool)
     for name, value in vars(conv).items():
         vars(fused).setdefault(name, value)  # a user's own attributes
     vars(fused)["from_fuse"] = True  # ReLU and pool stand elsewhere: for unfuse
@@ -353,20 +370,24 @@ def _unfuse_children(parent: nn.Module, edits: _Edits, convs: dict[int, nn.Conv2
         if "replaced" in vars(child or parent):
             replaced = vars(child)["replaced"].train(child.training)
             edits.set_child(parent, name, replaced)
-        elif type(child) in (ConvReLUMaxPool2d, ConvBatchNormReLUMaxPool2d):
+        elif type(child) in _STOCK:
             following = [module for _, module in children[i + 1 : i + 3]]
             identities = [type(m) is nn.Identity and "replaced" not in vars(m) for m in following]
             if "from_fuse" in vars(child):
                 conv = convs.setdefault(id(child), _conv_of(child))
                 edits.set_child(parent, name, conv)
-            elif type(parent) is nn.Sequential and identities == [True, True]:
+            elif (
+                type(child) is ConvReLUMaxPool2d
+                and type(parent) is nn.Sequential
+                and identities == [True, True]
+            ):
                 *pool, ceil_mode = (getattr(child, argument) for argument in POOL_ARGUMENTS)
                 pool = nn.MaxPool2d(*pool, ceil_mode=ceil_mode)
                 stock = (convs.setdefault(id(child), _conv_of(child)), nn.ReLU(), pool)
                 for (place, _), module in zip(children[i : i + 3], stock, strict=True):
                     edits.set_child(parent, place, module.train(child.training))
             else:
-                edits.set_class(child, StockConvReLUMaxPool2d)
+                edits.set_class(child, _STOCK[type(child)])
 
 
 def _conv_of(fused: ConvReLUMaxPool2d) -> nn.Conv2d:

@@ -100,8 +100,8 @@ class ConvReLUMaxPool2d(KnownByItsType, nn.Conv2d):
             raise TypeError(f"conv: expected a Conv2d, got {type(conv).__name__}")
         if not isinstance(pool, nn.MaxPool2d):
             raise TypeError(f"pool: expected a MaxPool2d, got {type(pool).__name__}")
-        _check_computes("conv", conv, nn.Conv2d, "forward", "_conv_forward")
-        _check_computes("pool", pool, nn.MaxPool2d, "forward")
+        check_computes("conv", conv, nn.Conv2d, "forward", "_conv_forward")
+        check_computes("pool", pool, nn.MaxPool2d, "forward")
         for name in ("weight", "bias"):
             parameter = conv._parameters.get(name, conv)
             if parameter is conv:
@@ -123,16 +123,12 @@ class ConvReLUMaxPool2d(KnownByItsType, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the pooled output [N, OC, OH, OW] (or [OC, OH, OW])."""
-        return self._block_forward(input, self.weight, self.bias)
-
-    def _block_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # With other parameters than its own where a subclass folds something into them.
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         return conv_relu_max_pool2d(
-            input, weight, bias, self.stride, padding, self.dilation, self.groups,
+            input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups,
             pool_kernel_size=self.pool_kernel_size, pool_stride=self.pool_stride,
             pool_padding=self.pool_padding, pool_dilation=self.pool_dilation,
             ceil_mode=self.ceil_mode,
@@ -153,7 +149,7 @@ class ConvReLUMaxPool2d(KnownByItsType, nn.Conv2d):
         return ", ".join((super().extra_repr(), *pool))
 
 
-def _check_computes(argument: str, module: nn.Module, base: type[nn.Module], *names: str) -> None:
+def check_computes(argument: str, module: nn.Module, base: type[nn.Module], *names: str) -> None:
     """Refuse a module that is a ``base`` by class, but need not compute what that does."""
     for name in names:
         if name in vars(module) or getattr(type(module), name) is not getattr(base, name):

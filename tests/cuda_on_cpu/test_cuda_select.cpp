@@ -24,36 +24,35 @@ void test_cuda_select() {
     int code = 0;  // what the GPU's code was compiled for; 0: for that GPU
   };
   constexpr Row kRows[] = {
-      // Three products where they should gain: enough channels, and fast tensor cores.
-      {"block2", DataType::kFloat32, 90, 227, false, "tensor_cores_3xtf32"},
-      {"block2", DataType::kFloat32, 80, 163, false, "tensor_cores_3xtf32"},
+      {"block2", DataType::kFloat32, 90, 227, false, "cuda_cores_3x3"},
+      {"block2", DataType::kFloat32, 75, 64, false, "cuda_cores_3x3"},
       {"block1", DataType::kFloat32, 90, 227, false, "cuda_cores_3x3"},
       {"one_output", DataType::kFloat32, 90, 227, false, "cuda_cores_3x3"},
-      {"many_channels", DataType::kFloat32, 90, 227, false, "cuda_cores_3x3"},
-      {"block2", DataType::kFloat32, 75, 64, false, "cuda_cores_3x3"},
-      {"block2", DataType::kFloat32, 86, 99, false, "cuda_cores_3x3"},
-      {"block2", DataType::kFloat32, 89, 99, false, "cuda_cores_3x3"},
-      {"block2", DataType::kFloat32, 120, 99, false, "cuda_cores_3x3"},
-      {"block2", DataType::kFloat32, 90, 48, false, "cuda_cores_3x3"},
+      {"many_channels", DataType::kFloat32, 90, 227, false, "library"},
       {"dilation2x3", DataType::kFloat32, 90, 227, false, "library"},
-      // One product where tf32 is allowed, and for halves always.
+      // On tensor cores where tf32 is allowed, but for few channels; and for halves always.
       {"block2", DataType::kFloat32, 90, 227, true, "tensor_cores_3x3"},
-      {"block1", DataType::kFloat32, 86, 99, true, "tensor_cores_3x3"},
+      {"block1", DataType::kFloat32, 86, 99, true, "cuda_cores_3x3"},
+      {"block1", DataType::kFloat32, 90, 227, true, "winners_3x3_few_channels", Pass::kGradWeight},
+      {"block1", DataType::kFloat32, 90, 227, true, "tensor_cores_3x3", Pass::kGradInput},
+      {"block1", DataType::kBFloat16, 90, 227, true, "tensor_cores_3x3", Pass::kGradWeight},
       {"block2", DataType::kBFloat16, 90, 227, false, "tensor_cores_3x3"},
       {"block2", DataType::kFloat64, 90, 227, true, "library"},
-      // Wide on both sides, cuDNN multiplies faster: forward only.
+      // Many channels, which cuDNN multiplies faster.
       {kWide, DataType::kBFloat16, 90, 227, false, "library"},
-      {kWide, DataType::kFloat32, 90, 227, true, "library"},
-      {kWide, DataType::kFloat32, 86, 99, true, "library"},
-      {kWide, DataType::kFloat32, 75, 64, true, "cuda_cores_3x3"},
-      {kWide, DataType::kFloat32, 86, 99, false, "cuda_cores_3x3"},
-      {kWide, DataType::kBFloat16, 90, 227, false, "tensor_cores_3x3", Pass::kGradInput},
-      {"channels64", DataType::kBFloat16, 90, 227, false, "tensor_cores_3x3"},
+      {kWide, DataType::kFloat32, 75, 64, true, "library"},
+      {kWide, DataType::kFloat32, 86, 99, false, "library"},
+      {kWide, DataType::kBFloat16, 90, 227, false, "library", Pass::kGradInput},
+      {kWide, DataType::kBFloat16, 90, 227, false, "tensor_cores_3x3", Pass::kGradWeight},
+      {kWide, DataType::kFloat32, 90, 227, false, "library", Pass::kGradWeight},
+      {"channels64", DataType::kBFloat16, 90, 227, false, "library"},
+      {"channels64", DataType::kBFloat16, 90, 227, false, "tensor_cores_3x3", Pass::kGradInput},
       // No matrix instructions in code for older GPUs, whatever this one has.
       {"block2", DataType::kFloat32, 80, 163, false, "cuda_cores_3x3", Pass::kForward, 75},
       {"block2", DataType::kBFloat16, 90, 227, false, "library", Pass::kForward, 75},
       {"block2", DataType::kBFloat16, 90, 227, false, "tensor_cores_3x3", Pass::kForward, 80},
-      // grad_input on CUDA cores: from 3 input channels on, where shared memory has room.
+      // grad_input on CUDA cores: from 8 input channels on, where shared memory has room.
+      {"block1", DataType::kFloat32, 90, 227, false, "library", Pass::kGradInput},
       {"block2", DataType::kFloat32, 90, 227, false, "winners_3x3", Pass::kGradInput},
       {"block2", DataType::kFloat32, 90, 227, true, "tensor_cores_3x3", Pass::kGradInput},
       {"block2", DataType::kFloat32, 75, 64, false, "winners_3x3", Pass::kGradInput},

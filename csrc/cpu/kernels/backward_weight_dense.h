@@ -20,8 +20,9 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-// Outputs of a band: half of L1 at 128 bytes of gradients each, and sums in chains as short.
-constexpr int64_t kDenseOutputs = 192;
+// Outputs of a band: at up to 128 bytes of gradients each they leave some of a 48 KB L1, and sums
+// are taken in chains no longer than this before they are added to what there is.
+constexpr int64_t kDenseOutputs = 256;
 
 // The outputs whose tap lies inside the input, of those from 0 to `count`: [begin, end). first:
 // where output 0's tap lies.

@@ -202,7 +202,7 @@ FUSEDCNN_DEVICE void fetch_input_fragments(const BackwardArgs& args, const Input
                                            Shared<uint32_t> to) {
   constexpr int kLaneWords = 2 * Tile::kNTiles;
   const Strides strides = args.weight_strides;
-  // Words of one tap, of all slices: each takes nine, three of them on their way at once.
+  // Words of one tap, of all slices: each takes nine, all on their way at once.
   FUSEDCNN_NO_UNROLL
   for (int i = thread_index(); i < count * Tile::kTap; i += Tile::kThreads) {
     const int part = i % 2, tile = i % kLaneWords / 2, lane = i / kLaneWords % kWarp;
@@ -211,7 +211,7 @@ FUSEDCNN_DEVICE void fetch_input_fragments(const BackwardArgs& args, const Input
                   channel_of<Tile::kNTiles>(tile, lane / 4);
     const int oc = (((first + slice) * 4 + lane % 4) * 2 + part) * kPerWord<S>;
     const S* const from = static_cast<const S*>(args.weight) + oc * strides.n + c * strides.c;
-    FUSEDCNN_NO_UNROLL
+    FUSEDCNN_UNROLL
     for (int kh = 0; kh < 3; ++kh) {
       S taps[kPerWord<S>][3]{};
       FUSEDCNN_UNROLL

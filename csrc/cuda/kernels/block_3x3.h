@@ -8,10 +8,6 @@
 
 namespace fusedcnn::cuda {
 
-// Cycles of an sm_90 multiprocessor that forward_cuda_cores_3x3 takes for an image, counted rather
-// than measured.
-int64_t forward_cuda_cores_3x3_cycles(const Problem& problem);
-
 namespace {
 
 // Whether the block is a 3x3 convolution of stride 1 under a 2x2 pool of stride 2.
@@ -135,18 +131,18 @@ inline MapSizes map_sizes(const Geometry& g) {
           static_cast<int>(g.out_channels)};
 }
 
-inline TileGrid tile_grid(const Geometry& g, int tile_h, int tile_w, int channels) {
+// At most most_blocks blocks: few enough that each takes several tasks of a large batch, and
+// fetches one while it computes another.
+inline TileGrid tile_grid(const Geometry& g, int tile_h, int tile_w, int channels,
+                          int64_t most_blocks) {
   TileGrid grid{};
   grid.tiles_h = parts(g.h.out, tile_h);
   grid.tiles_w = parts(g.w.out, tile_w);
   grid.channel_blocks = parts(g.out_channels, channels);
   grid.per_image = grid.tiles_h * grid.tiles_w * grid.channel_blocks;
   grid.batch = static_cast<int>(g.batch);
-  // Few enough that each block takes several tasks of a large batch, and fetches one while it
-  // computes another; 8 for each of 132 multiprocessors.
-  constexpr int64_t kMostBlocks = 1056;
   const int64_t blocks = blocks_for(static_cast<int64_t>(grid.batch) * grid.per_image);
-  grid.blocks = static_cast<int>(blocks < kMostBlocks ? blocks : kMostBlocks);
+  grid.blocks = static_cast<int>(blocks < most_blocks ? blocks : most_blocks);
   grid.step_n = grid.blocks / grid.per_image;
   grid.step_rest = grid.blocks % grid.per_image;
   return grid;

@@ -349,7 +349,8 @@ inline WindowsSizes windows_sizes(const ForwardArgs& args) {
 template <typename Tile>
 void launch_forward_cuda_cores_3x3(const ForwardArgs& args, const Execution& execution) {
   WindowsSizes sizes = windows_sizes(args);
-  sizes.grid = tile_grid(args.geometry, Tile::kTileH, Tile::kTileW, Tile::kChannels);
+  sizes.grid =
+      tile_grid(args.geometry, Tile::kTileH, Tile::kTileW, Tile::kChannels, 132 * Tile::kResident);
   launch("forward_cuda_cores_3x3", forward_cuda_cores_3x3_kernel<Tile>, sizes.grid.blocks,
          Tile::kThreads, Tile::shared(), execution, args, sizes);
 }
@@ -361,7 +362,7 @@ int64_t tile_work() {
 }
 template <typename Tile>
 int64_t image_work(const Geometry& g) {
-  return tile_grid(g, Tile::kTileH, Tile::kTileW, Tile::kChannels).per_image * tile_work<Tile>();
+  return tile_grid(g, Tile::kTileH, Tile::kTileW, Tile::kChannels, 1).per_image * tile_work<Tile>();
 }
 
 // Calls body(Tile{}) with the tile of the least work for a geometry; among equals the larger one,
@@ -392,15 +393,6 @@ auto with_windows_tile(const Geometry& g, const Body& body) {
 const char* why_not_cuda_cores_3x3(const Problem& problem, const Target&) {
   if (problem.type != DataType::kFloat32) return "not float32";
   return why_not_3x3_block(problem);
-}
-
-int64_t forward_cuda_cores_3x3_cycles(const Problem& problem) {
-  const Geometry& g = problem.geometry;
-  return with_windows_tile(g, [&](auto tile) {
-    // 128 multiply-adds a cycle, four for each window and tap; and a seventh more for the other
-    // instructions of the loop around them (see the top).
-    return image_work<decltype(tile)>(g) * 4 * 9 * g.in_channels / 128 * 8 / 7;
-  });
 }
 
 void forward_cuda_cores_3x3(const ForwardArgs& args, const Execution& execution) {
