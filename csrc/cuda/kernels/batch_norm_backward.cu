@@ -32,7 +32,7 @@ struct SumSizes {
 };
 
 template <typename S, typename C>
-FUSEDCNN_KERNEL(kLibraryThreads)
+FUSEDCNN_KERNEL_RESIDENT(kLibraryThreads, 3)
 batch_norm_sums_kernel(NormBackwardArgs args, SumSizes sizes, GradientSums* parts) {
   using T = Accumulator<S>;
   constexpr int kAtOnce = 4;
@@ -96,11 +96,10 @@ batch_norm_sums_kernel(NormBackwardArgs args, SumSizes sizes, GradientSums* part
 template <typename S>
 FUSEDCNN_KERNEL(kLibraryThreads)
 batch_norm_gradients_kernel(NormBackwardArgs args, const GradientSums* parts, int64_t count,
-                            double outputs, Accumulator<S>* numbers) {
+                            double per_output, bool own, Accumulator<S>* numbers) {
   using T = Accumulator<S>;
   SharedMemory memory;
   const Shared<double> warps = memory.array<double>(kLibraryThreads / kWarp);
-  const bool own = args.affine.type == args.block.type;
   const int64_t channels = args.block.geometry.out_channels;
   for (int64_t channel = block_index(); channel < channels; channel += grid_blocks()) {
     const GradientSums* const its = parts + channel * count;
@@ -121,8 +120,8 @@ batch_norm_gradients_kernel(NormBackwardArgs args, const GradientSums* parts, in
         invstd * load_affine<S>(own, args.affine.weight, channel * args.affine.weight_stride, T(1));
     T* const to = numbers + channel * kNumbers;
     to[0] = static_cast<T>(scale);
-    to[1] = static_cast<T>(-scale * invstd * weight / outputs);
-    to[2] = static_cast<T>(-scale * bias / outputs);
+    to[1] = static_cast<T>(-scale * invstd * weight * per_output);
+    to[2] = static_cast<T>(-scale * bias * per_output);
     to[3] = mean;
   }
 }
@@ -180,7 +179,7 @@ void backward_typed(const NormBackwardArgs& args, const Execution& execution) {
          kLibraryThreads, shared, execution, args, sizes, parts);
   launch("batch_norm_gradients", batch_norm_gradients_kernel<S>, blocks_for(g.out_channels),
          kLibraryThreads, shared_bytes<double>(kLibraryThreads / kWarp), execution, args, parts,
-         sizes.parts, outputs_of_channel(g), numbers);
+         sizes.parts, per_output(g), own_affine(args.affine, args.block.type), numbers);
   if (args.block.plane) {
     gather<S, C>("batch_norm_grad_plane", args.block, Normalised<T>{numbers}, execution);
   }

@@ -26,6 +26,7 @@ struct NormSizes {
   int64_t parts;           // of each channel's moments: tiles
   bool cells_are_windows;  // but for what no window sees at the far ends
   bool windows_may_be_empty;
+  bool own_affine;  // bn_weight and bn_bias have the block's type
 };
 
 // ---- 1 ------------------------------------------------------------------------------------------
@@ -136,7 +137,6 @@ batch_norm_pool_kernel(NormForwardArgs args, NormSizes all, Moments* parts) {
   S* const extremum = static_cast<S*>(args.extremum ? args.extremum : args.block.output);
   C* const code = static_cast<C*>(args.block.code);
   const Strides& to = args.block.output_strides;
-  const bool own = args.affine.type == args.block.type;
 
   for (int64_t task = block_index(); task < tiles.tasks; task += grid_blocks()) {
     const Tile tile = tile_of<V>(tiles, task);
@@ -156,8 +156,8 @@ batch_norm_pool_kernel(NormForwardArgs args, NormSizes all, Moments* parts) {
       FUSEDCNN_UNROLL
       for (int v = 0; v < V; ++v) {
         const int64_t channel = tile.channel + (real ? c : 0) + v;
-        const T factor =
-            load_affine<S>(own, args.affine.weight, channel * args.affine.weight_stride, T(1));
+        const T factor = load_affine<S>(all.own_affine, args.affine.weight,
+                                        channel * args.affine.weight_stride, T(1));
         met.sign[v] = factor < 0 ? T(-1) : T(1);
         if (factor == 0) zeros |= 1u << v;
         met.sum[v] = met.squares[v] = 0;
@@ -220,18 +220,18 @@ batch_norm_pool_kernel(NormForwardArgs args, NormSizes all, Moments* parts) {
       hand_in(lanes, c, real, met.squares, squares);
     }
     sync_threads();
-    const int64_t first = elements_before(sizes, tile.pixel);
-    const auto count =
-        static_cast<double>(elements_before(sizes, tile.pixel + tile.pixels) - first);
+    const int64_t count =
+        elements_before(sizes, tile.pixel + tile.pixels) - elements_before(sizes, tile.pixel);
+    const double each = 1 / static_cast<double>(count);
     for (int c = thread_index(); c < tile.channels; c += kLibraryThreads) {
       T origin[1];
       load_origin<1>(sizes, tile, image + c * sizes.plane.channel, origin);
       const double sum = sum_of_rows(sums, c, lanes.rows);
-      const double beyond = sum_of_rows(squares, c, lanes.rows) - sum * sum / count;
-      // Of equal elements it may come out below zero; NaN stays.
-      const Moments moments{count, origin[0] + sum / count, beyond < 0 ? 0 : beyond};
-      parts[(tile.channel + c) * all.parts + part_of(tiles, tile)] =
-          count > 0 ? moments : Moments{0, 0, 0};
+      const double beyond = sum_of_rows(squares, c, lanes.rows) - sum * sum * each;
+      Moments moments{static_cast<double>(count), origin[0] + sum * each, beyond};
+      if (beyond < 0) moments.squares = 0;  // by rounding
+      if (count == 0) moments = {0, 0, 0};
+      parts[(tile.channel + c) * all.parts + part_of(tiles, tile)] = moments;
     }
     if constexpr (Crosses) {
       const int p = thread_index() & ((1 << tiles.pixel_bits) - 1);
@@ -253,11 +253,10 @@ batch_norm_pool_kernel(NormForwardArgs args, NormSizes all, Moments* parts) {
 template <typename S>
 FUSEDCNN_KERNEL(kLibraryThreads)
 batch_norm_statistics_kernel(NormForwardArgs args, const Moments* parts, int64_t count,
-                             double outputs, Accumulator<S>* numbers) {
+                             double per_output, bool own, Accumulator<S>* numbers) {
   using T = Accumulator<S>;
   SharedMemory memory;
   const Shared<double> warps = memory.array<double>(kLibraryThreads / kWarp);
-  const bool own = args.affine.type == args.block.type;
   const int64_t channels = args.block.geometry.out_channels;
   for (int64_t channel = block_index(); channel < channels; channel += grid_blocks()) {
     const Moments* const its = parts + channel * count;
@@ -265,12 +264,12 @@ batch_norm_statistics_kernel(NormForwardArgs args, const Moments* parts, int64_t
     for (int64_t i = thread_index(); i < count; i += kLibraryThreads) {
       sum += its[i].count * its[i].mean;
     }
-    double mean = sum_over_block(sum, warps) / outputs;
+    double mean = sum_over_block(sum, warps) * per_output;
     for (int64_t i = thread_index(); i < count; i += kLibraryThreads) {
       const double distance = its[i].mean - mean;
       squares += its[i].squares + its[i].count * distance * distance;
     }
-    double var = sum_over_block(squares, warps) / outputs;
+    double var = sum_over_block(squares, warps) * per_output;
     if (thread_index() != 0) continue;
     if (args.block.bias) {
       const S* const bias =
@@ -371,6 +370,7 @@ NormSizes sizes_of(const NormForwardArgs& args, bool along_channels, int vector,
   sizes.sharing = {along_channels, along_channels ? tiles.channel_bits : tiles.pixel_bits};
   sizes.parts = parts_of(tiles, g.batch);
   sizes.cells_are_windows = cell_is_window(g.h) && cell_is_window(g.w);
+  sizes.own_affine = own_affine(args.affine, args.block.type);
   sizes.windows_may_be_empty = g.h.pool_dilation > 1 || g.w.pool_dilation > 1;
   return sizes;
 }
@@ -426,9 +426,11 @@ void forward_typed(const NormForwardArgs& args, const Execution& execution) {
                : launch_pool<S, C, 1>(args, parts, execution);
   launch("batch_norm_statistics", batch_norm_statistics_kernel<S>, blocks_for(g.out_channels),
          kLibraryThreads, shared_bytes<double>(kLibraryThreads / kWarp), execution, args, parts,
-         pool_sizes(args, pool_vectors ? kV : 1).parts, outputs_of_channel(g), numbers);
-  vectors&& args.block.output_strides.c == 1 ? launch_output<S, C, kV>(args, numbers, execution)
-                                             : launch_output<S, C, 1>(args, numbers, execution);
+         pool_sizes(args, pool_vectors ? kV : 1).parts, per_output(g),
+         own_affine(args.affine, args.block.type), numbers);
+  const bool output_vectors = vectors && args.block.output_strides.c == 1;
+  output_vectors ? launch_output<S, C, kV>(args, numbers, execution)
+                 : launch_output<S, C, 1>(args, numbers, execution);
 }
 
 // body(S{}, C{}) with the block's storage type and that of its codes.

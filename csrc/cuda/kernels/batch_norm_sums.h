@@ -114,6 +114,7 @@ FUSEDCNN_DEVICE Accumulator<S> load_affine(bool own, const void* from, int64_t a
   return own ? widen(load_constant(static_cast<const S*>(from) + at))
              : load_constant(static_cast<const Accumulator<S>*>(from) + at);
 }
+inline bool own_affine(const Affine& affine, DataType type) { return affine.type == type; }
 template <typename S>
 FUSEDCNN_DEVICE void store_affine(bool own, void* to, int64_t at, Accumulator<S> value) {
   if (!to) return;
@@ -141,8 +142,9 @@ inline int64_t numbers_bytes(const Geometry& g, DataType type) {
   return g.out_channels * kNumbers * element_size(statistics_type(type));
 }
 
-inline double outputs_of_channel(const Geometry& g) {
-  return static_cast<double>(g.batch) * static_cast<double>(g.h.conv * g.w.conv);
+// 1 / M.
+inline double per_output(const Geometry& g) {
+  return 1 / (static_cast<double>(g.batch) * static_cast<double>(g.h.conv * g.w.conv));
 }
 
 }  // namespace

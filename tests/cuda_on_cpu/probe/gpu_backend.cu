@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cases.h"
+#include "cuda/batch_norm.h"
 #include "cuda/kernel.h"
 #include "cuda/launch.h"
 #include "gpu_backend.h"
@@ -20,7 +21,10 @@ using fusedcnn::DataType;
 using fusedcnn::element_size;
 using fusedcnn::ForwardArgs;
 using fusedcnn::Geometry;
+using fusedcnn::NormBackwardArgs;
+using fusedcnn::NormForwardArgs;
 using fusedcnn::Problem;
+using fusedcnn::statistics_type;
 using fusedcnn::Strides;
 using fusedcnn::cuda::check_launch;
 using fusedcnn::cuda::Execution;
@@ -96,11 +100,9 @@ int64_t output_span(const Geometry& g, const Strides& strides) {
   return span(g.batch, g.out_channels, g.h.out, g.w.out, strides);
 }
 
-// Runs the kernel's function with what it works in, and waits for it.
+// Runs function(args, execution) with so many bytes to work in, and waits for it.
 template <typename Function, typename Args>
-void run(const Kernel& kernel, Function function, const Args& args, const Way& way) {
-  const Problem problem{args.geometry, args.type, args.wide_code};
-  const int64_t bytes = kernel.workspace_bytes ? kernel.workspace_bytes(problem) : 0;
+void run(const char* name, int64_t bytes, Function function, const Args& args, const Way& way) {
   const std::vector<unsigned char> nans(static_cast<size_t>(bytes), 0xff);
   void* memory = nullptr;
   cudaStream_t stream = nullptr;
@@ -113,9 +115,15 @@ void run(const Kernel& kernel, Function function, const Args& args, const Way& w
     ask(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream for");
   }
   function(args, Execution{stream, memory});
-  check_launch(kernel.name, cudaDeviceSynchronize(), "running");
+  check_launch(name, cudaDeviceSynchronize(), "running");
   if (stream) ask(cudaStreamDestroy(stream), "ending the stream of");
   ask(cudaFree(memory), "freeing the workspace of");
+}
+template <typename Function, typename Args>
+void run(const Kernel& kernel, Function function, const Args& args, const Way& way) {
+  const Problem problem{args.geometry, args.type, args.wide_code};
+  run(kernel.name, kernel.workspace_bytes ? kernel.workspace_bytes(problem) : 0, function, args,
+      way);
 }
 
 // A plane of library kernels, which torch allocates: always aligned.
@@ -214,7 +222,95 @@ void run_backward(const Kernel& kernel, const BackwardArgs& host, const Way& way
   grad_bias.back_to(host.grad_bias);
 }
 
+int64_t plane_elements(const Geometry& g) { return g.batch * g.out_channels * g.h.conv * g.w.conv; }
+
+// A vector with an element for each output channel.
+int64_t vector_span(const Geometry& g, int64_t stride) { return (g.out_channels - 1) * stride + 1; }
+
+void run_norm_forward(const NormForwardArgs& host, const Way& way) {
+  const ForwardArgs& block = host.block;
+  const Geometry& g = block.geometry;
+  const int64_t size = element_size(block.type), affine_size = element_size(host.affine.type);
+  const int64_t statistics_size = element_size(statistics_type(block.type));
+  const int64_t outputs = output_span(g, block.output_strides);
+  // torch allocates the plane and what is written: always aligned.
+  const Copy plane(block.plane, plane_elements(g), size, false);
+  const Copy bias(block.bias, vector_span(g, block.bias_stride), size, way.shifted);
+  const Copy weight(host.affine.weight, vector_span(g, host.affine.weight_stride), affine_size,
+                    way.shifted);
+  const Copy shift(host.affine.bias, vector_span(g, host.affine.bias_stride), affine_size,
+                   way.shifted);
+  const Copy output(block.output, outputs, size, false);
+  const Copy code(block.code, outputs, block.wide_code ? 4 : 1, false);
+  const Copy extremum(host.extremum, outputs, size, false);
+  const Copy mean(host.mean, g.out_channels, statistics_size, false);
+  const Copy var(host.var, g.out_channels, statistics_size, false);
+  NormForwardArgs args = host;
+  args.block.plane = plane.data();
+  args.block.bias = bias.data();
+  args.affine.weight = weight.data();
+  args.affine.bias = shift.data();
+  args.block.output = output.data();
+  args.block.code = code.data();
+  args.extremum = extremum.data();
+  args.mean = mean.data();
+  args.var = var.data();
+  run("batch_norm_forward", fusedcnn::cuda::batch_norm_forward_workspace(args),
+      fusedcnn::cuda::batch_norm_forward, args, way);
+  output.back_to(block.output);
+  code.back_to(block.code);
+  extremum.back_to(host.extremum);
+  mean.back_to(host.mean);
+  var.back_to(host.var);
+}
+
+void run_norm_backward(const NormBackwardArgs& host, const Way& way) {
+  const BackwardArgs& block = host.block;
+  const Geometry& g = block.geometry;
+  const int64_t size = element_size(block.type), affine_size = element_size(host.affine.type);
+  const int64_t statistics_size = element_size(statistics_type(block.type));
+  const Copy grad_output(block.grad_output, output_span(g, block.grad_output_strides), size,
+                         way.shifted);
+  const Copy code(block.code, output_span(g, block.code_strides), block.wide_code ? 4 : 1, false);
+  const Copy extremum(host.extremum, output_span(g, host.extremum_strides), size, way.shifted);
+  const Copy mean(host.mean, vector_span(g, host.mean_stride), statistics_size, way.shifted);
+  const Copy var(host.var, vector_span(g, host.var_stride), statistics_size, way.shifted);
+  const Copy weight(host.affine.weight, vector_span(g, host.affine.weight_stride), affine_size,
+                    way.shifted);
+  const Copy plane(block.plane, plane_elements(g), size, false);
+  const Copy grad_weight(host.grad_bn_weight, g.out_channels, affine_size, false);
+  const Copy grad_bias(host.grad_bn_bias, g.out_channels, affine_size, false);
+  NormBackwardArgs args = host;
+  args.block.grad_output = grad_output.data();
+  args.block.code = code.data();
+  args.extremum = extremum.data();
+  args.mean = mean.data();
+  args.var = var.data();
+  args.affine.weight = weight.data();
+  args.block.plane = plane.data();
+  args.grad_bn_weight = grad_weight.data();
+  args.grad_bn_bias = grad_bias.data();
+  run("batch_norm_backward", fusedcnn::cuda::batch_norm_backward_workspace(args),
+      fusedcnn::cuda::batch_norm_backward, args, way);
+  plane.back_to(block.plane);
+  grad_weight.back_to(host.grad_bn_weight);
+  grad_bias.back_to(host.grad_bn_bias);
+}
+
 }  // namespace
+
+NormBackend gpu_norm_backend() {
+  NormBackend backend{"cuda on a GPU", {}, {}, {}};
+  for (const Way& way : kWays) backend.ways.push_back(way.name);
+  fusedcnn::cuda::use_device(0);
+  backend.forward = [](const NormForwardArgs& args, int way) {
+    run_norm_forward(args, kWays[way]);
+  };
+  backend.backward = [](const NormBackwardArgs& args, int way) {
+    run_norm_backward(args, kWays[way]);
+  };
+  return backend;
+}
 
 int64_t problems_left_out() { return left_out; }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "backend.h"
+#include "test_batch_norm.h"
 
 namespace selftest {
 
@@ -11,5 +12,7 @@ namespace selftest {
 // would have been asked for; 0: never.
 Backend gpu_backend(double seconds);
 int64_t problems_left_out();
+
+NormBackend gpu_norm_backend();
 
 }  // namespace selftest
