@@ -386,16 +386,16 @@ def _update(
     """Mix the batch's statistics into the running ones: the variance with the divisor count - 1."""
     conv_h, conv_w = _plane_of(input, weight, g)
     count = input.shape[0] * conv_h * conv_w
-    with torch.no_grad():
-        if bias is not None:
-            mean = mean + bias
-        # Both first, so that an error on the way leaves both as they were.
-        mixed = [
-            torch.add(running.to(var.dtype) * (1 - momentum), batch, alpha=share)
-            for running, batch, share in (
-                (running_mean, mean, momentum),
-                (running_var, var, momentum * (count / (count - 1))),
-            )
-        ]
-        running_mean.copy_(mixed[0])
-        running_var.copy_(mixed[1])
+    if bias is not None:
+        # Detached instead of under no_grad, which an exported program would forget.
+        mean = mean + bias.detach()
+    # Both first, so that an error on the way leaves both as they were.
+    mixed = [
+        torch.add(running.to(var.dtype) * (1 - momentum), batch, alpha=share)
+        for running, batch, share in (
+            (running_mean, mean, momentum),
+            (running_var, var, momentum * (count / (count - 1))),
+        )
+    ]
+    running_mean.copy_(mixed[0])
+    running_var.copy_(mixed[1])
