@@ -104,12 +104,8 @@ def test_zoo(library, name, size, blocks, folded):
 
 
 @pytest.mark.parametrize(("name", "chains"), [("vgg11_bn", 5), ("googlenet", 2)])
-def test_batch_norm_in_training_mode_is_left_alone(name, chains):
-    """Where the normalisation takes the batch's statistics there is nothing to fold."""
-    stock = build("torchvision", name).train()
-    fused, report = fusedcnn.fuse(stock, report=True)
-    assert repr(fused) == repr(stock)
-    assert len(report) == chains
-    for result in report:
-        assert not result.fused
-        assert "training mode" in result.reason
+def test_batch_norm_is_fused_in_training_mode(name, chains):
+    """As in evaluation mode, by the same blocks."""
+    for training in (True, False):
+        fused = fusedcnn.fuse(build("torchvision", name).train(training))
+        assert sum(isinstance(m, ConvBatchNormReLUMaxPool2d) for m in fused.modules()) == chains

@@ -63,7 +63,7 @@ def _bn_decomposed(
     g = Geometry(*geometry)
     # The mean takes the bias out again; one that is not finite makes its channel NaN.
     plane = _stock.conv(input, weight, None if bias is None else bias * 0, g)
-    wide = plane.to(sums_dtype(plane.dtype))
+    wide = plane.detach().to(sums_dtype(plane.dtype))
     var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
     normal = F.relu(F.batch_norm(plane, None, None, bn_weight, bn_bias, training=True, eps=eps))
     output, index = torch.ops.aten.max_pool2d_with_indices(normal, *pool_of(g))

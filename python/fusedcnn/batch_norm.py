@@ -117,7 +117,7 @@ def conv_batch_norm_relu_max_pool2d(
     norm = (running_mean, running_var, bn_weight, bn_bias)
     _check_norm(input, weight.shape[0], *norm, training, eps)
     if not training and _foldable(bn_weight, bn_bias, eps):
-        _check_bias(weight, bias)
+        _check_to_fold(input, weight, bias)
         folded = _fold(*given[1:], *norm, eps)
         return conv_relu_max_pool2d(
             given[0], *folded, stride, padding, dilation, groups,
@@ -145,9 +145,9 @@ def conv_batch_norm_relu_max_pool2d(
     )
     update = None
     if running_mean is not None:
-        conv_h, conv_w = _plane_of(input, weight, Geometry(*geometry))
-        count = input.shape[0] * conv_h * conv_w
-        update = functools.partial(_update, running_mean, running_var, bias, count, momentum)
+        update = functools.partial(
+            _update, running_mean, running_var, input, weight, bias, Geometry(*geometry), momentum
+        )
     if needs_grad and not compiling:
         return ConvBatchNormReLUMaxPool2dFunction.apply(*arguments, update)
     with contextlib.nullcontext() if compiling else below_autograd():
@@ -222,8 +222,10 @@ def _check_norm(
             )
         if statistic and tensor.requires_grad:
             raise RuntimeError(f"{name}: expected a Tensor that requires no gradient")
-        if statistic and training:
-            _check_writable(name, tensor)
+        if statistic and training and channels > 1 and tensor.stride(0) == 0:
+            raise RuntimeError(f"{name}: expected elements of their own, got an expanded tensor")
+        if statistic or not training:  # the operator looks at its own
+            _check_memory(name, tensor)
 
 
 def _check_dtype(argument: str, dtype: torch.dtype, inputs: torch.dtype) -> None:
@@ -233,17 +235,18 @@ def _check_dtype(argument: str, dtype: torch.dtype, inputs: torch.dtype) -> None
         raise RuntimeError(f"{argument}: expected dtype {allowed} for this input, got {dtype}")
 
 
-def _check_writable(argument: str, tensor: Tensor) -> None:
-    """Refuse what could not be written to after all has been computed."""
-    if tensor.numel() > 1 and tensor.stride(0) == 0:
-        raise RuntimeError(f"{argument}: expected elements of their own, got an expanded tensor")
-    if torch.compiler.is_compiling() or tensor.layout != torch.strided:
+def _check_memory(argument: str, tensor: Tensor) -> None:
+    """Refuse a tensor whose storage was released or cut short: torch would read on regardless."""
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
         return
-    last = tensor.storage_offset() + (tensor.numel() - 1) * tensor.stride(0)
+    if not tensor.numel() or tensor.layout != torch.strided or tensor.is_meta:
+        return
+    axes = zip(tensor.shape, tensor.stride(), strict=True)
+    needed = tensor.storage_offset() + sum((size - 1) * stride for size, stride in axes) + 1
     held = tensor.untyped_storage().nbytes() // tensor.element_size()
-    if tensor.numel() and held <= last and type(tensor) in (Tensor, torch.nn.Parameter):
+    if held < needed:
         raise RuntimeError(
-            f"{argument}: expected memory for {last + 1} elements, got a storage of {held}"
+            f"{argument}: expected memory for {needed} elements, got a storage of {held}"
         )
 
 
@@ -325,10 +328,14 @@ def _foldable(bn_weight: Tensor | None, bn_bias: Tensor | None, eps: float) -> b
     return eps > 0 and all(t is None or t.dim() == 1 for t in (bn_weight, bn_bias))
 
 
-def _check_bias(weight: Tensor, bias: Tensor | None) -> None:
-    """Refuse what the convolution would, and folding would hide."""
+def _check_to_fold(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Refuse what the convolution would, and folding would hide or be the first to touch."""
+    if weight.dtype != input.dtype:
+        raise RuntimeError(f"weight: expected dtype {input.dtype} like input, got {weight.dtype}")
+    _check_memory("weight", weight)
     if bias is None:
         return
+    _check_memory("bias", bias)
     if bias.shape != weight.shape[:1]:
         raise RuntimeError(
             f"bias: expected [{weight.shape[0]}], one for each channel of weight, got "
@@ -368,23 +375,27 @@ def _fold(
 def _update(
     running_mean: Tensor,
     running_var: Tensor,
+    input: Tensor,
+    weight: Tensor,
     bias: Tensor | None,
-    count: int,
+    g: Geometry,
     momentum: float,
     mean: Tensor,
     var: Tensor,
 ) -> None:
     """Mix the batch's statistics into the running ones: the variance with the divisor count - 1."""
-    with torch.no_grad():
-        if bias is not None:
-            mean = mean + bias
-        # Both first, so that an error on the way leaves both as they were.
-        mixed = [
-            torch.add(running.to(var.dtype) * (1 - momentum), batch, alpha=weight)
-            for running, batch, weight in (
-                (running_mean, mean, momentum),
-                (running_var, var, momentum * (count / (count - 1))),
-            )
-        ]
-        running_mean.copy_(mixed[0])
-        running_var.copy_(mixed[1])
+    conv_h, conv_w = _plane_of(input, weight, g)
+    count = input.shape[0] * conv_h * conv_w
+    if bias is not None:
+        # Detached instead of under no_grad, which an exported program would forget.
+        mean = mean + bias.detach()
+    # Both first, so that an error on the way leaves both as they were.
+    mixed = [
+        torch.add(running.to(var.dtype) * (1 - momentum), batch, alpha=share)
+        for running, batch, share in (
+            (running_mean, mean, momentum),
+            (running_var, var, momentum * (count / (count - 1))),
+        )
+    ]
+    running_mean.copy_(mixed[0])
+    running_var.copy_(mixed[1])

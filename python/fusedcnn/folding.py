@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fusedcnn import _stock
 from fusedcnn.batch_norm import conv_batch_norm_relu_max_pool2d
@@ -132,7 +132,7 @@ class ConvBatchNormReLUMaxPool2d(ConvReLUMaxPool2d):
         if not isinstance(norm, FoldedBatchNorm2d) and _works_otherwise(norm):
             _stock.note("a normalisation that is no plain BatchNorm2d, or has hooks")
             return self._stock_forward(input, norm)
-        if input.dim() == 3:
+        if isinstance(input, Tensor) and input.dim() == 3:  # torch.fx asks no symbol
             raise ValueError("input: expected 4D input, [N, C, H, W] (got 3D input)")
         padding = self.padding
         if self.padding_mode != "zeros":
@@ -147,15 +147,19 @@ class ConvBatchNormReLUMaxPool2d(ConvReLUMaxPool2d):
         by_the_batch = norm.training or (mean is None and var is None)
         if norm.training and not norm.track_running_stats:
             mean = var = None
-        output = conv_batch_norm_relu_max_pool2d(
+        pooled = conv_batch_norm_relu_max_pool2d(
             input, self.weight, self.bias, mean, var, norm.weight, norm.bias,
             self.stride, padding, self.dilation, self.groups,
             training=by_the_batch, momentum=momentum, eps=norm.eps,
             **{name: getattr(self, name) for name in POOL_ARGUMENTS},
         )  # fmt: skip
-        if count is not None:
-            count.add_(1)
-        return output
+        return pooled if count is None else _counted(pooled, count)
+
+
+@fx.wrap  # which would count while it traces, and never again
+def _counted(pooled: Tensor, count: Tensor) -> Tensor:
+    count.add_(1)
+    return pooled
 
 
 def _works_otherwise(norm: nn.Module) -> bool:
