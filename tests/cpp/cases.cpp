@@ -136,6 +136,7 @@ std::vector<Case> all_cases() {
       both("plane_padding0", {2, 33, 30}, 10, 7, {.padding = 0, .pool = 1}),
       both("plane_padding2", {1, 16, 16}, 9, 6, {.padding = 2, .pool = 1}),
       both("plane_channels", {3, 40, 64}, 16, 15, {.pool = 1}),
+      make("plane_pixel", {2, 17, 32}, {.in = 1, .pool = 1}, {.in = 1, .pool = 1}),
       make("plane_row", {2, 20, 16}, {.in = 1, .pool = 1}, {.in = 50, .pool = 1}),
       both("plane_bands", {1, 64, 32}, 47, 44, {.pool = 1}),
       make("pool1_gapped", {1, 3, 16}, {.in = 9, .pool = 1, .pool_stride = 2},

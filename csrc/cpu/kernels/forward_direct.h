@@ -55,7 +55,7 @@ void direct_plane(const ForwardArgs& args, const DirectShared<T>& shared, int64_
   direct_input<T>(args, shared, n, first, first + rows, x);
   const int64_t at = n * s.n + first * s.h;
   T* out = static_cast<T*>(args.output) + at;
-  if (args.code) memset(static_cast<uint8_t*>(args.code) + at, 0, rows * s.h);
+  clear_codes(args, n, first, rows);
   Ahead ahead = Ahead::of(static_cast<const T*>(args.input), args.input_strides, g.in_channels,
                           g.h.in, g.w.in, n, g.batch, (shared.padded / kLanes<T> + 1) / 2 * rows);
   for_direct_blocks(shared, [&]<int Z>(int64_t oc) {
