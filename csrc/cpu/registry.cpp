@@ -31,7 +31,7 @@ const KernelList& kernels();
 
 const KernelList& kernels() {
   // name, pass, exact, error, winograd, why_not, forward, backward, library, why_slower,
-  // without_relu
+  // without_relu, moment_slots, accumulates
   static constexpr Kernel list[] = {
       {"library", Pass::kForward, true, 2, false, why_not_library, forward_library, nullptr, true,
        library_is_slower},
@@ -50,7 +50,7 @@ const KernelList& kernels() {
        grad_weight_winners_3x3},
 #endif
       {"dense", Pass::kGradWeight, true, 2, false, why_not_grad_weight_dense, nullptr,
-       grad_weight_dense, false, nullptr, false, nullptr, true},
+       grad_weight_dense, false, nullptr, false, nullptr, /*accumulates=*/true},
       {"general", Pass::kGradWeight, true, 2, false, why_not_backward_general, nullptr,
        grad_weight_general},
 #if defined(__AVX2__)

@@ -118,6 +118,7 @@ std::vector<Case> all_cases() {
            {.in = 4, .kernel = 1, .padding = 3}),
       make("dilation2x3", {1, 3, 5}, {.in = 11, .padding = 2, .dilation = 2},
            {.in = 12, .padding = 3, .dilation = 3}),
+      make("wide_row", {1, 2, 3}, {.in = 3, .stride = 2}, {.in = 1042, .kernel = 4, .stride = 2}),
       make("stride_is_dilation", {1, 3, 5}, {.in = 12, .padding = 2, .dilation = 2},
            {.in = 15, .kernel = 4, .stride = 2, .padding = 3, .dilation = 2}),
       make("dilation_stride", {2, 18, 5}, {.in = 13, .stride = 2, .padding = 2, .dilation = 2},

@@ -171,9 +171,7 @@ double error_in_chains(const Geometry& g, const Operands& operands, const Gradie
   return errors;
 }
 
-void test_real_numbers(const Backend& backend) {
-  // 4,800 outputs.
-  const Geometry g = without_pool(case_named("bands_of_rows").geometry);
+void test_real_numbers(const Backend& backend, const Geometry& g) {
   Random random(13);
   const auto real = [&] { return rounded(DataType::kFloat32, random.real()); };
   const Operands operands = draw_operands(g, real, real);
@@ -208,7 +206,14 @@ void test_real_numbers(const Backend& backend) {
 void test_dense_gradients(const Backend& backend, bool quick) {
   test_integers(backend, quick);
   test_not_finite(backend);
-  test_real_numbers(backend);
+  // Of 4,800 outputs, and of 5,000 in one column.
+  const Geometry g = without_pool(case_named("bands_of_rows").geometry);
+  test_real_numbers(backend, g);
+  Geometry column = g;
+  column.batch = 1;
+  column.h.in = column.h.conv = column.h.out = 5000;
+  column.w.in = column.w.conv = column.w.out = 1;
+  test_real_numbers(backend, column);
 }
 
 }  // namespace selftest
