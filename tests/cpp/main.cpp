@@ -10,6 +10,7 @@
 #include "cpu/select.h"
 #include "cpu_backend.h"
 #include "fuzz.h"
+#include "test_batch_norm.h"
 #include "test_dense_gradients.h"
 #include "test_derived_weights.h"
 #include "test_kernels.h"
@@ -95,6 +96,7 @@ int main(int count, char** arguments) {
     selftest::test_optional_arguments(backend);
     selftest::test_rounding(backend);
     selftest::test_determinism(backend);
+    if (isa.list.norm) selftest::test_batch_norm(isa, quick);
   }
   selftest::check(found, "no ISA named " + only + " was compiled in");
   std::printf("%d passed, %d failed\n", selftest::passed(), selftest::failed());
