@@ -25,18 +25,19 @@ const KernelList& kernels();
 
 const KernelList& kernels() {
   // name, pass, exact, error, winograd, why_not, forward, backward, library, why_slower,
-  // without_relu
+  // without_relu, moment_slots
   static constexpr Kernel list[] = {
       {"library", Pass::kForward, true, 2, false, why_not_library, forward_library, nullptr, true,
        library_is_slower},
       {"winograd_f4x4", Pass::kForward, false, 4, true, why_not_winograd_f4x4,
-       forward_winograd_f4x4, nullptr, false, nullptr, /*without_relu=*/true},
+       forward_winograd_f4x4, nullptr, false, nullptr, /*without_relu=*/true,
+       winograd_moment_slots},
       {"winograd_f2", Pass::kForward, true, 2, true, why_not_winograd_f2, forward_winograd_f2,
-       nullptr, false, nullptr, /*without_relu=*/true},
+       nullptr, false, nullptr, /*without_relu=*/true, winograd_moment_slots},
       {"winograd_f2x2", Pass::kForward, true, 2, true, why_not_winograd_f2x2, forward_winograd_f2x2,
-       nullptr, false, nullptr, /*without_relu=*/true},
+       nullptr, false, nullptr, /*without_relu=*/true, winograd_moment_slots},
       {"direct", Pass::kForward, true, 2, false, why_not_direct, forward_direct, nullptr, false,
-       nullptr, /*without_relu=*/true},
+       nullptr, /*without_relu=*/true, direct_moment_slots},
       {"general", Pass::kForward, true, 2, false, why_not_forward_general, forward_general, nullptr,
        false, nullptr, /*without_relu=*/true},
 #if defined(__AVX2__)

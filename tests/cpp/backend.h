@@ -24,6 +24,8 @@ struct TestedKernel {
   // Of a library kernel: the convolution output that it pools, of a sum and its bias.
   std::function<double(fusedcnn::DataType, double sum, double bias)> stored = {};
   bool without_relu = false;  // a forward that can leave ReLU out
+  // Null, or into how many parts a forward that writes moments splits the batch.
+  std::function<int64_t(const fusedcnn::Problem&)> moment_slots = {};
 };
 
 struct Backend {

@@ -12,6 +12,7 @@
 #include "fuzz.h"
 #include "test_derived_weights.h"
 #include "test_kernels.h"
+#include "test_moments.h"
 #include "test_select.h"
 #include "test_tiles.h"
 #include "test_without_relu.h"
@@ -90,6 +91,7 @@ int main(int count, char** arguments) {
     selftest::test_exact(backend, quick);
     selftest::test_special_values(backend);
     selftest::test_without_relu(backend, quick);
+    selftest::test_moments(backend);
     selftest::test_optional_arguments(backend);
     selftest::test_rounding(backend);
     selftest::test_determinism(backend);
