@@ -187,6 +187,9 @@ std::vector<Case> all_cases() {
            {.in = 1, .kernel = 1, .padding = 0, .pool = 1}),
       make("text_column_groups", {1, 6, 8, 2}, {.in = 30, .pool = 7, .pool_stride = 3},
            {.in = 1, .pool = 1}),
+      // more channels, in vectors or by themselves, than a block has threads, for one pixel or two
+      make("text_many_channels", {2, 1, 1028}, {.in = 3, .pool = 3},
+           {.in = 2, .kernel = 1, .padding = 0, .pool = 1}),
       make("text_kernel", {1, 1, 20}, {.in = 24, .padding = 0, .pool = 22},
            {.in = 10, .kernel = 10, .padding = 0, .pool = 1}),
       // large enough to be shared out between threads

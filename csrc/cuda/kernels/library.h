@@ -77,14 +77,15 @@ inline int bits_for(int64_t count, int most) {
   return bits;
 }
 // Tiles of 2^bits vectors of `vector` channels: of 2^channel_bits such vectors, where there are as
-// many, of more where there are not that many pixels, and of no more pixels than threads.
+// many, of more where there are not that many pixels, and of no more of either than threads.
 inline Tiles tiles_of(int64_t batch, int64_t channels, int64_t rows, int64_t columns, int vector,
                       int channel_bits, int bits) {
   Tiles tiles{channels, rows * columns, divisor_of(columns), 0, 0, 0, 0, 0};
   const int64_t vectors = (channels + vector - 1) / vector;
   const int left = bits - bits_for(vectors, channel_bits);
   tiles.pixel_bits = bits_for(tiles.pixels, left < kThreadBits ? left : kThreadBits);
-  tiles.channel_bits = bits_for(vectors, bits - tiles.pixel_bits);
+  const int room = bits - tiles.pixel_bits;
+  tiles.channel_bits = bits_for(vectors, room < kThreadBits ? room : kThreadBits);
   const int64_t tile_channels = int64_t{vector} << tiles.channel_bits;
   const int64_t tile_pixels = int64_t{1} << tiles.pixel_bits;
   tiles.channel_tiles = (channels + tile_channels - 1) / tile_channels;
