@@ -1,5 +1,5 @@
-"""The operators with a batch normalisation on a GPU, called by themselves. Their kernels also run in
-the torch-free self-test of tests/cuda_on_cpu.
+"""The operators with a batch normalisation on a GPU, called by themselves. Their kernels also run
+in the torch-free self-test of tests/cuda_on_cpu.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ def test_output_and_statistics_are_the_same_without_code(layout):
     less, code, extremum, *statistics = bn_forward_op(*tensors, STEM.pack(), EPS, False)
     assert code.numel() == extremum.numel() == 0
     assert torch.equal(less, output)
-    assert torch.equal(statistics[0], mean) and torch.equal(statistics[1], var)
+    assert torch.equal(statistics[0], mean)
+    assert torch.equal(statistics[1], var)
 
 
 def test_the_first_of_equal_elements_wins():
@@ -157,5 +158,6 @@ def test_what_is_not_finite_spoils_its_channels_alone(special):
     *tensors, _ = on_gpu(case)
     output, code, _, _, var = bn_forward_op(*tensors, block.pack(), EPS, True)
     assert var.isnan().tolist() == [False, True, True, True]
-    assert output[:, 1:].isnan().all() and output[:, 0].isfinite().all()
+    assert output[:, 1:].isnan().all()
+    assert output[:, 0].isfinite().all()
     assert (code[:, 1:] != 255).all()
