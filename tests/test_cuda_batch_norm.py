@@ -27,9 +27,12 @@ over_layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "ch
 @pytest.fixture(autouse=True)
 def _reproducible(monkeypatch):
     """No tf32, which errs by more, and the same convolution in every run."""
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    precision = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     _cuda.follow_tf32()  # which operators called by themselves do not
+    yield
+    torch.backends.cudnn.conv.fp32_precision = precision
 
 
 def on_gpu(case: Case, layout: torch.memory_format = torch.contiguous_format) -> Case:
