@@ -26,6 +26,8 @@ struct TestedKernel {
   bool without_relu = false;  // a forward that can leave ReLU out
   // A grad_weight of a convolution on its own, that can add to what is there.
   bool accumulates = false;
+  // Null, or into how many parts a forward that writes moments splits the batch.
+  std::function<int64_t(const fusedcnn::Problem&)> moment_slots = {};
 };
 
 struct Backend {

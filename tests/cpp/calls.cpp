@@ -34,7 +34,7 @@ Shape output_shape(const Geometry& g) { return {g.batch, g.out_channels, g.h.out
 }  // namespace
 
 bool run_forward(const Call& call, const Operands& operands, Forward* result,
-                 const std::string& what, bool want_code) {
+                 const std::string& what, bool want_code, std::vector<fusedcnn::Moments>* moments) {
   const Geometry& g = call.problem.geometry;
   const fusedcnn::DataType type = call.problem.type;
   const bool wide = call.problem.wide_code;
@@ -68,6 +68,12 @@ bool run_forward(const Call& call, const Operands& operands, Forward* result,
   args.output = output.data();
   args.code = want_code ? code.data() : nullptr;
   args.output_strides = output_strides;
+  if (moments) {
+    const double unwritten = -1;
+    moments->assign(call.kernel->moment_slots(call.problem) * g.out_channels,
+                    {unwritten, unwritten, unwritten});
+    args.moments = moments->data();
+  }
   const bool completed = completes(what, [&] { call.kernel->forward(args, call.way); });
 
   result->output = values_of(type, output);

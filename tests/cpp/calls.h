@@ -19,9 +19,10 @@ struct Call {
 };
 
 // Each returns false, having counted a failure named `what`, when the kernel wrote between the
-// elements of a tensor or threw.
+// elements of a tensor or threw. moments: [slots][OC], for a kernel that writes them.
 bool run_forward(const Call& call, const Operands& operands, Forward* result,
-                 const std::string& what, bool want_code = true);
+                 const std::string& what, bool want_code = true,
+                 std::vector<fusedcnn::Moments>* moments = nullptr);
 
 // Fills the gradients that the kernel's pass computes. `want_weight` and `want_bias` apply to
 // grad_weight kernels; a gradient that is not wanted is left empty, and operands that it alone

@@ -143,6 +143,7 @@ std::vector<Case> all_cases() {
       make("pool1_gapped", {1, 3, 16}, {.in = 9, .pool = 1, .pool_stride = 2},
            {.in = 10, .pool = 1, .pool_stride = 3}),
       both("pool3", {1, 3, 16}, 9, 10, {.pool = 3}),
+      both("pool3_cover", {2, 3, 16}, 9, 18, {.pool = 3}),
       both("pool3_stride1", {1, 3, 5}, 6, 19, {.pool = 3, .pool_stride = 1}),
       both("pool2_stride1", {1, 3, 16}, 6, 8, {.pool_stride = 1}),
       both("pool2_stride3", {1, 3, 16}, 8, 9, {.pool_stride = 3}),

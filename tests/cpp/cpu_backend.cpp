@@ -149,6 +149,7 @@ Backend cpu_backend(const fusedcnn::cpu::Isa& isa) {
     }
     tested.without_relu = kernel.without_relu;
     tested.accumulates = kernel.accumulates;
+    if (kernel.moment_slots) tested.moment_slots = kernel.moment_slots;
     if (kernel.forward) {
       tested.forward = [&kernel, plane_of](fusedcnn::ForwardArgs args, int way) {
         if (!kernel.library) return call(kernel.forward, args, way);

@@ -14,6 +14,7 @@
 #include "test_dense_gradients.h"
 #include "test_derived_weights.h"
 #include "test_kernels.h"
+#include "test_moments.h"
 #include "test_select.h"
 #include "test_tiles.h"
 #include "test_without_relu.h"
@@ -93,6 +94,7 @@ int main(int count, char** arguments) {
     selftest::test_special_values(backend);
     selftest::test_without_relu(backend, quick);
     selftest::test_dense_gradients(backend, quick);
+    selftest::test_moments(backend);
     selftest::test_optional_arguments(backend);
     selftest::test_rounding(backend);
     selftest::test_determinism(backend);

@@ -91,6 +91,11 @@ struct DirectShared {
   int64_t cols;           // of X
 };
 
+// Columns of X.
+inline int64_t direct_cols(const Geometry& g) {
+  return (g.w.conv - 1) * g.w.stride + (g.w.kernel - 1) * g.w.dilation + 1;
+}
+
 // One row of convolution outputs of one block. x: the row's first pixel in X; u: the block's
 // weights; out: [conv cols] of [Z] vectors, `out_pixel` elements apart.
 template <typename T, int Z>
@@ -220,7 +225,7 @@ void with_direct_shared(const ForwardArgs& args, const ThreadPool& pool, const B
   DirectShared<T> shared{};
   shared.weights = weights;
   shared.padded = padded;
-  shared.cols = (g.w.conv - 1) * g.w.stride + (g.w.kernel - 1) * g.w.dilation + 1;
+  shared.cols = direct_cols(g);
   T* bias = static_cast<T*>(
       scratch(Slot::kWeights, padded * sizeof(T) + g.taps() * int64_t{sizeof(int64_t)}));
   int64_t* offset = reinterpret_cast<int64_t*>(bias + padded);

@@ -14,6 +14,7 @@
 #include "cpu/kernels/ahead.h"
 #include "cpu/kernels/direct_rows.h"
 #include "cpu/kernels/forward_direct_large.h"
+#include "cpu/kernels/moments.h"
 #include "cpu/kernels/output_lanes.h"
 #include "cpu/kernels/window_range.h"
 #include "cpu/scratch.h"
@@ -21,8 +22,37 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-// Pools one output of one vector of channels: max, perhaps ReLU, and code. conv: [..][conv
-// cols][stride] from convolution row `begin` on; values, codes: [lanes].
+// Adds one window of one vector of channels to a chunk. conv: its first output.
+template <typename T>
+FUSEDCNN_INLINE void see_pixel(const Geometry& g, const T* conv, int64_t stride,
+                               ChunkSums<T>& chunk) {
+  const int64_t row = g.w.conv * stride, count = g.window();
+  const auto for_elements = [&](const auto& body) {
+    for (int64_t ph = 0; ph < g.h.pool_kernel; ++ph) {
+      for (int64_t pw = 0; pw < g.w.pool_kernel; ++pw) body(load(conv + ph * row + pw * stride));
+    }
+  };
+  if (g.h.pool_kernel == 2 && g.w.pool_kernel == 2) {
+    return chunk.see(load(conv), load(conv + stride), load(conv + row), load(conv + row + stride));
+  }
+  if (chunk.windows == 0) {
+    Vector<T> sum = {};
+    for_elements([&](Vector<T> value) { sum += value; });
+    chunk.begin(sum * (1 / static_cast<T>(count)));
+  }
+  Vector<T> sum = {}, squares = {};
+  for_elements([&](Vector<T> value) {
+    const Vector<T> distance = value - chunk.shift;
+    sum += distance;
+    squares += distance * distance;
+  });
+  chunk.sum += sum;
+  chunk.squares += squares;
+  ++chunk.windows;
+}
+
+// Pools one output of one vector of channels: max, perhaps ReLU, and code. conv: [..][conv cols]
+// [stride] from convolution row `begin` on; values, codes: [lanes].
 template <bool kReLU, typename T>
 FUSEDCNN_INLINE void pool_pixel(const Geometry& g, const T* conv, int64_t stride, int64_t begin,
                                 int64_t oh, int64_t ow, T* values, uint8_t* codes) {
@@ -63,9 +93,10 @@ void direct_plane(const ForwardArgs& args, const DirectShared<T>& shared, int64_
   });
 }
 
+// moments: of this task, or null.
 template <typename S>
 void direct_band(const ForwardArgs& args, const DirectShared<Accumulator<S>>& shared,
-                 int64_t first_out, int64_t rows, int64_t n) {
+                 int64_t first_out, int64_t rows, int64_t n, Moments* moments) {
   using T = Accumulator<S>;
   constexpr int kN = kLanes<T>;
   const Geometry& g = args.geometry;
@@ -81,6 +112,7 @@ void direct_band(const ForwardArgs& args, const DirectShared<Accumulator<S>>& sh
       Slot::kConv, conv_size * sizeof(T) + pixels * shared.padded * int64_t{sizeof(T) + 1}));
   T* values = conv + conv_size;
   uint8_t* codes = reinterpret_cast<uint8_t*>(values + pixels * shared.padded);
+  const TaskMoments<T> sums(moments ? shared.padded : 0);
   Ahead ahead =
       Ahead::of(static_cast<const S*>(args.input), args.input_strides, g.in_channels, g.h.in,
                 g.w.in, n, g.batch, (shared.padded / kN + 1) / kDirectWide * (end - begin));
@@ -96,6 +128,17 @@ void direct_band(const ForwardArgs& args, const DirectShared<Accumulator<S>>& sh
       }
     };
     args.relu ? pool_pixels.template operator()<true>() : pool_pixels.template operator()<false>();
+    if (!moments) return;
+    for (int64_t z = 0; z < Z; ++z) {
+      for (int64_t q = 0; q < pixels; q += kChunkWindows) {
+        ChunkSums<T> chunk;
+        for (int64_t i = q; i < smaller(q + kChunkWindows, pixels); ++i) {
+          const int64_t y = i / g.w.out * g.h.pool_kernel, x = i % g.w.out * g.w.pool_kernel;
+          see_pixel(g, conv + ((y * g.w.conv + x) * Z + z) * kN, Z * kN, chunk);
+        }
+        sums.add(chunk, g.window(), oc + z * kN);
+      }
+    }
   });
   const int64_t at = n * args.output_strides.n + first_out * args.output_strides.h;
   write_strip(values, shared.padded, pixels, g.out_channels, static_cast<S*>(args.output) + at,
@@ -104,6 +147,17 @@ void direct_band(const ForwardArgs& args, const DirectShared<Accumulator<S>>& sh
     write_strip(codes, shared.padded, pixels, g.out_channels, static_cast<uint8_t*>(args.code) + at,
                 args.output_strides);
   }
+  if (!moments) return;
+  sums.write(g.out_channels, pixels * g.window(), moments);
+}
+
+// Pooled rows of a task.
+template <typename T>
+int64_t direct_band_rows(const Geometry& g, int64_t cols) {
+  // What one more pooled row adds to X and V. Strides may be huge where there is a single row.
+  const double row_size = double(g.h.step()) * cols * g.in_channels +
+                          double(g.h.pool_stride) * g.w.conv * kDirectWide * kLanes<T>;
+  return band_rows(g, static_cast<int64_t>(kDirectBandBytes / (row_size * sizeof(T))), 1);
 }
 
 template <typename S>
@@ -122,15 +176,12 @@ void forward_direct_bands(const ForwardArgs& args, const ThreadPool& pool) {
         });
       }
     }
-    // What one more pooled row adds to X and V. Strides may be huge where there is a single row.
-    const double row_size = double(g.h.step()) * shared.cols * g.in_channels +
-                            double(g.h.pool_stride) * g.w.conv * kDirectWide * kLanes<T>;
-    const double fitting = kDirectBandBytes / (row_size * sizeof(T));
-    const int64_t band = band_rows(g, static_cast<int64_t>(fitting), 1);
+    const int64_t band = direct_band_rows<T>(g, shared.cols);
     const int64_t bands = (g.h.out + band - 1) / band;
     parallel_tasks(pool, g.batch * bands, [&](int64_t task) {
       const int64_t first_out = task % bands * band;
-      direct_band<S>(args, shared, first_out, smaller(band, g.h.out - first_out), task / bands);
+      direct_band<S>(args, shared, first_out, smaller(band, g.h.out - first_out), task / bands,
+                     args.moments ? args.moments + task * g.out_channels : nullptr);
     });
   });
 }
@@ -148,7 +199,18 @@ const char* why_not_direct(const Problem& problem) {
       return "not for small windows that are padded and dilated";
     }
   }
-  return nullptr;
+  if (!problem.moments) return nullptr;
+  return running_maxima(problem) ? "no statistics of large windows" : why_no_moments(g);
+}
+
+// One of each band of each image.
+int64_t direct_moment_slots(const Problem& problem) {
+  Geometry g = problem.geometry;
+  if (lies_upright(g)) lay_down(g);
+  const int64_t cols = direct_cols(g), band = problem.type == DataType::kFloat64
+                                                  ? direct_band_rows<double>(g, cols)
+                                                  : direct_band_rows<float>(g, cols);
+  return g.batch * ((g.h.out + band - 1) / band);
 }
 
 void forward_direct(const ForwardArgs& given, const ThreadPool& pool) {

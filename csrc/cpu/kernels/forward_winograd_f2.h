@@ -30,14 +30,30 @@ FUSEDCNN_INLINE int64_t group_size(int64_t first, int64_t out_channels) {
   return left == 4 && kWinogradGroup == 3 ? 2 : smaller<int64_t>(kWinogradGroup, left);
 }
 
+// Adds one window of 2x2 outputs to the chunk of each of the first `count` lanes.
+FUSEDCNN_INLINE void see_windows(const Vector<float> (&y)[4], int64_t count,
+                                 ChunkSums<float>& chunk) {
+  if (count == kLanes<float>) return chunk.see(y[0], y[1], y[2], y[3]);
+  // What the other lanes hold is no output: they see the shift, or zeros where there is none yet.
+  const Vector<float> nothing = chunk.windows == 0 ? Vector<float>{} : chunk.shift;
+  Vector<int32_t> lane;
+  for (int l = 0; l < kLanes<float>; ++l) lane[l] = l;
+  const auto real = lane < broadcast(static_cast<int32_t>(count));
+  Vector<float> seen[4];
+  FUSEDCNN_UNROLL
+  for (int i = 0; i < 4; ++i) seen[i] = real ? y[i] : nothing;
+  chunk.see(seen[0], seen[1], seen[2], seen[3]);
+}
+
 // One call owns one vector of windows x R output channels: all four outputs of each window.
 // r: R at the first window, channels `channel_size` and the four j `plane` apart. u: [channels][4]
-// [3][R]. bias: [R]. values, codes: R rows of lanes, `stride` apart; codes may be null.
+// [3][R]. bias: [R]. values, codes: R rows of lanes, `stride` apart; codes may be null. Without
+// ReLU also adds the first `count` windows to chunks, [R].
 template <int R, bool kReLU>
 FUSEDCNN_NOINLINE void window_vector(const float* r, int64_t channel_size, int64_t plane,
                                      int64_t width, int64_t channels, const float* u,
                                      const float* bias, float* values, uint8_t* codes,
-                                     int64_t stride) {
+                                     int64_t stride, int64_t count, ChunkSums<float>* chunks) {
   Vector<float> m[R][2][4];
   FUSEDCNN_UNROLL
   for (int i = 0; i < R * 8; ++i) m[i / 8][i / 4 % 2][i % 4] = Vector<float>{};
@@ -69,6 +85,7 @@ FUSEDCNN_NOINLINE void window_vector(const float* r, int64_t channel_size, int64
       y[2 * i] = m[o][i][0] + m[o][i][1] + m[o][i][2];
       y[2 * i + 1] = m[o][i][1] - m[o][i][2] - m[o][i][3];
     }
+    if constexpr (!kReLU) see_windows(y, count, chunks[o]);
     finish_window<kReLU>(y[0], y[1], y[2], y[3], broadcast(bias[o]), values + o * stride,
                          codes ? codes + o * stride : codes);
   }
@@ -114,6 +131,13 @@ void winograd_f2_band(const ForwardArgs& args, const WinogradShared& shared, int
   float* values =
       static_cast<float*>(scratch(Slot::kConv, g.out_channels * kN * int64_t{sizeof(float) + 1}));
   uint8_t* codes = reinterpret_cast<uint8_t*>(values + g.out_channels * kN);
+  ChunkSums<float>* chunks = nullptr;
+  if (!args.relu) {
+    chunks = static_cast<ChunkSums<float>*>(
+        scratch(Slot::kPatch, g.out_channels * int64_t{sizeof(ChunkSums<float>)}));
+    for (int64_t oc = 0; oc < g.out_channels; ++oc) chunks[oc] = {};
+  }
+  const TaskMoments<float> moments(args.relu ? 0 : g.out_channels);
   Ahead ahead = next_image<S>(args, n, (windows + kN - 1) / kN);
   for (int64_t first = 0; first < windows; first += kN) {
     ahead.step();
@@ -121,8 +145,8 @@ void winograd_f2_band(const ForwardArgs& args, const WinogradShared& shared, int
                        first * args.output_strides.w;
     S* output = static_cast<S*>(args.output) + at;
     uint8_t* code = args.code ? static_cast<uint8_t*>(args.code) + at : nullptr;
-    const bool direct =
-        std::is_same_v<S, float> && args.output_strides.w == 1 && first + kN <= windows;
+    const int64_t count = smaller<int64_t>(kN, windows - first);
+    const bool direct = std::is_same_v<S, float> && args.output_strides.w == 1 && count == kN;
     const int64_t stride = direct ? args.output_strides.c : int64_t{kN};
     float* to = direct ? reinterpret_cast<float*>(output) : values;
     uint8_t* code_to = direct || !code ? code : codes;
@@ -132,7 +156,7 @@ void winograd_f2_band(const ForwardArgs& args, const WinogradShared& shared, int
         const auto windows_of = args.relu ? window_vector<R, true> : window_vector<R, false>;
         windows_of(r + first, 8 * plane, plane, g.w.out, g.in_channels,
                    shared.weights + oc * g.in_channels * 12, shared.bias + oc, to + oc * stride,
-                   code_to ? code_to + oc * stride : code_to, stride);
+                   code_to ? code_to + oc * stride : code_to, stride, count, chunks + oc);
       };
       if (group == 1) call.template operator()<1>();
       if constexpr (kWinogradGroup == 3) {
@@ -141,11 +165,18 @@ void winograd_f2_band(const ForwardArgs& args, const WinogradShared& shared, int
       }
       oc += group;
     }
+    const bool chunk_ends = first / kN % kChunkWindows == kChunkWindows - 1;
+    if (args.moments && (chunk_ends || first + kN >= windows)) {
+      for (int64_t oc = 0; oc < g.out_channels; ++oc) {
+        moments.add_lanes(chunks[oc], count, oc);
+        chunks[oc].windows = 0;
+      }
+    }
     if (direct) continue;
-    const int64_t count = smaller<int64_t>(kN, windows - first);
     write_lanes(values, count, g.out_channels, output, args.output_strides);
     if (code) write_lanes(codes, count, g.out_channels, code, args.output_strides);
   }
+  if (args.moments) write_moments(args, shared, task, 4 * windows, moments);
 }
 
 // U = G g, in the groups' layout.

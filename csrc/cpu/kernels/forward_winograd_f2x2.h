@@ -142,12 +142,22 @@ void add_run(int64_t channels, int64_t count, const float* v, const float* u, in
 
 template <int Z, bool kReLU>
 void finish_block(const WinogradShared& shared, int64_t first, int64_t count, const float* y,
-                  float* values, uint8_t* codes) {
+                  float* values, uint8_t* codes, const TaskMoments<float>& moments) {
   constexpr int kN = kLanes<float>;
+  ChunkSums<float> chunks[Z];
   for (int64_t t = 0; t < count; ++t) {
     for (int z = 0; z < Z; ++z, y += 4 * kN) {
       const Vector<float> bias = load(shared.bias + first + z * kN);
       const int64_t at = t * shared.padded + first + z * kN;
+      if constexpr (!kReLU) {
+        const Vector<float> e[4] = {load(y), load(y + kN), load(y + 2 * kN), load(y + 3 * kN)};
+        ChunkSums<float>& chunk = chunks[z];
+        chunk.see(e[0], e[1], e[2], e[3]);
+        if (chunk.windows == kChunkWindows || t + 1 == count) {
+          moments.add(chunk, 4, first + z * kN);
+          chunk.windows = 0;
+        }
+      }
       finish_window<kReLU>(load(y), load(y + kN), load(y + 2 * kN), load(y + 3 * kN), bias,
                            values + at, codes + at);
     }
@@ -192,6 +202,7 @@ void winograd_f2x2_band(const ForwardArgs& args, const WinogradShared& shared, i
   float* values = y + y_size;
   uint8_t* codes = reinterpret_cast<uint8_t*>(values + kTileStride * shared.padded);
 
+  const TaskMoments<float> moments(args.relu ? 0 : shared.padded);
   // Strips of equal length, rather than a short last one.
   const int64_t windows = rows * g.w.out;
   const int64_t strips = (windows + kStripTiles - 1) / kStripTiles;
@@ -211,7 +222,7 @@ void winograd_f2x2_band(const ForwardArgs& args, const WinogradShared& shared, i
         const float* u = shared.weights + oc * channels * 16 + c0 * 4 * Z * kN;
         add_run<Z>(in_run, count, v, u, channels * 4 * Z * kN, y + oc * y_block, c0 > 0);
         const auto finish = args.relu ? finish_block<Z, true> : finish_block<Z, false>;
-        if (last) finish(shared, oc, count, y + oc * y_block, values, codes);
+        if (last) finish(shared, oc, count, y + oc * y_block, values, codes, moments);
       };
       int64_t oc = 0;
       for (; oc + kWinogradWide * kN <= shared.padded; oc += kWinogradWide * kN) {
@@ -228,6 +239,7 @@ void winograd_f2x2_band(const ForwardArgs& args, const WinogradShared& shared, i
                   static_cast<uint8_t*>(args.code) + at, args.output_strides);
     }
   }
+  if (args.moments) write_moments(args, shared, task, 4 * windows, moments);
 }
 
 struct WinogradF2x2 {

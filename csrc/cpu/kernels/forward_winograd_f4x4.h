@@ -166,9 +166,10 @@ struct TileOutput {
 };
 
 // The inverse transform, bias and the rest for one tile and one vector of output channels. m: the
-// tile's element 0.
+// tile's element 0. kMaximum adds the windows of the halves that are not uneven to the chunk.
 template <int Z, Epilogue kEpilogue>
-FUSEDCNN_NOINLINE void finish_tile(const float* m, Vector<float> bias, const TileOutput& to) {
+FUSEDCNN_NOINLINE void finish_tile(const float* m, Vector<float> bias, const TileOutput& to,
+                                   uint8_t uneven, ChunkSums<float>& chunk) {
   Vector<float> rows[4][6];
   FUSEDCNN_UNROLL
   for (int i = 0; i < 6; ++i) {
@@ -202,6 +203,11 @@ FUSEDCNN_NOINLINE void finish_tile(const float* m, Vector<float> bias, const Til
     for (int side = 0; side < 2; ++side) {
       if (side >= to.cols) break;
       const int64_t at = half * to.below + side * to.right;
+      if constexpr (kEpilogue == Epilogue::kMaximum) {
+        if (!(uneven & (half ? kLowerHalf : kUpperHalf))) {
+          chunk.see(top[2 * side], top[2 * side + 1], bottom[2 * side], bottom[2 * side + 1]);
+        }
+      }
       finish_window<kEpilogue == Epilogue::kReLU>(top[2 * side], top[2 * side + 1],
                                                   bottom[2 * side], bottom[2 * side + 1], bias,
                                                   to.values + at, to.codes + at);
@@ -211,7 +217,8 @@ FUSEDCNN_NOINLINE void finish_tile(const float* m, Vector<float> bias, const Til
 
 template <int Z, Epilogue kEpilogue>
 void strip_tiles(const WinogradShared& shared, int64_t channels, int64_t first, int64_t count,
-                 const float* v, float* m, const TileOutput* outputs, Ahead& ahead) {
+                 const float* v, float* m, const TileOutput* outputs, const uint8_t* uneven,
+                 const TaskMoments<float>& moments, Ahead& ahead) {
   constexpr int kN = kLanes<float>;
   const float* u = shared.weights + first * channels * kTileElements;
   for (int64_t e = 0; e < 36; ++e) {
@@ -219,12 +226,14 @@ void strip_tiles(const WinogradShared& shared, int64_t channels, int64_t first, 
     multiply_tiles<Z>(count, v + e * kVStride, channels, u + e * channels * Z * kN,
                       m + e * kMStride<Z>);
   }
-  for (int64_t t = 0; t < count; ++t) {
-    for (int z = 0; z < Z; ++z) {
-      const int64_t oc = first + z * kN;
+  for (int z = 0; z < Z; ++z) {
+    const int64_t oc = first + z * kN;
+    ChunkSums<float> chunk;
+    for (int64_t t = 0; t < count; ++t) {
       finish_tile<Z, kEpilogue>(m + (t * Z + z) * kN, load(shared.bias + oc),
-                                outputs[t].of_channel(oc));
+                                outputs[t].of_channel(oc), uneven[t], chunk);
     }
+    if (kEpilogue == Epilogue::kMaximum) moments.add(chunk, 4, oc);
   }
 }
 
@@ -256,7 +265,8 @@ void pack_pixels(const Geometry& g, const S* image, Strides s, int64_t channels,
 // of channels `x_size` apart, rows `row`.
 template <int Z, Epilogue kEpilogue>
 void sum_block(const WinogradShared& shared, int64_t channels, uint8_t halves, int64_t first,
-               const float* x, int64_t x_size, int64_t row, const TileOutput& to) {
+               const float* x, int64_t x_size, int64_t row, const TileOutput& to,
+               const TaskMoments<float>& moments) {
   constexpr int kN = kLanes<float>;
   constexpr int64_t kTaps[3] = {0, kRun, 2 * kRun};
   const int64_t tap = channels * Z * kN;
@@ -279,6 +289,7 @@ void sum_block(const WinogradShared& shared, int64_t channels, uint8_t halves, i
     }
     for (int z = 0; z < Z; ++z) {
       const TileOutput out = to.from(half * kHalf, 0).of_channel(first + z * kN);
+      ChunkSums<float> chunk;
       for (int64_t i = 0; i < kHalf * kSide<kEpilogue>; ++i) {
         const int64_t y = i / kSide<kEpilogue>, x = i % kSide<kEpilogue>;
         const int64_t at = y * out.below + x * out.right;
@@ -289,21 +300,29 @@ void sum_block(const WinogradShared& shared, int64_t channels, uint8_t halves, i
           FirstMaximum<float> pool;
           for (int e = 0; e < 4; ++e) pool.see(conv[e / 2][2 * x + e % 2][z], e);
           pool.template finish<kEpilogue == Epilogue::kReLU>(out.values + at, out.codes + at);
+          if constexpr (kEpilogue == Epilogue::kMaximum) {
+            const Vector<float> bias = load(shared.bias + first + z * kN);
+            chunk.see(conv[0][2 * x][z] - bias, conv[0][2 * x + 1][z] - bias,
+                      conv[1][2 * x][z] - bias, conv[1][2 * x + 1][z] - bias);
+          }
         }
       }
+      if (kEpilogue == Epilogue::kMaximum) moments.add(chunk, 4, first + z * kN);
     }
   }
 }
 
 template <Epilogue kEpilogue>
 FUSEDCNN_NOINLINE void sum_tile(const WinogradShared& shared, int64_t channels, uint8_t halves,
-                                const float* x, int64_t x_size, int64_t row, const TileOutput& to) {
+                                const float* x, int64_t x_size, int64_t row, const TileOutput& to,
+                                const TaskMoments<float>& moments) {
   constexpr int kN = kLanes<float>;
   int64_t oc = 0;
   for (; oc + 2 * kN <= shared.padded; oc += 2 * kN) {
-    sum_block<2, kEpilogue>(shared, channels, halves, oc, x, x_size, row, to);
+    sum_block<2, kEpilogue>(shared, channels, halves, oc, x, x_size, row, to, moments);
   }
-  if (oc < shared.padded) sum_block<1, kEpilogue>(shared, channels, halves, oc, x, x_size, row, to);
+  if (oc < shared.padded)
+    sum_block<1, kEpilogue>(shared, channels, halves, oc, x, x_size, row, to, moments);
 }
 
 template <typename S, Epilogue kEpilogue>
@@ -352,6 +371,7 @@ void winograd_f4x4_band(const ForwardArgs& args, const WinogradShared& shared, i
                          shared.padded, g.w.out * shared.padded,
                          rows,          g.w.out};
 
+  const TaskMoments<float> moments(kEpilogue == Epilogue::kMaximum ? shared.padded : 0);
   const int64_t strips = (tiles + kTiles - 1) / kTiles;
   Ahead ahead = next_image<S>(args, n, strips * 36);
   for (int64_t first = 0; first < tiles; first += kTiles) {
@@ -370,17 +390,19 @@ void winograd_f4x4_band(const ForwardArgs& args, const WinogradShared& shared, i
     }
     int64_t oc = 0;
     for (; oc + 2 * kN <= shared.padded; oc += 2 * kN) {
-      strip_tiles<2, kEpilogue>(shared, channels, oc, count, v, m, tile_outputs, ahead);
+      strip_tiles<2, kEpilogue>(shared, channels, oc, count, v, m, tile_outputs, uneven + first,
+                                moments, ahead);
     }
     if (oc < shared.padded) {
-      strip_tiles<1, kEpilogue>(shared, channels, oc, count, v, m, tile_outputs, ahead);
+      strip_tiles<1, kEpilogue>(shared, channels, oc, count, v, m, tile_outputs, uneven + first,
+                                moments, ahead);
     }
   }
   for (int64_t tile = 0; tile < tiles; ++tile) {
     if (!uneven[tile]) continue;
     const int64_t row = tile / tile_cols, col = tile % tile_cols;
     sum_tile<kEpilogue>(shared, channels, uneven[tile], x + (4 * row * x_cols + 4 * col) * kRun,
-                        x_size, x_cols * kRun, whole.from(row * kOutputs, col * kOutputs));
+                        x_size, x_cols * kRun, whole.from(row * kOutputs, col * kOutputs), moments);
   }
   if (!direct) {
     write_strip(values, shared.padded, outputs, g.out_channels, output, args.output_strides);
@@ -390,6 +412,9 @@ void winograd_f4x4_band(const ForwardArgs& args, const WinogradShared& shared, i
   } else if (args.code) {
     write_strip(codes, shared.padded, outputs, g.out_channels,
                 static_cast<uint8_t*>(args.code) + at, args.output_strides);
+  }
+  if (kEpilogue == Epilogue::kMaximum && args.moments) {
+    write_moments(args, shared, task, 4 * outputs, moments);
   }
 }
 
@@ -446,7 +471,7 @@ const char* why_not_winograd_f4x4(const Problem& problem) {
   if (g.out_channels < kLanes<float>) return "too few output channels to fill a vector";
   if (is_plane(g, problem.relu)) {
     if (g.h.out < 3 || g.w.out < 3) return "no tile of 4x4 outputs";
-    return why_not_3x3_convolution(problem);
+    return problem.moments ? why_no_moments(g) : why_not_3x3_convolution(problem);
   }
   if (g.h.out < 2 || g.w.out < 2) return "no tile of four windows";
   return why_not_winograd(problem);

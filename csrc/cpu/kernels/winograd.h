@@ -18,6 +18,8 @@
 #include "cpu/kernels/ahead.h"
 #include "cpu/kernels/block_3x3.h"
 #include "cpu/kernels/forward_general.h"
+#include "cpu/kernels/forward_general_moments.h"
+#include "cpu/kernels/moments.h"
 #include "cpu/kernels/output_lanes.h"
 #include "cpu/kernels/phase_planes.h"
 #include "cpu/kernels/simd.h"
@@ -45,6 +47,15 @@ struct WinogradShared {
   int64_t padded;        // output channels, whole vectors
   uint8_t* immoderate;   // [batch * bands], set where an image is left to the general kernel
 };
+
+// A task's moments, of `count` outputs of each channel, which the bias has yet to be added to.
+inline void write_moments(const ForwardArgs& args, const WinogradShared& shared, int64_t task,
+                          int64_t count, const TaskMoments<float>& moments) {
+  const int64_t out_channels = args.geometry.out_channels;
+  Moments* const to = args.moments + task * out_channels;
+  moments.write(out_channels, count, to);
+  for (int64_t oc = 0; oc < out_channels; ++oc) to[oc].mean += shared.bias[oc];
+}
 
 // Max, bias, perhaps ReLU, and code of one window, or of one for every lane, from its four outputs.
 // The first maximum wins; there is no NaN. The maximum plus the bias is the maximum of the sums, as
@@ -97,9 +108,13 @@ inline int64_t winograd_band(const Geometry& g, bool plane) {
 template <typename S>
 void run_winograd(const ForwardArgs& args, const ThreadPool& pool, const DerivedWeights& derived,
                   void (*band)(const ForwardArgs&, const WinogradShared&, int64_t)) {
-  if (!derived.usable()) return forward_general(args, pool);
   const Geometry& g = args.geometry;
   const int64_t rows = winograd_band(g, is_plane(g, args.relu));
+  const auto leave_to_general = [&] {
+    if (args.moments) general_moments<S>(args, pool, 2 * rows, nullptr);
+    forward_general(args, pool);
+  };
+  if (!derived.usable()) return leave_to_general();
   const int64_t bands = (g.h.out + rows - 1) / rows;
   const int64_t padded = round_up(g.out_channels, kLanes<float>);
   float* bias = static_cast<float*>(
@@ -109,13 +124,14 @@ void run_winograd(const ForwardArgs& args, const ThreadPool& pool, const Derived
   for (int64_t oc = 0; oc < g.out_channels && args.bias; ++oc) {
     bias[oc] = widen(static_cast<const S*>(args.bias)[oc * args.bias_stride]);
   }
-  if (!moderate(bias, padded)) return forward_general(args, pool);
+  if (!moderate(bias, padded)) return leave_to_general();
   const WinogradShared shared{rows, bands, derived.data(), bias, padded, immoderate};
   parallel_tasks(pool, g.batch * bands, [&](int64_t task) { band(args, shared, task); });
   if (!memchr(immoderate, 1, g.batch * bands)) return;
   for (int64_t n = 0; n < g.batch; ++n) {
     immoderate[n] = memchr(immoderate + n * bands, 1, bands) != nullptr;
   }
+  if (args.moments) general_moments<S>(args, pool, 2 * rows, immoderate);
   forward_general_bands<S, uint8_t>(args, pool, immoderate);
 }
 
@@ -177,7 +193,15 @@ const char* why_not_winograd(const Problem& problem) {
   const Geometry& g = problem.geometry;
   if (problem.wide_code) return "writes codes of one byte";
   if (g.h.out * 2 > g.h.conv || g.w.out * 2 > g.w.conv) return "a window reaches over the edge";
-  return why_not_3x3_block(problem);
+  if (const char* because = why_not_3x3_block(problem)) return because;
+  return problem.moments ? why_no_moments(g) : nullptr;
+}
+
+// One of each band of each image.
+int64_t winograd_moment_slots(const Problem& problem) {
+  const Geometry& g = problem.geometry;
+  const int64_t rows = winograd_band(g, /*plane=*/false);
+  return g.batch * ((g.h.out + rows - 1) / rows);
 }
 
 }  // namespace
