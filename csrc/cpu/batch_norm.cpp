@@ -308,6 +308,21 @@ const Moments* pool_planes(const NormPasses& passes, const ForwardArgs& block, v
   return moments;
 }
 
+// The same through a kernel that convolves and pools in one pass, and takes the moments on the way.
+const Moments* pool_directly(const Kernel& kernel, const Problem& problem, ForwardArgs block,
+                             void* extremum, const ThreadPool& pool) {
+  const int64_t slots = kernel.moment_slots(problem), channels = problem.geometry.out_channels;
+  auto* const moments =
+      static_cast<Moments*>(scratch(Slot::kNormSums, slots * channels * int64_t{sizeof(Moments)}));
+  block.bias = nullptr;
+  block.relu = false;
+  block.output = extremum;
+  block.moments = moments;
+  kernel.forward(block, pool);
+  for (int64_t i = channels; i < slots * channels; ++i) merge(moments[i], moments[i % channels]);
+  return moments;
+}
+
 }  // namespace
 
 void norm_forward(const NormForwardArgs& args, const ThreadPool& pool, ChooseKernel choose) {
@@ -333,8 +348,15 @@ void norm_forward(const NormForwardArgs& args, const ThreadPool& pool, ChooseKer
   if (negate) negate_weight(block, negated);
   // Where no backward follows nobody keeps the largest values: they lie where the output will be.
   void* const extremum = args.extremum ? args.extremum : block.output;
+  Problem problem{g, block.type, block.wide_code, block.input_strides.c == 1 && g.in_channels > 1};
+  problem.relu = false;
+  problem.moments = true;
+  // Where all elements tie, the first wins, which only the pass over a plane can see to.
+  const bool tie = any(ties, channels);
   const Moments* moments =
-      pool_planes(passes, block, extremum, any(ties, channels) ? ties : nullptr, pool, choose);
+      !tie && select(Pass::kForward, problem)
+          ? pool_directly(choose(Pass::kForward, problem), problem, block, extremum, pool)
+          : pool_planes(passes, block, extremum, tie ? ties : nullptr, pool, choose);
 
   const DataType statistics = statistics_type(block.type);
   double* var = bias;

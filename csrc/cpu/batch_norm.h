@@ -1,10 +1,11 @@
 // A block with batch normalisation by the batch, composed of the kernels that there are and the
 // passes of batch_norm_passes.h. Torch-free.
 //
-// Forward: a few images at a time, the convolution goes into scratch memory, where a pass takes its
-// moments and each window's largest value and code. When all moments are known, a pass over the
-// pooled values makes the output of them. Where bn_weight is negative it is the least value that
-// counts: there the weights change their sign, and so do the values in the end.
+// Forward: where a kernel takes the moments while it convolves and pools, it does. Otherwise, a few
+// images at a time, the convolution goes into scratch memory, where a pass takes its moments and
+// each window's largest value and code. When all moments are known, a pass over the pooled values
+// makes the output of them. Where bn_weight is negative it is the least value that counts: there
+// the weights change their sign, and so do the values in the end.
 //
 // Backward: sums over the pooled values come first. Then, a few images at a time, the convolution
 // is computed again, its gradient put in its place, and the gradients of input and weight taken
