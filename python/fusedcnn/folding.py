@@ -132,7 +132,12 @@ class ConvBatchNormReLUMaxPool2d(ConvReLUMaxPool2d):
         if not isinstance(norm, FoldedBatchNorm2d) and _works_otherwise(norm):
             _stock.note("a normalisation that is no plain BatchNorm2d, or has hooks")
             return self._stock_forward(input, norm)
-        if isinstance(input, Tensor) and input.dim() == 3:  # torch.fx asks no symbol
+        if isinstance(input, fx.Proxy):
+            raise fx.proxy.TraceError(
+                f"{type(self).__name__}: torch.fx would fix the mode of its normalisation; make it "
+                "a leaf (Tracer.is_leaf_module), or call fusedcnn.unfuse first"
+            )
+        if input.dim() == 3:
             raise ValueError("input: expected 4D input, [N, C, H, W] (got 3D input)")
         padding = self.padding
         if self.padding_mode != "zeros":
@@ -147,19 +152,15 @@ class ConvBatchNormReLUMaxPool2d(ConvReLUMaxPool2d):
         by_the_batch = norm.training or (mean is None and var is None)
         if norm.training and not norm.track_running_stats:
             mean = var = None
-        pooled = conv_batch_norm_relu_max_pool2d(
+        output = conv_batch_norm_relu_max_pool2d(
             input, self.weight, self.bias, mean, var, norm.weight, norm.bias,
             self.stride, padding, self.dilation, self.groups,
             training=by_the_batch, momentum=momentum, eps=norm.eps,
             **{name: getattr(self, name) for name in POOL_ARGUMENTS},
         )  # fmt: skip
-        return pooled if count is None else _counted(pooled, count)
-
-
-@fx.wrap  # which would count while it traces, and never again
-def _counted(pooled: Tensor, count: Tensor) -> Tensor:
-    count.add_(1)
-    return pooled
+        if count is not None:
+            count.add_(1)
+        return output
 
 
 def _works_otherwise(norm: nn.Module) -> bool:
