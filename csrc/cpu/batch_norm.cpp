@@ -139,6 +139,90 @@ void load_or(const NormPasses& passes, DataType type, const void* of, int64_t st
   std::fill_n(to, channels, missing);
 }
 
+// ---- weights ------------------------------------------------------------------------------------
+
+// body(Bits{}) with the integer that holds an element's bits.
+template <typename Body>
+void with_bits(DataType type, const Body& body) {
+  switch (element_size(type)) {
+    case 2: return body(uint16_t{});
+    case 4: return body(uint32_t{});
+    default: return body(uint64_t{});
+  }
+}
+
+// The weights without gaps, their sign changed where `negated`, in Slot::kNormWeights.
+void negate_weight(ForwardArgs& args, const uint8_t* negated) {
+  const Geometry& g = args.geometry;
+  const Strides& s = args.weight_strides;
+  const int64_t channels = g.in_channels_per_group(), all = channels * g.taps();
+  void* const to = scratch(Slot::kNormWeights, g.out_channels * all * element_size(args.type));
+  with_bits(args.type, [&]<typename Bits>(Bits) {
+    const Bits* from = static_cast<const Bits*>(args.weight);
+    Bits* out = static_cast<Bits*>(to);
+    for (int64_t oc = 0; oc < g.out_channels; ++oc) {
+      const Bits sign = negated[oc] ? static_cast<Bits>(Bits{1} << (8 * sizeof(Bits) - 1)) : 0;
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t h = 0; h < g.h.kernel; ++h) {
+          for (int64_t w = 0; w < g.w.kernel; ++w) {
+            *out++ = from[oc * s.n + c * s.c + h * s.h + w * s.w] ^ sign;
+          }
+        }
+      }
+    }
+  });
+  args.weight = to;
+  args.weight_strides = {all, g.taps(), g.w.kernel, 1};
+}
+
+// Whether grad_input of the dense convolution is itself one, of the gradient: then the axis of that
+// is `turned`.
+bool turns(const Axis& axis) {
+  return axis.stride == 1 && axis.padding < axis.extent() && axis.padding_after < axis.extent();
+}
+
+Axis turned(const Axis& axis) {
+  Axis result = axis;
+  result.in = axis.conv;
+  result.conv = result.out = axis.in;
+  result.padding = axis.extent() - 1 - axis.padding;
+  result.padding_after = axis.extent() - 1 - axis.padding_after;
+  return result;
+}
+
+// That convolution, of some images: input and output channels have changed places.
+Geometry turned(const Geometry& g, int64_t images) {
+  Geometry result = dense(g, images);
+  std::swap(result.in_channels, result.out_channels);
+  result.h = turned(result.h);
+  result.w = turned(result.w);
+  return result;
+}
+
+// Its weights: [C][OC / groups][KH][KW], the taps in reverse, in Slot::kNormWeights.
+void turn_weight(const BackwardArgs& block, ForwardArgs& args) {
+  const Geometry& g = block.geometry;
+  const Strides& s = block.weight_strides;
+  const int64_t in = g.in_channels_per_group(), out = g.out_channels_per_group();
+  void* const to =
+      scratch(Slot::kNormWeights, g.out_channels * in * g.taps() * element_size(block.type));
+  with_bits(block.type, [&]<typename Bits>(Bits) {
+    const Bits* from = static_cast<const Bits*>(block.weight);
+    Bits* at = static_cast<Bits*>(to);
+    for (int64_t c = 0; c < g.in_channels; ++c) {
+      for (int64_t oc = c / in * out; oc < (c / in + 1) * out; ++oc) {
+        for (int64_t h = g.h.kernel - 1; h >= 0; --h) {
+          for (int64_t w = g.w.kernel - 1; w >= 0; --w) {
+            *at++ = from[oc * s.n + c % in * s.c + h * s.h + w * s.w];
+          }
+        }
+      }
+    }
+  });
+  args.weight = to;
+  args.weight_strides = {out * g.taps(), g.taps(), g.w.kernel, 1};
+}
+
 }  // namespace
 
 // ---- forward ------------------------------------------------------------------------------------
@@ -157,37 +241,6 @@ void merge(const Moments& other, Moments& into) {
   // Not the mean plus a part of the distance: between infinities of one sign that is NaN.
   into.mean = (into.count * into.mean + other.count * other.mean) / all;
   into.count = all;
-}
-
-template <typename Bits>
-void copy_weight(const Geometry& g, const void* from, const Strides& s, const uint8_t* negated,
-                 void* to) {
-  constexpr Bits kSign = static_cast<Bits>(Bits{1} << (8 * sizeof(Bits) - 1));
-  Bits* out = static_cast<Bits*>(to);
-  for (int64_t oc = 0; oc < g.out_channels; ++oc) {
-    const Bits sign = negated[oc] ? kSign : Bits{0};
-    for (int64_t c = 0; c < g.in_channels_per_group(); ++c) {
-      for (int64_t h = 0; h < g.h.kernel; ++h) {
-        for (int64_t w = 0; w < g.w.kernel; ++w) {
-          *out++ = static_cast<const Bits*>(from)[oc * s.n + c * s.c + h * s.h + w * s.w] ^ sign;
-        }
-      }
-    }
-  }
-}
-
-// The weights without gaps, their sign changed where `negated`.
-void negate_weight(ForwardArgs& args, const uint8_t* negated) {
-  const Geometry& g = args.geometry;
-  const int64_t channel = g.taps(), all = g.in_channels_per_group() * channel;
-  void* to = scratch(Slot::kNormWeights, g.out_channels * all * element_size(args.type));
-  switch (element_size(args.type)) {
-    case 2: copy_weight<uint16_t>(g, args.weight, args.weight_strides, negated, to); break;
-    case 4: copy_weight<uint32_t>(g, args.weight, args.weight_strides, negated, to); break;
-    default: copy_weight<uint64_t>(g, args.weight, args.weight_strides, negated, to);
-  }
-  args.weight = to;
-  args.weight_strides = {all, channel, g.w.kernel, 1};
 }
 
 bool any(const uint8_t* flags, int64_t count) {
@@ -391,7 +444,22 @@ void plane_gradients(const NormPasses& passes, const NormBackwardArgs& args,
   problem.relu = true;
   problem.dense = true;
   const Kernel* weight_kernel = want_weight ? &choose(Pass::kGradWeight, problem) : nullptr;
-  const Kernel* input_kernel = want_input ? &choose(Pass::kGradInput, problem) : nullptr;
+  // grad_input through a forward kernel, where it is a convolution itself.
+  const bool turn = want_input && turns(g.h) && turns(g.w);
+  const Kernel* input_kernel = nullptr;
+  ForwardArgs turned_args{};
+  if (turn) {
+    Problem of_gradient{turned(g, g.batch), type, false, g.out_channels > 1};
+    of_gradient.relu = false;
+    input_kernel = &choose(Pass::kForward, of_gradient);
+    turned_args.type = type;
+    turned_args.input_strides = plane_strides(g);
+    turned_args.output_strides = block.grad_input_strides;
+    turned_args.relu = false;
+    turn_weight(block, turned_args);
+  } else if (want_input) {
+    input_kernel = &choose(Pass::kGradInput, problem);
+  }
 
   char* sums = nullptr;
   const int64_t sum_bytes = weights * element_size(statistics);
@@ -430,12 +498,20 @@ void plane_gradients(const NormPasses& passes, const NormBackwardArgs& args,
       weight_args.accumulate = weight_kernel->accumulates;
       weight_args.grad_weight = weight_kernel->accumulates
                                     ? own
-                                    : scratch(Slot::kNormWeights, weights * element_size(type));
+                                    : scratch(Slot::kNormGradient, weights * element_size(type));
       weight_kernel->backward(weight_args, inner);
       if (!weight_kernel->accumulates) passes.add(type, weight_args.grad_weight, weights, own);
     }
-    if (want_input) {
-      backward.grad_input = at(block.grad_input, type, first * block.grad_input_strides.n);
+    if (!want_input) return;
+    void* const grad_input = at(block.grad_input, type, first * block.grad_input_strides.n);
+    if (turn) {
+      ForwardArgs images_args = turned_args;
+      images_args.geometry = turned(g, images);
+      images_args.input = plane;
+      images_args.output = grad_input;
+      input_kernel->forward(images_args, inner);
+    } else {
+      backward.grad_input = grad_input;
       input_kernel->backward(backward, inner);
     }
   });

@@ -20,7 +20,7 @@ struct NormShape {
 
 // From the convolution's outputs of some rows, their moments; and of some pooled rows, whose
 // windows lie in the plane as far as they exist, the largest value and the code of the element that
-// it comes from: off in windows without elements alone.
+// it comes from; in windows without elements 0 and off.
 struct NormPoolArgs {
   const void* plane;  // [rows][conv w][OC], of the type, from row `plane_begin` of the image on
   int64_t plane_begin;

@@ -31,16 +31,16 @@ const KernelList& kernels();
 
 const KernelList& kernels() {
   // name, pass, exact, error, winograd, why_not, forward, backward, library, why_slower,
-  // without_relu
+  // without_relu, moment_slots, accumulates
   static constexpr Kernel list[] = {
       {"library", Pass::kForward, true, 2, false, why_not_library, forward_library, nullptr, true,
        library_is_slower},
       {"winograd_f4x4", Pass::kForward, false, 4, true, why_not_winograd_f4x4,
-       forward_winograd_f4x4, nullptr},
+       forward_winograd_f4x4, nullptr, false, nullptr, /*without_relu=*/true},
       {"winograd_f2", Pass::kForward, true, 2, true, why_not_winograd_f2, forward_winograd_f2,
-       nullptr},
+       nullptr, false, nullptr, /*without_relu=*/true},
       {"winograd_f2x2", Pass::kForward, true, 2, true, why_not_winograd_f2x2, forward_winograd_f2x2,
-       nullptr},
+       nullptr, false, nullptr, /*without_relu=*/true},
       {"direct", Pass::kForward, true, 2, false, why_not_direct, forward_direct, nullptr, false,
        nullptr, /*without_relu=*/true},
       {"general", Pass::kForward, true, 2, false, why_not_forward_general, forward_general, nullptr,
@@ -50,7 +50,7 @@ const KernelList& kernels() {
        grad_weight_winners_3x3},
 #endif
       {"dense", Pass::kGradWeight, true, 2, false, why_not_grad_weight_dense, nullptr,
-       grad_weight_dense, false, nullptr, false, nullptr, true},
+       grad_weight_dense, false, nullptr, false, nullptr, /*accumulates=*/true},
       {"general", Pass::kGradWeight, true, 2, false, why_not_backward_general, nullptr,
        grad_weight_general},
 #if defined(__AVX2__)

@@ -19,6 +19,7 @@ enum class Slot : int {
   kNormPlane,
   kNormChannels,
   kNormWeights,
+  kNormGradient,
   kNormSums,
   kCount
 };

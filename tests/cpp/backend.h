@@ -24,6 +24,8 @@ struct TestedKernel {
   // Of a library kernel: the convolution output that it pools, of a sum and its bias.
   std::function<double(fusedcnn::DataType, double sum, double bias)> stored = {};
   bool without_relu = false;  // a forward that can leave ReLU out
+  // A grad_weight of a convolution on its own, that can add to what is there.
+  bool accumulates = false;
 };
 
 struct Backend {

@@ -83,9 +83,14 @@ bool run_backward(const Call& call, const Operands& operands, const std::vector<
   const bool wide = call.problem.wide_code;
   const bool weight_pass = call.kernel->pass == Pass::kGradWeight;
   const auto place = [&](Shape shape) { return strides_for(call.layout, shape); };
+  // Of a dense problem, what such a call is given.
+  const bool dense = call.problem.dense;
   const Tensor grad_output =
-      tensor_of(type, output_shape(g), place(output_shape(g)), operands.grad_output);
-  const Tensor code = codes_of(wide, output_shape(g), place(output_shape(g)), codes);
+      tensor_of(type, output_shape(g),
+                strides_for(dense ? Layout::kChannelsLast : call.layout, output_shape(g)),
+                operands.grad_output);
+  const Tensor code =
+      codes_of(wide, output_shape(g), dense ? Strides{} : place(output_shape(g)), codes);
   const Tensor input = tensor_of(type, input_shape(g), place(input_shape(g)), operands.input);
   const Tensor weight = tensor_of(type, weight_shape(g), place(weight_shape(g)), operands.weight);
   const auto fresh = [type](Shape shape, Strides strides) {

@@ -121,6 +121,13 @@ void call(void (*function)(const Args&, const fusedcnn::cpu::ThreadPool&), const
 
 }  // namespace
 
+std::string run_watched(fusedcnn::DataType type, int way,
+                        const std::function<void(const fusedcnn::cpu::ThreadPool&)>& body) {
+  fusedcnn::cpu::on_new_memory = fill_with_stale;
+  watched(signalling_nan(type), [&] { body(kPools[way]); });
+  return met_signalling_nan ? "computed on memory that nobody wrote" : "";
+}
+
 Backend cpu_backend(const fusedcnn::cpu::Isa& isa) {
   fusedcnn::cpu::on_new_memory = fill_with_stale;
   Backend backend{isa.name, {"one thread", "reverse order", "three threads"}, {}};
@@ -141,6 +148,7 @@ Backend cpu_backend(const fusedcnn::cpu::Isa& isa) {
       };
     }
     tested.without_relu = kernel.without_relu;
+    tested.accumulates = kernel.accumulates;
     if (kernel.forward) {
       tested.forward = [&kernel, plane_of](fusedcnn::ForwardArgs args, int way) {
         if (!kernel.library) return call(kernel.forward, args, way);

@@ -16,4 +16,9 @@ namespace selftest {
 
 Backend cpu_backend(const fusedcnn::cpu::Isa& isa);
 
+// body(pool) in one of the backend's ways, in a thread of its own. Returns what it did with memory
+// that nobody had written, as Backend::misuse tells it.
+std::string run_watched(fusedcnn::DataType type, int way,
+                        const std::function<void(const fusedcnn::cpu::ThreadPool&)>& body);
+
 }  // namespace selftest

@@ -10,6 +10,8 @@
 #include "cpu/select.h"
 #include "cpu_backend.h"
 #include "fuzz.h"
+#include "test_batch_norm.h"
+#include "test_dense_gradients.h"
 #include "test_derived_weights.h"
 #include "test_kernels.h"
 #include "test_select.h"
@@ -90,9 +92,11 @@ int main(int count, char** arguments) {
     selftest::test_exact(backend, quick);
     selftest::test_special_values(backend);
     selftest::test_without_relu(backend, quick);
+    selftest::test_dense_gradients(backend, quick);
     selftest::test_optional_arguments(backend);
     selftest::test_rounding(backend);
     selftest::test_determinism(backend);
+    if (isa.list.norm) selftest::test_batch_norm(isa, quick);
   }
   selftest::check(found, "no ISA named " + only + " was compiled in");
   std::printf("%d passed, %d failed\n", selftest::passed(), selftest::failed());

@@ -45,6 +45,7 @@ void test_exact(const Backend& backend, bool quick) {
   }
   for (int k = 0; k < static_cast<int>(backend.kernels.size()); ++k) {
     const TestedKernel& kernel = backend.kernels[k];
+    if (kernel.accumulates) continue;  // see test_dense_gradients.h
     std::printf("  %-8s %-11s %-12s %d problems\n", backend.name.c_str(), name(kernel.pass),
                 kernel.name.c_str(), calls[k]);
     check(calls[k] > 0, backend.name + " " + name(kernel.pass) + " " + kernel.name +

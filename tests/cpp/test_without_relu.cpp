@@ -26,11 +26,9 @@ void for_kernels_without_relu(const Backend& backend, const Geometry& g, const B
   });
 }
 
-void check_without_code(const Call& call, const Operands& operands, const std::string& what) {
-  Forward with_code, without;
-  run_forward(call, operands, &with_code, what);
-  run_forward(call, operands, &without, what, /*want_code=*/false);
-  check(without.output == with_code.output, what + ": the same output without code");
+void check_misuse(const Backend& backend, const std::string& what) {
+  const std::string misuse = backend.misuse ? backend.misuse() : "";
+  check(misuse.empty(), what + ": " + misuse);
 }
 
 void test_values(const Backend& backend, bool quick) {
@@ -48,9 +46,12 @@ void test_values(const Backend& backend, bool quick) {
               const Call call{&kernel, problem, static_cast<Layout>(layout), way};
               const std::string what = describe(backend, call, one.name);
               check_call(call, operands, want, {}, what);
-              const std::string misuse = backend.misuse ? backend.misuse() : "";
-              check(misuse.empty(), what + ": " + misuse);
-              if (way == 0) check_without_code(call, operands, what);
+              check_misuse(backend, what);
+              Forward with_code, without;
+              run_forward(call, operands, &with_code, what);
+              run_forward(call, operands, &without, what, /*want_code=*/false);
+              check(without.output == with_code.output, what + ": the same output without code");
+              check_misuse(backend, what + " without code");
             }
           }
         });

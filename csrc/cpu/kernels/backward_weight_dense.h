@@ -1,9 +1,9 @@
 // grad_weight and grad_bias of a convolution on its own, all of whose outputs have gradients: a
 // product of matrices, [out channels][outputs] x [outputs][input channels x taps].
 //
-// A task owns the sums of a run of images for a block of output channels. Bands of rows pass by,
-// few enough outputs for their gradients to stay in L1 while one tile of sums after another runs
-// over them; the input is read where it is, whatever its strides, and widened before if need be.
+// A task owns the sums of a run of images for a block of output channels. Bands of outputs pass by,
+// few enough for their gradients to stay in L1 while one tile of sums after another runs over them;
+// the input is read where it is, whatever its strides, and widened before if need be.
 // Where it has no pixels there are no products, so what is not finite goes where it should.
 #pragma once
 
@@ -20,8 +20,9 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-// Outputs of a band: half of L1 at 128 bytes of gradients each, and sums in chains as short.
-constexpr int64_t kDenseOutputs = 192;
+// Outputs of a band: at up to 128 bytes of gradients each they leave some of a 48 KB L1, and sums
+// are taken in chains no longer than this before they are added to what there is.
+constexpr int64_t kDenseOutputs = 256;
 
 // The outputs whose tap lies inside the input, of those from 0 to `count`: [begin, end). first:
 // where output 0's tap lies.
@@ -58,13 +59,11 @@ struct DenseGradWeight {
   int64_t products;  // input channels x taps; 0: grad_bias alone
   int64_t lanes;     // output channels in whole vectors
   int64_t blocks;    // of output channels
-  int64_t band;      // rows
 
   explicit DenseGradWeight(const BackwardArgs& args) : args(args), g(args.geometry) {
     products = args.grad_weight ? g.in_channels * g.taps() : 0;
     lanes = round_up(g.out_channels, kN);
     blocks = (lanes + kBlock - 1) / kBlock;
-    band = larger<int64_t>(1, kDenseOutputs / g.w.conv);
   }
 
   // Output channels of a block, but for the last one.
@@ -96,22 +95,27 @@ struct DenseGradWeight {
     }
   }
 
+  // Some rows of outputs, or a part of one.
+  struct Band {
+    int64_t row, rows, col, cols;
+  };
+
   // [outputs][pixel], a block's channels of a band's gradients: where they are, or in scratch.
   struct Gradient {
     const T* data;
     int64_t pixel;
   };
 
-  Gradient gradient(int64_t n, int64_t first_row, int64_t rows, int64_t block) const {
+  Gradient gradient(int64_t n, const Band& band, int64_t block) const {
     const int64_t channels = g.out_channels, first = block * kBlock, width = block_lanes(block);
     const S* from = static_cast<const S*>(args.grad_output) +
-                    (n * g.h.conv + first_row) * g.w.conv * channels + first;
+                    ((n * g.h.conv + band.row) * g.w.conv + band.col) * channels + first;
     // Several blocks' gradients would meet in few sets of L1.
     if constexpr (std::is_same_v<S, T>) {
       if (channels == width) return {from, channels};
     }
-    const int64_t pixels = rows * g.w.conv;
-    T* const data = static_cast<T*>(scratch(Slot::kGradient, band * g.w.conv * kBlock * sizeof(T)));
+    const int64_t pixels = band.rows * band.cols;
+    T* const data = static_cast<T*>(scratch(Slot::kGradient, pixels * width * sizeof(T)));
     const int64_t given = smaller(width, channels - first), whole = given / kN * kN;
     for (int64_t p = 0; p < pixels; ++p, from += channels) {
       T* const to = data + p * width;
@@ -124,26 +128,26 @@ struct DenseGradWeight {
   }
 
   // Adds a band to the bias's sums.
-  void add_bias(const Gradient& gradient, int64_t rows, int64_t width, T* sums) const {
+  void add_bias(const Gradient& gradient, int64_t outputs, int64_t width, T* sums) const {
     for (int64_t c = 0; c < width; c += kN) {
       Vector<T> sum = {};
       const T* from = gradient.data + c;
-      for (int64_t p = 0; p < rows * g.w.conv; ++p, from += gradient.pixel) sum += load(from);
+      for (int64_t p = 0; p < outputs; ++p, from += gradient.pixel) sum += load(from);
       store(sums + c, load(sums + c) + sum);
     }
   }
 
-  // Adds a band, from row `first` on, to the block's sums.
-  void add_band(const Image& x, const Gradient& gradient, int64_t first, int64_t rows,
-                int64_t width, T* sums) const {
+  // Adds a band to the block's sums.
+  void add_band(const Image& x, const Gradient& gradient, const Band& band, int64_t width,
+                T* sums) const {
     const int64_t apart = g.w.stride % g.w.dilation == 0 ? g.w.stride / g.w.dilation : g.w.kernel;
     DenseRows<T> of;
     of.input_row = g.h.stride * x.strides.h;
     of.input_channel = x.strides.c;
     of.input_place = g.w.stride * x.strides.w;
-    of.gradient_row = g.w.conv * gradient.pixel;
+    of.gradient_row = band.cols * gradient.pixel;
     of.gradient_pixel = gradient.pixel;
-    of.width = g.w.conv;
+    of.width = band.cols;
     // Of nearly equal sizes.
     const int64_t parts = (g.in_channels + kDenseChannels - 1) / kDenseChannels;
     for (int64_t part = 0; part < parts; ++part) {
@@ -153,14 +157,14 @@ struct DenseGradWeight {
         const int64_t y = kh * g.h.dilation - g.h.padding;
         int64_t begin, end;
         inside_input(g.h, y, g.h.conv, begin, end);
-        begin = larger(begin, first);
-        of.rows = smaller(end, first + rows) - begin;
+        begin = larger(begin, band.row);
+        of.rows = smaller(end, band.row + band.rows) - begin;
         if (of.rows < 1) continue;
-        of.gradient = gradient.data + (begin - first) * of.gradient_row;
+        of.gradient = gradient.data + (begin - band.row) * of.gradient_row;
         const T* const row = x.data + c * x.strides.c + (begin * g.h.stride + y) * x.strides.h;
         for_tap_runs(g.w.kernel, apart, [&](int64_t kw, int64_t taps) {
-          const int64_t at = kw * g.w.dilation - g.w.padding;
-          inside_input(g.w, at, g.w.conv + taps - 1, of.begin, of.end);
+          const int64_t at = band.col * g.w.stride + kw * g.w.dilation - g.w.padding;
+          inside_input(g.w, at, band.cols + taps - 1, of.begin, of.end);
           if (of.begin >= of.end) return;
           of.input = row + (of.begin * g.w.stride + at) * x.strides.w;
           T* const to = sums + ((c * g.h.kernel + kh) * g.w.kernel + kw) * width;
@@ -180,13 +184,19 @@ struct DenseGradWeight {
   void add_images(int64_t begin, int64_t end, int64_t block, T* sums) const {
     const int64_t width = block_lanes(block);
     memset(sums, 0, width * (products + 1) * sizeof(T));
+    const int64_t rows = larger<int64_t>(1, kDenseOutputs / g.w.conv);
+    const int64_t cols = smaller(g.w.conv, kDenseOutputs);
     for (int64_t n = begin; n < end; ++n) {
       const Image x = products ? image(n) : Image{};
-      for (int64_t first = 0; first < g.h.conv; first += band) {
-        const int64_t rows = smaller(band, g.h.conv - first);
-        const Gradient of_band = gradient(n, first, rows, block);
-        if (args.grad_bias) add_bias(of_band, rows, width, sums + products * width);
-        if (products) add_band(x, of_band, first, rows, width, sums);
+      for (int64_t row = 0; row < g.h.conv; row += rows) {
+        for (int64_t col = 0; col < g.w.conv; col += cols) {
+          const Band band{row, smaller(rows, g.h.conv - row), col, smaller(cols, g.w.conv - col)};
+          const Gradient of_band = gradient(n, band, block);
+          if (args.grad_bias) {
+            add_bias(of_band, band.rows * band.cols, width, sums + products * width);
+          }
+          if (products) add_band(x, of_band, band, width, sums);
+        }
       }
     }
   }

@@ -10,78 +10,120 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-// The pooled outputs whose windows reach over a column: none, one, or those of a range.
+// The pooled outputs whose windows reach over a column, and which element of the first one's window
+// the column is, counted in columns: of each next one's it is `pool_stride` less.
 struct ColumnHolders {
-  int32_t first, last;
+  int32_t first, count;
+  int64_t distance;
+};
+
+// A pooled row whose windows hold a row, and what their codes are in its first column.
+template <typename S, typename C>
+struct RowHolder {
+  const S* grads;
+  const C* codes;
+  int64_t element;
 };
 
 template <typename S, typename C>
-struct NormRow {
-  const Geometry& g;
-  Pixels<S> grads;
-  Pixels<C> codes;
-  int64_t first_row;  // where they begin
-  const ColumnHolders* columns;
+struct GradientRow {
+  using T = Accumulator<S>;
 
-  // One row of `N` channels. to: [conv w][OC] at the first of these channels.
-  template <int N>
-  FUSEDCNN_INLINE void put(int64_t y, int64_t c, LaneVector<Accumulator<S>, N> mean,
-                           LaneVector<Accumulator<S>, N> slope,
-                           LaneVector<Accumulator<S>, N> offset,
-                           LaneVector<Accumulator<S>, N> scale, S* to) const {
-    using T = Accumulator<S>;
+  const Geometry& g;
+  const NormGradientArgs& args;
+  const ColumnHolders* columns;
+  const RowHolder<S, C>* holders;
+  int64_t held;  // by so many
+  int64_t grad_stride, code_stride;
+
+  // kVectors vectors of N channels. to: [conv w][OC].
+  template <int N, int kVectors, bool kDilated>
+  FUSEDCNN_INLINE void put(int64_t c, S* to) const {
     typedef LaneVector<T, N> V;
-    const Holders rows(g.h, y);
+    V mean[kVectors], slope[kVectors], offset[kVectors], scale[kVectors];
+    FUSEDCNN_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      mean[v] = load_values<N>(static_cast<const T*>(args.mean) + c + v * N);
+      slope[v] = load_values<N>(static_cast<const T*>(args.slope) + c + v * N);
+      offset[v] = load_values<N>(static_cast<const T*>(args.offset) + c + v * N);
+      scale[v] = load_values<N>(static_cast<const T*>(args.scale) + c + v * N);
+    }
+    to += c;
     for (int64_t x = 0; x < g.w.conv; ++x, to += g.out_channels) {
-      V won = {};
-      for (int64_t oh = rows.first; oh < rows.last; ++oh) {
-        const int64_t ph = Holders::element(g.h, y, oh);
-        if (ph < 0) continue;
-        for (int64_t ow = columns[x].first; ow < columns[x].last; ++ow) {
-          const int64_t pw = Holders::element(g.w, x, ow);
-          if (pw < 0) continue;
-          const int64_t q = (oh - first_row) * g.w.out + ow;
-          const auto wins = load_codes<T, N>(codes.data + q * codes.stride + c) ==
-                            static_cast<Int<T>>(ph * g.w.pool_kernel + pw);
-          won += wins ? load_values<N>(grads.data + q * grads.stride + c) : V{};
+      const ColumnHolders column = columns[x];
+      V won[kVectors] = {};
+      for (int64_t h = 0; h < held; ++h) {
+        const S* grads = holders[h].grads + column.first * grad_stride + c;
+        const C* codes = holders[h].codes + column.first * code_stride + c;
+        int64_t distance = column.distance;
+        for (int32_t i = 0; i < column.count; ++i) {
+          if (!kDilated || distance % g.w.pool_dilation == 0) {
+            const int64_t element =
+                holders[h].element + (kDilated ? distance / g.w.pool_dilation : distance);
+            const auto own = splat<Int<T>, N>(static_cast<Int<T>>(element));
+            FUSEDCNN_UNROLL
+            for (int v = 0; v < kVectors; ++v) {
+              const auto wins = load_codes<T, N>(codes + v * N) == own;
+              won[v] += wins ? load_values<N>(grads + v * N) : V{};
+            }
+          }
+          distance -= g.w.pool_stride;
+          grads += grad_stride;
+          codes += code_stride;
         }
       }
-      const V y_value = load_values<N>(to);
-      store_values<N>(to, (y_value - mean) * slope + offset + scale * won);
+      FUSEDCNN_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        const V y = load_values<N>(to + v * N);
+        store_values<N>(to + v * N, (y - mean[v]) * slope[v] + offset[v] + scale[v] * won[v]);
+      }
     }
+  }
+
+  template <bool kDilated>
+  FUSEDCNN_NOINLINE void put(S* to) const {
+    constexpr int kPair = 2 * kLanes<T>;
+    int64_t c = 0;
+    for (; c + kPair <= g.out_channels; c += kPair) put<kLanes<T>, 2, kDilated>(c, to);
+    for_channels<T>(g.out_channels - c,
+                    [&](auto lanes, int64_t rest) { put<lanes(), 1, kDilated>(c + rest, to); });
   }
 };
 
 template <typename S, typename C>
 void norm_gradient(const Geometry& g, const NormGradientArgs& args) {
-  using T = Accumulator<S>;
   const int64_t channels = g.out_channels, line = g.w.conv * channels;
   int64_t first, last;
   pooled_range(g.h, args.conv_begin, args.conv_end, first, last);
   last = larger(first, last);
   const int64_t most = round_up((last - first) * g.w.out * channels, 4);
-  const int64_t table = round_up(g.w.conv, 8) * int64_t{sizeof(ColumnHolders)};
-  char* memory =
-      static_cast<char*>(scratch(Slot::kConv, table + most * int64_t{sizeof(S) + sizeof(C)}));
-  ColumnHolders* columns = reinterpret_cast<ColumnHolders*>(memory);
+  const int64_t columns_bytes = g.w.conv * int64_t{sizeof(ColumnHolders)};
+  const int64_t holders_bytes = (last - first) * int64_t{sizeof(RowHolder<S, C>)};
+  char* memory = static_cast<char*>(
+      scratch(Slot::kConv, columns_bytes + holders_bytes + most * int64_t{sizeof(S) + sizeof(C)}));
+  auto* columns = reinterpret_cast<ColumnHolders*>(memory);
+  auto* holders = reinterpret_cast<RowHolder<S, C>*>(memory + columns_bytes);
+  S* values = reinterpret_cast<S*>(memory + columns_bytes + holders_bytes);
   for (int64_t x = 0; x < g.w.conv; ++x) {
-    const Holders holders(g.w, x);
-    columns[x] = {static_cast<int32_t>(holders.first), static_cast<int32_t>(holders.last)};
+    const Holders held(g.w, x);
+    columns[x] = {static_cast<int32_t>(held.first), static_cast<int32_t>(held.last - held.first),
+                  x + g.w.pool_padding - held.first * g.w.pool_stride};
   }
-  S* values = reinterpret_cast<S*>(memory + table);
-  const NormRow<S, C> row = {
-      g, pixels_of(g, args.grad_output, args.grad_output_strides, first, last, values),
-      pixels_of(g, args.code, args.code_strides, first, last, reinterpret_cast<C*>(values + most)),
-      first, columns};
-  const T *mean = static_cast<const T*>(args.mean), *slope = static_cast<const T*>(args.slope);
-  const T *offset = static_cast<const T*>(args.offset), *scale = static_cast<const T*>(args.scale);
+  const auto grads = pixels_of(g, args.grad_output, args.grad_output_strides, first, last, values);
+  const auto codes =
+      pixels_of(g, args.code, args.code_strides, first, last, reinterpret_cast<C*>(values + most));
+  GradientRow<S, C> row = {g, args, columns, holders, 0, grads.stride, codes.stride};
   S* to = static_cast<S*>(args.plane) + (args.conv_begin - args.plane_begin) * line;
   for (int64_t y = args.conv_begin; y < args.conv_end; ++y, to += line) {
-    for_channels<T>(channels, [&](auto lanes, int64_t c) {
-      row.template put<lanes()>(y, c, load_values<lanes()>(mean + c),
-                                load_values<lanes()>(slope + c), load_values<lanes()>(offset + c),
-                                load_values<lanes()>(scale + c), to + c);
-    });
+    row.held = 0;
+    const Holders held(g.h, y);
+    for (int64_t oh = held.first; oh < held.last; ++oh) {
+      const int64_t element = Holders::element(g.h, y, oh), pixel = (oh - first) * g.w.out;
+      if (element < 0) continue;
+      holders[row.held++] = {grads.data + pixel * grads.stride, codes.data + pixel * codes.stride,
+                             element * g.w.pool_kernel};
+    }
+    g.w.pool_dilation == 1 ? row.template put<false>(to) : row.template put<true>(to);
   }
 }
 

@@ -145,7 +145,7 @@ FUSEDCNN_NOINLINE void largest_of_row(const Geometry& g, const NormPoolArgs& arg
     window_range(g.w, ow, 0, g.w.conv, left, right);
     if (top >= bottom || left >= right) {
       for (int64_t c = 0; c < channels; ++c) {
-        values[c] = narrow<S>(-static_cast<T>(__builtin_inff()));
+        values[c] = narrow<S>(T{0});
         if (codes) codes[c] = kOff<C>;
       }
     } else {

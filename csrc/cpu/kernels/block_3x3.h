@@ -9,23 +9,30 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-// A 3x3 convolution of stride 1 under a 2x2 pool of stride 2: each window sees a patch of 4x4
-// input pixels, and neighbouring patches are two pixels apart.
-const char* why_not_3x3_block(const Problem& problem) {
+// A 3x3 convolution of stride 1.
+inline const char* why_not_3x3_convolution(const Problem& problem) {
   const Geometry& g = problem.geometry;
   for (const Axis* axis : {&g.h, &g.w}) {
     if (axis->kernel != 3 || axis->stride != 1 || axis->dilation != 1) {
       return "only for kernel 3, stride 1, dilation 1";
-    }
-    if (axis->pool_kernel != 2 || axis->pool_stride != 2 || axis->pool_padding != 0 ||
-        axis->pool_dilation != 1) {
-      return "only for pool kernel 2, stride 2, padding 0, dilation 1";
     }
   }
   if (g.groups != 1) return "only for groups = 1";
   if (problem.type == DataType::kFloat64) return "not for float64";
   if (problem.wide_code) return "only for codes of one byte";
   return nullptr;
+}
+
+// The same under a 2x2 pool of stride 2: each window sees a patch of 4x4 input pixels, and
+// neighbouring patches are two pixels apart.
+const char* why_not_3x3_block(const Problem& problem) {
+  for (const Axis* axis : {&problem.geometry.h, &problem.geometry.w}) {
+    if (axis->pool_kernel != 2 || axis->pool_stride != 2 || axis->pool_padding != 0 ||
+        axis->pool_dilation != 1) {
+      return "only for pool kernel 2, stride 2, padding 0, dilation 1";
+    }
+  }
+  return why_not_3x3_convolution(problem);
 }
 
 // Calls body(S{}) with the storage type of a problem that why_not_3x3_block lets through.

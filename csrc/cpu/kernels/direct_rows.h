@@ -28,11 +28,12 @@ constexpr int64_t kDirectBandBytes = int64_t{384} << 10;
 // of `length` elements (together one chain of additions, kChain):
 //   out[p][z] = sum over s, i of x[offset[s] + p * pixel + i] * u[s][i][z]
 // plus what out holds, where `add`, plus the bias, where it is not null. x: at the first output's
-// first element; u: runs `u_stride` apart; bias: [Z] vectors; out: [P][Z] vectors.
+// first element; u: runs `u_stride` apart; bias: [Z] vectors; out: [P] of [Z] vectors, `out_pixel`
+// elements apart.
 template <typename T, int P, int Z>
 FUSEDCNN_NOINLINE void direct_tile(const T* x, int64_t pixel, const int64_t* offset,
                                    int64_t segments, int64_t length, const T* u, int64_t u_stride,
-                                   const T* bias, bool add, T* out) {
+                                   const T* bias, bool add, T* out, int64_t out_pixel) {
   constexpr int kN = kLanes<T>;
   Vector<T> sum[P][Z];
   FUSEDCNN_UNROLL
@@ -54,15 +55,16 @@ FUSEDCNN_NOINLINE void direct_tile(const T* x, int64_t pixel, const int64_t* off
   }
   FUSEDCNN_UNROLL
   for (int i = 0; i < P * Z; ++i) {
-    Vector<T> total = add ? load(out + i * kN) + sum[i / Z][i % Z] : sum[i / Z][i % Z];
+    T* to = out + i / Z * out_pixel + i % Z * kN;
+    Vector<T> total = add ? load(to) + sum[i / Z][i % Z] : sum[i / Z][i % Z];
     if (bias) total += load(bias + i % Z * kN);
-    store(out + i * kN, total);
+    store(to, total);
   }
 }
 
 template <typename T>
 using DirectTile = void (*)(const T*, int64_t, const int64_t*, int64_t, int64_t, const T*, int64_t,
-                            const T*, bool, T*);
+                            const T*, bool, T*, int64_t);
 
 template <typename T, int Z>
 DirectTile<T> direct_tile_for(int64_t pixels) {
@@ -90,10 +92,10 @@ struct DirectShared {
 };
 
 // One row of convolution outputs of one block. x: the row's first pixel in X; u: the block's
-// weights; out: [conv cols][Z] vectors.
+// weights; out: [conv cols] of [Z] vectors, `out_pixel` elements apart.
 template <typename T, int Z>
 FUSEDCNN_NOINLINE void direct_row(const Geometry& g, const DirectShared<T>& shared, const T* x,
-                                  const T* u, const T* bias, T* out) {
+                                  const T* u, const T* bias, T* out, int64_t out_pixel) {
   constexpr int64_t kWidth = Z * kLanes<T>;
   const int64_t length = shared.length, pixel = g.w.stride * g.in_channels;
   // A chain takes several segments, or a part of one.
@@ -109,7 +111,7 @@ FUSEDCNN_NOINLINE void direct_row(const Geometry& g, const DirectShared<T>& shar
         const bool last = r + several >= shared.segments && k + part >= length;
         tile(x + col * pixel + k, pixel, shared.offset + r, smaller(several, shared.segments - r),
              smaller(part, length - k), u + (r * length + k) * kWidth, length * kWidth,
-             last ? bias : nullptr, r + k > 0, out + col * kWidth);
+             last ? bias : nullptr, r + k > 0, out + col * out_pixel, out_pixel);
       }
     }
     col += width;
@@ -158,16 +160,24 @@ FUSEDCNN_NOINLINE void direct_input(const ForwardArgs& args, const DirectShared<
   }
 }
 
-// V of one block, for as many convolution rows as X is for.
+// V of one block, for as many convolution rows as X is for; or the same in a tensor, whose pixels
+// are `out_pixel` and whose rows `out_row` elements apart.
+template <int Z, typename T>
+void direct_block(const Geometry& g, const DirectShared<T>& shared, const T* x, int64_t rows,
+                  int64_t oc, T* out, int64_t out_pixel, int64_t out_row, Ahead& ahead) {
+  for (int64_t y = 0; y < rows; ++y, out += out_row) {
+    ahead.step();
+    direct_row<T, Z>(g, shared, x + y * g.h.stride * shared.cols * g.in_channels,
+                     shared.weights + oc * g.in_channels * g.taps(), shared.bias + oc, out,
+                     out_pixel);
+  }
+}
+
 template <int Z, typename T>
 void direct_block(const Geometry& g, const DirectShared<T>& shared, const T* x, int64_t rows,
                   int64_t oc, T* conv, Ahead& ahead) {
-  for (int64_t y = 0; y < rows; ++y) {
-    ahead.step();
-    direct_row<T, Z>(g, shared, x + y * g.h.stride * shared.cols * g.in_channels,
-                     shared.weights + oc * g.in_channels * g.taps(), shared.bias + oc,
-                     conv + y * g.w.conv * Z * kLanes<T>);
-  }
+  constexpr int64_t kWidth = Z * kLanes<T>;
+  direct_block<Z>(g, shared, x, rows, oc, conv, kWidth, g.w.conv * kWidth, ahead);
 }
 
 // U from the weights.

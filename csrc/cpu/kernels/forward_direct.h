@@ -43,6 +43,26 @@ FUSEDCNN_INLINE void pool_pixel(const Geometry& g, const T* conv, int64_t stride
   pool.template finish<kReLU>(values, codes);
 }
 
+// Convolution outputs that nothing pools go from registers to a tensor of whole vectors.
+// out: [images][rows][cols][out channels].
+template <typename T>
+void direct_plane(const ForwardArgs& args, const DirectShared<T>& shared, int64_t first,
+                  int64_t rows, int64_t n) {
+  const Geometry& g = args.geometry;
+  const Strides s = args.output_strides;
+  T* x = static_cast<T*>(
+      scratch(Slot::kPlanes, direct_input_size(g, shared, rows) * int64_t{sizeof(T)}));
+  direct_input<T>(args, shared, n, first, first + rows, x);
+  const int64_t at = n * s.n + first * s.h;
+  T* out = static_cast<T*>(args.output) + at;
+  clear_codes(args, n, first, rows);
+  Ahead ahead = Ahead::of(static_cast<const T*>(args.input), args.input_strides, g.in_channels,
+                          g.h.in, g.w.in, n, g.batch, (shared.padded / kLanes<T> + 1) / 2 * rows);
+  for_direct_blocks(shared, [&]<int Z>(int64_t oc) {
+    direct_block<Z>(g, shared, x, rows, oc, out + oc, s.w, s.h, ahead);
+  });
+}
+
 template <typename S>
 void direct_band(const ForwardArgs& args, const DirectShared<Accumulator<S>>& shared,
                  int64_t first_out, int64_t rows, int64_t n) {
@@ -91,6 +111,17 @@ void forward_direct_bands(const ForwardArgs& args, const ThreadPool& pool) {
   using T = Accumulator<S>;
   const Geometry& g = args.geometry;
   with_direct_shared<S>(args, pool, [&](const DirectShared<T>& shared) {
+    if constexpr (std::is_same_v<S, T>) {
+      if (is_plane(g, args.relu) && args.output_strides.c == 1 && shared.padded == g.out_channels) {
+        const double row_bytes = double(g.h.step()) * shared.cols * g.in_channels * sizeof(T);
+        const int64_t band = band_rows(g, static_cast<int64_t>(kDirectBandBytes / row_bytes), 1);
+        const int64_t bands = (g.h.out + band - 1) / band;
+        return parallel_tasks(pool, g.batch * bands, [&](int64_t task) {
+          const int64_t first = task % bands * band;
+          direct_plane<T>(args, shared, first, smaller(band, g.h.out - first), task / bands);
+        });
+      }
+    }
     // What one more pooled row adds to X and V. Strides may be huge where there is a single row.
     const double row_size = double(g.h.step()) * shared.cols * g.in_channels +
                             double(g.h.pool_stride) * g.w.conv * kDirectWide * kLanes<T>;

@@ -33,7 +33,7 @@ FUSEDCNN_INLINE int64_t group_size(int64_t first, int64_t out_channels) {
 // One call owns one vector of windows x R output channels: all four outputs of each window.
 // r: R at the first window, channels `channel_size` and the four j `plane` apart. u: [channels][4]
 // [3][R]. bias: [R]. values, codes: R rows of lanes, `stride` apart; codes may be null.
-template <int R>
+template <int R, bool kReLU>
 FUSEDCNN_NOINLINE void window_vector(const float* r, int64_t channel_size, int64_t plane,
                                      int64_t width, int64_t channels, const float* u,
                                      const float* bias, float* values, uint8_t* codes,
@@ -69,8 +69,8 @@ FUSEDCNN_NOINLINE void window_vector(const float* r, int64_t channel_size, int64
       y[2 * i] = m[o][i][0] + m[o][i][1] + m[o][i][2];
       y[2 * i + 1] = m[o][i][1] - m[o][i][2] - m[o][i][3];
     }
-    finish_window(y[0], y[1], y[2], y[3], broadcast(bias[o]), values + o * stride,
-                  codes ? codes + o * stride : codes);
+    finish_window<kReLU>(y[0], y[1], y[2], y[3], broadcast(bias[o]), values + o * stride,
+                         codes ? codes + o * stride : codes);
   }
 }
 
@@ -129,9 +129,10 @@ void winograd_f2_band(const ForwardArgs& args, const WinogradShared& shared, int
     for (int64_t oc = 0; oc < g.out_channels;) {
       const int64_t group = group_size(oc, g.out_channels);
       const auto call = [&]<int R>() {
-        window_vector<R>(r + first, 8 * plane, plane, g.w.out, g.in_channels,
-                         shared.weights + oc * g.in_channels * 12, shared.bias + oc,
-                         to + oc * stride, code_to ? code_to + oc * stride : code_to, stride);
+        const auto windows_of = args.relu ? window_vector<R, true> : window_vector<R, false>;
+        windows_of(r + first, 8 * plane, plane, g.w.out, g.in_channels,
+                   shared.weights + oc * g.in_channels * 12, shared.bias + oc, to + oc * stride,
+                   code_to ? code_to + oc * stride : code_to, stride);
       };
       if (group == 1) call.template operator()<1>();
       if constexpr (kWinogradGroup == 3) {

@@ -140,7 +140,7 @@ void add_run(int64_t channels, int64_t count, const float* v, const float* u, in
   winograd_rows<3, Z>(count, v + 3 * v_row, channels, u + 3 * u_row, y, add);
 }
 
-template <int Z>
+template <int Z, bool kReLU>
 void finish_block(const WinogradShared& shared, int64_t first, int64_t count, const float* y,
                   float* values, uint8_t* codes) {
   constexpr int kN = kLanes<float>;
@@ -148,8 +148,8 @@ void finish_block(const WinogradShared& shared, int64_t first, int64_t count, co
     for (int z = 0; z < Z; ++z, y += 4 * kN) {
       const Vector<float> bias = load(shared.bias + first + z * kN);
       const int64_t at = t * shared.padded + first + z * kN;
-      finish_window(load(y), load(y + kN), load(y + 2 * kN), load(y + 3 * kN), bias, values + at,
-                    codes + at);
+      finish_window<kReLU>(load(y), load(y + kN), load(y + 2 * kN), load(y + 3 * kN), bias,
+                           values + at, codes + at);
     }
   }
 }
@@ -210,7 +210,8 @@ void winograd_f2x2_band(const ForwardArgs& args, const WinogradShared& shared, i
         ahead.step();
         const float* u = shared.weights + oc * channels * 16 + c0 * 4 * Z * kN;
         add_run<Z>(in_run, count, v, u, channels * 4 * Z * kN, y + oc * y_block, c0 > 0);
-        if (last) finish_block<Z>(shared, oc, count, y + oc * y_block, values, codes);
+        const auto finish = args.relu ? finish_block<Z, true> : finish_block<Z, false>;
+        if (last) finish(shared, oc, count, y + oc * y_block, values, codes);
       };
       int64_t oc = 0;
       for (; oc + kWinogradWide * kN <= shared.padded; oc += kWinogradWide * kN) {

@@ -1,4 +1,5 @@
-// The forward by Winograd's minimal filtering F(4x4, 3x3), for 3x3 stride 1 under a 2x2 pool.
+// The forward by Winograd's minimal filtering F(4x4, 3x3), for 3x3 stride 1 under a 2x2 pool, or
+// under none.
 //
 // One tile is four pooling windows: its 6x6 input patch d gives 4x4 convolution outputs
 //   Y = A^T [ sum over c of (G g G^T) * (B^T d B) ] A        (Lavin and Gray, 2016)
@@ -16,6 +17,7 @@
 // Strides are constants and no powers of two: a tile's 36 addresses then cost no arithmetic, and
 // its elements do not share a few sets of the L1 cache.
 //   P  [windows][out channels]                  pooled values and codes of the band
+// Where nothing pools, a tile's 16 outputs are what is wanted, and bands are of their rows.
 // A tile that is uneven (uneven_tiles.h), or holds what a transform could make overflow, is summed
 // tap by tap instead.
 #pragma once
@@ -138,28 +140,35 @@ FUSEDCNN_NOINLINE void transform_tile(const float* x, int64_t row, float* v) {
   }
 }
 
-// Where one tile's four windows go. values, codes: [window][padded out channels] of the band.
+// What becomes of a tile: four windows, with or without ReLU, or its 16 outputs as they are.
+enum class Epilogue { kReLU, kMaximum, kPlane };
+
+// Outputs of a tile along either axis.
+template <Epilogue kEpilogue>
+constexpr int64_t kSide = kEpilogue == Epilogue::kPlane ? 4 : 2;
+
+// Where the outputs of a band, or of a tile, go. codes: none of a plane.
 struct TileOutput {
   float* values;
   uint8_t* codes;
-  int64_t right;  // elements to the next window of the row
-  int64_t below;  // and to the row below
-  bool has_right, has_below;
+  int64_t right;       // elements to the next output of the row
+  int64_t below;       // and to the row below
+  int64_t rows, cols;  // how many there are
+
+  // The same from this output on.
+  TileOutput from(int64_t row, int64_t col) const {
+    const int64_t at = row * below + col * right;
+    return {values + at, codes ? codes + at : codes, right, below, rows - row, cols - col};
+  }
+  TileOutput of_channel(int64_t channel) const {
+    return {values + channel, codes ? codes + channel : codes, right, below, rows, cols};
+  }
 };
 
-// Of the tile in this row and column of a band of `rows` pooled rows.
-inline TileOutput tile_output(const Geometry& g, int64_t padded, int64_t rows, int64_t row,
-                              int64_t col, float* values, uint8_t* codes) {
-  const int64_t at = (2 * row * g.w.out + 2 * col) * padded;
-  return {values + at,           codes + at,        padded, g.w.out * padded,
-          2 * col + 1 < g.w.out, 2 * row + 1 < rows};
-}
-
-// The inverse transform, bias, max, ReLU and code of one tile and one vector of output channels.
-// m: the tile's element 0.
-template <int Z>
-FUSEDCNN_NOINLINE void finish_four_windows(const float* m, Vector<float> bias,
-                                           const TileOutput& to) {
+// The inverse transform, bias and the rest for one tile and one vector of output channels. m: the
+// tile's element 0.
+template <int Z, Epilogue kEpilogue>
+FUSEDCNN_NOINLINE void finish_tile(const float* m, Vector<float> bias, const TileOutput& to) {
   Vector<float> rows[4][6];
   FUSEDCNN_UNROLL
   for (int i = 0; i < 6; ++i) {
@@ -170,23 +179,37 @@ FUSEDCNN_NOINLINE void finish_four_windows(const float* m, Vector<float> bias,
     FUSEDCNN_UNROLL
     for (int y = 0; y < 4; ++y) rows[y][i] = out[y];
   }
+  if constexpr (kEpilogue == Epilogue::kPlane) {
+    FUSEDCNN_UNROLL
+    for (int y = 0; y < 4; ++y) {
+      if (y >= to.rows) break;
+      Vector<float> out[4];
+      gather_four(rows[y], out);
+      FUSEDCNN_UNROLL
+      for (int x = 0; x < 4; ++x) {
+        if (x < to.cols) store(to.values + y * to.below + x * to.right, out[x] + bias);
+      }
+    }
+    return;
+  }
   FUSEDCNN_UNROLL
   for (int half = 0; half < 2; ++half) {
-    if (half && !to.has_below) break;
+    if (half >= to.rows) break;
     Vector<float> top[4], bottom[4];
     gather_four(rows[2 * half], top);
     gather_four(rows[2 * half + 1], bottom);
     FUSEDCNN_UNROLL
     for (int side = 0; side < 2; ++side) {
-      if (side && !to.has_right) break;
+      if (side >= to.cols) break;
       const int64_t at = half * to.below + side * to.right;
-      finish_window(top[2 * side], top[2 * side + 1], bottom[2 * side], bottom[2 * side + 1], bias,
-                    to.values + at, to.codes + at);
+      finish_window<kEpilogue == Epilogue::kReLU>(top[2 * side], top[2 * side + 1],
+                                                  bottom[2 * side], bottom[2 * side + 1], bias,
+                                                  to.values + at, to.codes + at);
     }
   }
 }
 
-template <int Z>
+template <int Z, Epilogue kEpilogue>
 void strip_tiles(const WinogradShared& shared, int64_t channels, int64_t first, int64_t count,
                  const float* v, float* m, const TileOutput* outputs, Ahead& ahead) {
   constexpr int kN = kLanes<float>;
@@ -198,23 +221,22 @@ void strip_tiles(const WinogradShared& shared, int64_t channels, int64_t first, 
   }
   for (int64_t t = 0; t < count; ++t) {
     for (int z = 0; z < Z; ++z) {
-      TileOutput to = outputs[t];
-      to.values += first + z * kN;
-      to.codes += first + z * kN;
-      finish_four_windows<Z>(m + (t * Z + z) * kN, load(shared.bias + first + z * kN), to);
+      const int64_t oc = first + z * kN;
+      finish_tile<Z, kEpilogue>(m + (t * Z + z) * kN, load(shared.bias + oc),
+                                outputs[t].of_channel(oc));
     }
   }
 }
 
 // Copies the band's part of one run of channels into X, and adds its squares to the pixels'
-// energies. image: the run's first channel.
+// energies. image: the run's first channel; first: the band's first convolution row.
 template <typename S>
-void pack_pixels(const Geometry& g, const S* image, Strides s, int64_t channels, int64_t first_out,
+void pack_pixels(const Geometry& g, const S* image, Strides s, int64_t channels, int64_t first,
                  int64_t rows, int64_t cols, float* x, float* energy) {
   const int64_t left = smaller(g.w.padding, cols);
   const int64_t width = larger<int64_t>(0, smaller(g.w.in, cols - left));
   for (int64_t y = 0; y < rows; ++y, x += cols * kRun, energy += cols) {
-    const int64_t h = 2 * first_out - g.h.padding + y;
+    const int64_t h = first - g.h.padding + y;
     // Channels past the last are multiplied by no weight, but must not be NaN by chance.
     if (h < 0 || h >= g.h.in || channels < kRun) memset(x, 0, cols * kRun * sizeof(float));
     if (h < 0 || h >= g.h.in) continue;
@@ -230,18 +252,17 @@ void pack_pixels(const Geometry& g, const S* image, Strides s, int64_t channels,
   }
 }
 
-// The windows of a tile's `halves` tap by tap, for Z vectors of output channels. x: the tile's
-// first pixel, runs of channels `x_size` apart, rows `row`.
-template <int Z>
+// A tile's `halves` tap by tap, for Z vectors of output channels. x: the tile's first pixel, runs
+// of channels `x_size` apart, rows `row`.
+template <int Z, Epilogue kEpilogue>
 void sum_block(const WinogradShared& shared, int64_t channels, uint8_t halves, int64_t first,
-               const float* x, int64_t x_size, int64_t row, TileOutput to) {
+               const float* x, int64_t x_size, int64_t row, const TileOutput& to) {
   constexpr int kN = kLanes<float>;
   constexpr int64_t kTaps[3] = {0, kRun, 2 * kRun};
   const int64_t tap = channels * Z * kN;
   const float* g = shared.weights + first * channels * kTileElements + 36 * tap;
-  to.values += first;
-  to.codes += first;
-  if (!to.has_below) halves &= kUpperHalf;
+  constexpr int64_t kHalf = kSide<kEpilogue> / 2;  // outputs of a half, down
+  if (to.rows <= kHalf) halves &= kUpperHalf;
   for (int64_t half = 0; half < 2; ++half, x += 2 * row) {
     if (!(halves & (half ? kLowerHalf : kUpperHalf))) continue;
     Vector<float> conv[2][4][Z];
@@ -252,40 +273,49 @@ void sum_block(const WinogradShared& shared, int64_t channels, uint8_t halves, i
           direct_tile<float, 4, Z>(x + c / kRun * x_size + (y + kh) * row, kRun, kTaps, 3,
                                    smaller(kRun, channels - c), g + 3 * kh * tap + c * Z * kN, tap,
                                    last ? shared.bias + first : nullptr, c + kh > 0,
-                                   reinterpret_cast<float*>(conv[y]));
+                                   reinterpret_cast<float*>(conv[y]), Z * kN);
         }
       }
     }
-    for (int64_t side = 0; side < (to.has_right ? 2 : 1); ++side) {
-      for (int z = 0; z < Z; ++z) {
-        FirstMaximum<float> pool;
-        for (int e = 0; e < 4; ++e) pool.see(conv[e / 2][2 * side + e % 2][z], e);
-        const int64_t at = half * to.below + side * to.right + z * kN;
-        pool.finish(to.values + at, to.codes + at);
+    for (int z = 0; z < Z; ++z) {
+      const TileOutput out = to.from(half * kHalf, 0).of_channel(first + z * kN);
+      for (int64_t i = 0; i < kHalf * kSide<kEpilogue>; ++i) {
+        const int64_t y = i / kSide<kEpilogue>, x = i % kSide<kEpilogue>;
+        const int64_t at = y * out.below + x * out.right;
+        if (y >= out.rows || x >= out.cols) continue;
+        if constexpr (kEpilogue == Epilogue::kPlane) {
+          store(out.values + at, conv[y][x][z]);
+        } else {
+          FirstMaximum<float> pool;
+          for (int e = 0; e < 4; ++e) pool.see(conv[e / 2][2 * x + e % 2][z], e);
+          pool.template finish<kEpilogue == Epilogue::kReLU>(out.values + at, out.codes + at);
+        }
       }
     }
   }
 }
 
-FUSEDCNN_NOINLINE inline void sum_tile(const WinogradShared& shared, int64_t channels,
-                                       uint8_t halves, const float* x, int64_t x_size, int64_t row,
-                                       const TileOutput& to) {
+template <Epilogue kEpilogue>
+FUSEDCNN_NOINLINE void sum_tile(const WinogradShared& shared, int64_t channels, uint8_t halves,
+                                const float* x, int64_t x_size, int64_t row, const TileOutput& to) {
   constexpr int kN = kLanes<float>;
   int64_t oc = 0;
   for (; oc + 2 * kN <= shared.padded; oc += 2 * kN) {
-    sum_block<2>(shared, channels, halves, oc, x, x_size, row, to);
+    sum_block<2, kEpilogue>(shared, channels, halves, oc, x, x_size, row, to);
   }
-  if (oc < shared.padded) sum_block<1>(shared, channels, halves, oc, x, x_size, row, to);
+  if (oc < shared.padded) sum_block<1, kEpilogue>(shared, channels, halves, oc, x, x_size, row, to);
 }
 
-template <typename S>
+template <typename S, Epilogue kEpilogue>
 void winograd_f4x4_band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
   constexpr int kN = kLanes<float>;
   const Geometry& g = args.geometry;
   const int64_t bands = shared.bands;
   const int64_t n = task / bands, first_out = task % bands * shared.band;
   const int64_t rows = smaller(shared.band, g.h.out - first_out);
-  const int64_t tile_rows = (rows + 1) / 2, tile_cols = (g.w.out + 1) / 2;
+  constexpr int64_t kOutputs = kSide<kEpilogue>, kPool = 4 / kOutputs;
+  const int64_t tile_rows = (rows + kOutputs - 1) / kOutputs;
+  const int64_t tile_cols = (g.w.out + kOutputs - 1) / kOutputs;
   const int64_t tiles = tile_rows * tile_cols;
   const int64_t channels = g.in_channels, runs = (channels + kRun - 1) / kRun;
   const int64_t x_rows = 4 * tile_rows + 2, x_cols = 4 * tile_cols + 2;
@@ -299,21 +329,28 @@ void winograd_f4x4_band(const ForwardArgs& args, const WinogradShared& shared, i
   const Strides s = args.input_strides;
   const S* image = static_cast<const S*>(args.input) + n * s.n;
   for (int64_t run = 0; run < runs; ++run) {
-    pack_pixels(g, image + run * kRun * s.c, s, smaller(kRun, channels - run * kRun), first_out,
-                x_rows, x_cols, x + run * x_size, map.energy);
+    pack_pixels(g, image + run * kRun * s.c, s, smaller(kRun, channels - run * kRun),
+                first_out * kPool, x_rows, x_cols, x + run * x_size, map.energy);
   }
-  sum_columns(map, 2 * g.w.out);
+  sum_columns(map, kPool * g.w.out);
   judge_tiles(map, kModerate * kModerate, uneven);
 
   const int64_t v_size = runs * 36 * kVStride;
   constexpr int64_t kMSize = 36 * kMStride<2>;
-  const int64_t windows = rows * g.w.out;
-  float* v =
-      static_cast<float*>(scratch(Slot::kConv, (v_size + kMSize) * sizeof(float) +
-                                                   windows * shared.padded * (sizeof(float) + 1)));
+  // Whole vectors of a plane go to the tensor at once.
+  const bool direct = kEpilogue == Epilogue::kPlane && std::is_same_v<S, float> &&
+                      args.output_strides.c == 1 && shared.padded == g.out_channels;
+  const int64_t outputs = rows * g.w.out, buffered = direct ? 0 : outputs * shared.padded;
+  float* v = static_cast<float*>(
+      scratch(Slot::kConv, (v_size + kMSize) * sizeof(float) + buffered * (sizeof(float) + 1)));
   float* m = v + v_size;
-  float* values = m + kMSize;
-  uint8_t* codes = reinterpret_cast<uint8_t*>(values + windows * shared.padded);
+  const int64_t at = n * args.output_strides.n + first_out * args.output_strides.h;
+  S* output = static_cast<S*>(args.output) + at;
+  float* values = direct ? reinterpret_cast<float*>(output) : m + kMSize;
+  uint8_t* codes = reinterpret_cast<uint8_t*>(m + kMSize + buffered);
+  const TileOutput whole{values,        kEpilogue == Epilogue::kPlane ? nullptr : codes,
+                         shared.padded, g.w.out * shared.padded,
+                         rows,          g.w.out};
 
   const int64_t strips = (tiles + kTiles - 1) / kTiles;
   Ahead ahead = next_image<S>(args, n, strips * 36);
@@ -322,32 +359,36 @@ void winograd_f4x4_band(const ForwardArgs& args, const WinogradShared& shared, i
     uint8_t all = kUpperHalf | kLowerHalf;
     for (int64_t t = 0; t < count; ++t) all &= uneven[first + t];
     if (all == (kUpperHalf | kLowerHalf)) continue;
-    TileOutput outputs[kTiles];
+    TileOutput tile_outputs[kTiles];
     for (int64_t t = 0; t < count; ++t) {
       const int64_t row = (first + t) / tile_cols, col = (first + t) % tile_cols;
       for (int64_t run = 0; run < runs; ++run) {
         transform_tile(x + run * x_size + (4 * row * x_cols + 4 * col) * kRun, x_cols * kRun,
                        v + run * 36 * kVStride + t * kRun);
       }
-      outputs[t] = tile_output(g, shared.padded, rows, row, col, values, codes);
+      tile_outputs[t] = whole.from(row * kOutputs, col * kOutputs);
     }
     int64_t oc = 0;
     for (; oc + 2 * kN <= shared.padded; oc += 2 * kN) {
-      strip_tiles<2>(shared, channels, oc, count, v, m, outputs, ahead);
+      strip_tiles<2, kEpilogue>(shared, channels, oc, count, v, m, tile_outputs, ahead);
     }
-    if (oc < shared.padded) strip_tiles<1>(shared, channels, oc, count, v, m, outputs, ahead);
+    if (oc < shared.padded) {
+      strip_tiles<1, kEpilogue>(shared, channels, oc, count, v, m, tile_outputs, ahead);
+    }
   }
   for (int64_t tile = 0; tile < tiles; ++tile) {
     if (!uneven[tile]) continue;
     const int64_t row = tile / tile_cols, col = tile % tile_cols;
-    sum_tile(shared, channels, uneven[tile], x + (4 * row * x_cols + 4 * col) * kRun, x_size,
-             x_cols * kRun, tile_output(g, shared.padded, rows, row, col, values, codes));
+    sum_tile<kEpilogue>(shared, channels, uneven[tile], x + (4 * row * x_cols + 4 * col) * kRun,
+                        x_size, x_cols * kRun, whole.from(row * kOutputs, col * kOutputs));
   }
-  const int64_t at = n * args.output_strides.n + first_out * args.output_strides.h;
-  write_strip(values, shared.padded, windows, g.out_channels, static_cast<S*>(args.output) + at,
-              args.output_strides);
-  if (args.code) {
-    write_strip(codes, shared.padded, windows, g.out_channels,
+  if (!direct) {
+    write_strip(values, shared.padded, outputs, g.out_channels, output, args.output_strides);
+  }
+  if constexpr (kEpilogue == Epilogue::kPlane) {
+    clear_codes(args, n, first_out, rows);
+  } else if (args.code) {
+    write_strip(codes, shared.padded, outputs, g.out_channels,
                 static_cast<uint8_t*>(args.code) + at, args.output_strides);
   }
 }
@@ -390,7 +431,10 @@ struct WinogradF4x4 {
 
   template <typename S>
   static void band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
-    winograd_f4x4_band<S>(args, shared, task);
+    if (args.relu) return winograd_f4x4_band<S, Epilogue::kReLU>(args, shared, task);
+    is_plane(args.geometry, args.relu)
+        ? winograd_f4x4_band<S, Epilogue::kPlane>(args, shared, task)
+        : winograd_f4x4_band<S, Epilogue::kMaximum>(args, shared, task);
   }
 };
 
@@ -400,6 +444,10 @@ const char* why_not_winograd_f4x4(const Problem& problem) {
   if (g.in_channels < 16) return "fewer than 16 input channels";
   if (g.in_channels > kMostChannels) return "too many input channels for its accuracy";
   if (g.out_channels < kLanes<float>) return "too few output channels to fill a vector";
+  if (is_plane(g, problem.relu)) {
+    if (g.h.out < 3 || g.w.out < 3) return "no tile of 4x4 outputs";
+    return why_not_3x3_convolution(problem);
+  }
   if (g.h.out < 2 || g.w.out < 2) return "no tile of four windows";
   return why_not_winograd(problem);
 }

@@ -46,6 +46,27 @@ struct FirstMaximum {
   }
 };
 
+// Whether the convolution's outputs are wanted as they are. All codes are 0 then.
+inline bool is_plane(const Geometry& g, bool relu) {
+  const auto single = [](const Axis& axis) {
+    return axis.pool_kernel == 1 && axis.pool_stride == 1 && axis.pool_padding == 0;
+  };
+  return !relu && single(g.h) && single(g.w);
+}
+
+// The codes of `rows` rows of such outputs, from `first` on, in bytes.
+inline void clear_codes(const ForwardArgs& args, int64_t n, int64_t first, int64_t rows) {
+  if (!args.code) return;
+  const Geometry& g = args.geometry;
+  const Strides s = args.output_strides;
+  uint8_t* code = static_cast<uint8_t*>(args.code) + n * s.n + first * s.h;
+  if (s.c == 1) {
+    memset(code, 0, rows * g.w.out * g.out_channels);
+    return;
+  }
+  for (int64_t oc = 0; oc < g.out_channels; ++oc) memset(code + oc * s.c, 0, rows * g.w.out);
+}
+
 // Pooled rows of a task, given how many fit the caches: for batches too small to occupy several
 // threads, fewer, so that one large image makes several tasks. Neighbouring bands read some rows
 // twice, which bands of `least` rows can afford. Depends on sizes alone, never on threads.

@@ -34,11 +34,11 @@ constexpr float kModerate = 281474976710656.0f;  // 2^48
 
 // Bytes of a band's transformed input: half of a small L2, the rest being weights and output.
 constexpr int64_t kWinogradBandBytes = int64_t{256} << 10;
-// Rows of a band at least: neighbouring bands transform the rows that both need.
+// Pooled rows of a band at least: neighbouring bands transform the rows that both need.
 constexpr int64_t kWinogradMinBand = 4;
 
 struct WinogradShared {
-  int64_t band;          // pooled rows of a task
+  int64_t band;          // rows of outputs of a task
   int64_t bands;         // of one image
   const float* weights;  // U
   const float* bias;     // [padded]
@@ -46,20 +46,23 @@ struct WinogradShared {
   uint8_t* immoderate;   // [batch * bands], set where an image is left to the general kernel
 };
 
-// Max, bias, ReLU and code of one window, or of one for every lane, from its four outputs. The
-// first maximum wins; there is no NaN. The maximum plus the bias is the maximum of the sums, as
+// Max, bias, perhaps ReLU, and code of one window, or of one for every lane, from its four outputs.
+// The first maximum wins; there is no NaN. The maximum plus the bias is the maximum of the sums, as
 // rounding keeps the order. codes: where to, or null.
+template <bool kReLU>
 FUSEDCNN_INLINE void finish_window(Vector<float> e0, Vector<float> e1, Vector<float> e2,
                                    Vector<float> e3, Vector<float> bias, float* values,
                                    uint8_t* codes) {
   const Vector<float> top = maximum(e1, e0), bottom = maximum(e3, e2);
   const Vector<float> best = maximum(bottom, top) + bias;
-  store(values, maximum(best, Vector<float>{}));
+  store(values, kReLU ? maximum(best, Vector<float>{}) : best);
   if (!codes) return;
   const Vector<int32_t> in_top = e1 > e0 ? broadcast<int32_t>(1) : Vector<int32_t>{};
   const Vector<int32_t> in_bottom = e3 > e2 ? broadcast<int32_t>(3) : broadcast<int32_t>(2);
   Vector<int32_t> winner = bottom > top ? in_bottom : in_top;
-  winner = best > Vector<float>{} ? winner : broadcast<int32_t>(kOff<uint8_t>);
+  if constexpr (kReLU) {
+    winner = best > Vector<float>{} ? winner : broadcast<int32_t>(kOff<uint8_t>);
+  }
   typedef LaneBytesOf<float>::Type LaneBytes;
   const LaneBytes bytes = __builtin_convertvector(winner, LaneBytes);
   memcpy(codes, &bytes, sizeof bytes);
@@ -80,6 +83,15 @@ Ahead next_image(const ForwardArgs& args, int64_t n, int64_t steps) {
                    g.w.in, n, g.batch, steps);
 }
 
+// Rows of outputs of a task. They begin at rows of winograd_f4x4's tiles, so that these lie where
+// they lie without bands, and an image's result does not depend on how the batch is cut.
+inline int64_t winograd_band(const Geometry& g, bool plane) {
+  const int64_t pool = plane ? 1 : 2;  // along either axis
+  const int64_t row_bytes = g.in_channels * 2 * pool * pool * g.w.out * int64_t{sizeof(float)};
+  const int64_t fitting = kWinogradBandBytes / row_bytes - 1, least = 2 * kWinogradMinBand / pool;
+  return round_up(band_rows(g, fitting, least), 4 / pool);
+}
+
 // Runs `band` over all bands of all images, then the general kernel over the images that it
 // refuses. derived: U. band(args, shared, task): see the kernels.
 template <typename S>
@@ -87,11 +99,7 @@ void run_winograd(const ForwardArgs& args, const ThreadPool& pool, const Derived
                   void (*band)(const ForwardArgs&, const WinogradShared&, int64_t)) {
   if (!derived.usable()) return forward_general(args, pool);
   const Geometry& g = args.geometry;
-  const int64_t row_bytes = g.in_channels * 8 * g.w.out * int64_t{sizeof(float)};
-  // Bands begin at even rows, so that winograd_f4x4's tiles, two rows high, lie where they lie
-  // without bands, and an image's result does not depend on how the batch is cut.
-  const int64_t rows =
-      round_up(band_rows(g, kWinogradBandBytes / row_bytes - 1, kWinogradMinBand), 2);
+  const int64_t rows = winograd_band(g, is_plane(g, args.relu));
   const int64_t bands = (g.h.out + rows - 1) / rows;
   const int64_t padded = round_up(g.out_channels, kLanes<float>);
   float* bias = static_cast<float*>(
