@@ -243,8 +243,12 @@ def _check_memory(argument: str, tensor: Tensor) -> None:
         return
     if not tensor.numel() or tensor.layout != torch.strided or tensor.is_meta:
         return
-    axes = zip(tensor.shape, tensor.stride(), strict=True)
-    needed = tensor.storage_offset() + sum((size - 1) * stride for size, stride in axes) + 1
+    needed = tensor.storage_offset()
+    if tensor.is_contiguous():  # quicker
+        needed += tensor.numel()
+    else:
+        axes = zip(tensor.shape, tensor.stride(), strict=True)
+        needed += sum((size - 1) * stride for size, stride in axes) + 1
     held = tensor.untyped_storage().nbytes() // tensor.element_size()
     if held < needed:
         raise RuntimeError(

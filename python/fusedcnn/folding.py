@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from fusedcnn import _stock
 from fusedcnn.batch_norm import conv_batch_norm_relu_max_pool2d
-from fusedcnn.modules import POOL_ARGUMENTS, ConvReLUMaxPool2d, check_computes
+from fusedcnn.modules import ConvReLUMaxPool2d, check_computes
 from fusedcnn.tools import FoldedByItsType
 
 
@@ -156,7 +156,9 @@ class ConvBatchNormReLUMaxPool2d(ConvReLUMaxPool2d):
             input, self.weight, self.bias, mean, var, norm.weight, norm.bias,
             self.stride, padding, self.dilation, self.groups,
             training=by_the_batch, momentum=momentum, eps=norm.eps,
-            **{name: getattr(self, name) for name in POOL_ARGUMENTS},
+            pool_kernel_size=self.pool_kernel_size, pool_stride=self.pool_stride,
+            pool_padding=self.pool_padding, pool_dilation=self.pool_dilation,
+            ceil_mode=self.ceil_mode,
         )  # fmt: skip
         if count is not None:
             count.add_(1)
@@ -164,13 +166,12 @@ class ConvBatchNormReLUMaxPool2d(ConvReLUMaxPool2d):
 
 
 def _works_otherwise(norm: nn.Module) -> bool:
-    return (
+    own = vars(norm)
+    return bool(
         type(norm) is not nn.BatchNorm2d
-        or "forward" in vars(norm)
-        or any(
-            vars(norm)[hooks]
-            for hooks in (
-                "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-            )
-        )
-    )  # fmt: skip
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
