@@ -207,13 +207,27 @@ def test_export(training, decomposed):
 
 
 def test_symbolic_tracing():
-    """The function is one node, and a traced module counts when it runs, not when it is traced."""
-    model = nn.Sequential(ConvBatchNormReLUMaxPool2d(3, 4, 3), nn.Flatten())
-    traced = torch.fx.symbolic_trace(model)
+    """The function is one node; a module, whose mode would be fixed, is an error or a leaf."""
+
+    def function(input, weight):
+        return conv_batch_norm_relu_max_pool2d(
+            input, weight, None, None, None, None, None, training=True
+        )
+
+    traced = torch.fx.symbolic_trace(function)
     assert any(n.target is conv_batch_norm_relu_max_pool2d for n in traced.graph.nodes)
-    assert model[0].batch_norm.num_batches_tracked == 0
-    images = torch.randn(2, 3, 8, 8)
-    assert torch.equal(traced(images), model(images))
+    images, weight = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
+    assert torch.equal(traced(images, weight), function(images, weight))
+
+    class Whole(torch.fx.Tracer):
+        def is_leaf_module(self, module, path):
+            return isinstance(module, ConvBatchNormReLUMaxPool2d)
+
+    model = nn.Sequential(ConvBatchNormReLUMaxPool2d(3, 4, 3), nn.Flatten())
+    with pytest.raises(torch.fx.proxy.TraceError, match="unfuse first"):
+        torch.fx.symbolic_trace(model)
+    graph = torch.fx.GraphModule(model, Whole().trace(model))
+    assert torch.equal(graph(images), model(images))
     assert model[0].batch_norm.num_batches_tracked == 2
 
 

@@ -239,10 +239,16 @@ def _check_memory(argument: str, tensor: Tensor) -> None:
     """Refuse a tensor whose storage was released or cut short: torch would read on regardless."""
     if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
         return
+    if torch._C._are_functorch_transforms_active():  # whose wrappers have none
+        return
     if not tensor.numel() or tensor.layout != torch.strided or tensor.is_meta:
         return
-    axes = zip(tensor.shape, tensor.stride(), strict=True)
-    needed = tensor.storage_offset() + sum((size - 1) * stride for size, stride in axes) + 1
+    needed = tensor.storage_offset()
+    if tensor.is_contiguous():  # quicker
+        needed += tensor.numel()
+    else:
+        axes = zip(tensor.shape, tensor.stride(), strict=True)
+        needed += sum((size - 1) * stride for size, stride in axes) + 1
     held = tensor.untyped_storage().nbytes() // tensor.element_size()
     if held < needed:
         raise RuntimeError(
@@ -330,7 +336,7 @@ def _foldable(bn_weight: Tensor | None, bn_bias: Tensor | None, eps: float) -> b
 
 def _check_to_fold(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Refuse what the convolution would, and folding would hide or be the first to touch."""
-    if weight.dtype != input.dtype:
+    if weight.dtype != input.dtype and input.is_floating_point():
         raise RuntimeError(f"weight: expected dtype {input.dtype} like input, got {weight.dtype}")
     _check_memory("weight", weight)
     if bias is None:

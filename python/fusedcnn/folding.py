@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from fusedcnn import _stock
 from fusedcnn.batch_norm import conv_batch_norm_relu_max_pool2d
-from fusedcnn.modules import POOL_ARGUMENTS, ConvReLUMaxPool2d, check_computes
+from fusedcnn.modules import ConvReLUMaxPool2d, check_computes
 from fusedcnn.tools import FoldedByItsType
 
 
@@ -132,7 +132,12 @@ class ConvBatchNormReLUMaxPool2d(ConvReLUMaxPool2d):
         if not isinstance(norm, FoldedBatchNorm2d) and _works_otherwise(norm):
             _stock.note("a normalisation that is no plain BatchNorm2d, or has hooks")
             return self._stock_forward(input, norm)
-        if isinstance(input, Tensor) and input.dim() == 3:  # torch.fx asks no symbol
+        if isinstance(input, fx.Proxy):
+            raise fx.proxy.TraceError(
+                f"{type(self).__name__}: torch.fx would fix the mode of its normalisation; make it "
+                "a leaf (Tracer.is_leaf_module), or call fusedcnn.unfuse first"
+            )
+        if input.dim() == 3:
             raise ValueError("input: expected 4D input, [N, C, H, W] (got 3D input)")
         padding = self.padding
         if self.padding_mode != "zeros":
@@ -147,29 +152,26 @@ class ConvBatchNormReLUMaxPool2d(ConvReLUMaxPool2d):
         by_the_batch = norm.training or (mean is None and var is None)
         if norm.training and not norm.track_running_stats:
             mean = var = None
-        pooled = conv_batch_norm_relu_max_pool2d(
+        output = conv_batch_norm_relu_max_pool2d(
             input, self.weight, self.bias, mean, var, norm.weight, norm.bias,
             self.stride, padding, self.dilation, self.groups,
             training=by_the_batch, momentum=momentum, eps=norm.eps,
-            **{name: getattr(self, name) for name in POOL_ARGUMENTS},
+            pool_kernel_size=self.pool_kernel_size, pool_stride=self.pool_stride,
+            pool_padding=self.pool_padding, pool_dilation=self.pool_dilation,
+            ceil_mode=self.ceil_mode,
         )  # fmt: skip
-        return pooled if count is None else _counted(pooled, count)
-
-
-@fx.wrap  # which would count while it traces, and never again
-def _counted(pooled: Tensor, count: Tensor) -> Tensor:
-    count.add_(1)
-    return pooled
+        if count is not None:
+            count.add_(1)
+        return output
 
 
 def _works_otherwise(norm: nn.Module) -> bool:
-    return (
+    own = vars(norm)
+    return bool(
         type(norm) is not nn.BatchNorm2d
-        or "forward" in vars(norm)
-        or any(
-            vars(norm)[hooks]
-            for hooks in (
-                "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-            )
-        )
-    )  # fmt: skip
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
