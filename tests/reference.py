@@ -137,8 +137,8 @@ def decode(block: Block, code: Tensor, plane_w: int) -> tuple[Tensor, Tensor]:
     live = code != (-1 if code.dtype == torch.int32 else 255)
     element = torch.where(live, code, 0).long()
     # Where each window starts; may be negative.
-    rows = torch.arange(code.shape[-2]).view(-1, 1) * stride[0] - padding[0]
-    cols = torch.arange(code.shape[-1]) * stride[1] - padding[1]
+    rows = torch.arange(code.shape[-2], device=code.device).view(-1, 1) * stride[0] - padding[0]
+    cols = torch.arange(code.shape[-1], device=code.device) * stride[1] - padding[1]
     index = (rows + element // kernel_w * dilation[0]) * plane_w
     index = index + cols + element % kernel_w * dilation[1]
     return live, torch.where(live, index, 0)
@@ -161,9 +161,11 @@ def _gradients(block: Block, operands: Operands, plane_gradient: Tensor) -> tupl
     return *grads, plane_gradient.sum(others)
 
 
-def gradients_of_winners(block: Block, operands: Operands, code: Tensor) -> tuple[Tensor, ...]:
-    """Input, weight and bias gradients, in float64, of the winners that a forward picked."""
-    wide = operands.map(Tensor.double)
+def gradients_of_winners(
+    block: Block, operands: Operands, code: Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, ...]:
+    """The stock convolution's gradients, given the winners that a forward picked."""
+    wide = operands.map(lambda t: t.to(dtype))
     shape = _shapes(block)[0]
     return _gradients(block, wide, _plane_gradient(block, code, wide.grad_output, shape))
 
