@@ -90,6 +90,47 @@ struct GradientRow {
   }
 };
 
+// Whether each output belongs to one window of 2x2: then a window's gradient is taken once for its
+// four outputs.
+inline bool pairs_of_pairs(const Geometry& g) {
+  return g.w.conv % 2 == 0 && g.h.pool_kernel == 2 && g.w.pool_kernel == 2 &&
+         g.h.pool_stride == 2 && g.w.pool_stride == 2 && g.h.pool_padding == 0 &&
+         g.w.pool_padding == 0 && g.h.pool_dilation == 1 && g.w.pool_dilation == 1;
+}
+
+// Two rows under such windows. grads, codes: of the pooled row; to: of the upper one.
+template <typename S, typename C>
+FUSEDCNN_NOINLINE void put_pairs(const Geometry& g, const NormGradientArgs& args,
+                                 const Pixels<S>& grads, const Pixels<C>& codes, int64_t pixel,
+                                 S* to) {
+  using T = Accumulator<S>;
+  const int64_t row = g.w.conv * g.out_channels;
+  for_channels<T>(g.out_channels, [&](auto lanes, int64_t c) {
+    constexpr int N = lanes();
+    typedef LaneVector<T, N> V;
+    const V mean = load_values<N>(static_cast<const T*>(args.mean) + c);
+    const V slope = load_values<N>(static_cast<const T*>(args.slope) + c);
+    const V offset = load_values<N>(static_cast<const T*>(args.offset) + c);
+    const V scale = load_values<N>(static_cast<const T*>(args.scale) + c);
+    const S* grad = grads.data + pixel * grads.stride + c;
+    const C* code = codes.data + pixel * codes.stride + c;
+    S* at = to + c;
+    for (int64_t ow = 0; ow < g.w.out; ++ow, at += 2 * g.out_channels) {
+      const auto winner = load_codes<T, N>(code);
+      // Where the code is off it equals none of the four, whatever stands in the gradient.
+      const V won = scale * load_values<N>(grad);
+      FUSEDCNN_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        S* const y = at + i / 2 * row + i % 2 * g.out_channels;
+        const V rest = (load_values<N>(y) - mean) * slope + offset;
+        store_values<N>(y, winner == static_cast<Int<T>>(i) ? rest + won : rest);
+      }
+      grad += grads.stride;
+      code += codes.stride;
+    }
+  });
+}
+
 template <typename S, typename C>
 void norm_gradient(const Geometry& g, const NormGradientArgs& args) {
   const int64_t channels = g.out_channels, line = g.w.conv * channels;
@@ -114,7 +155,13 @@ void norm_gradient(const Geometry& g, const NormGradientArgs& args) {
       pixels_of(g, args.code, args.code_strides, first, last, reinterpret_cast<C*>(values + most));
   GradientRow<S, C> row = {g, args, columns, holders, 0, grads.stride, codes.stride};
   S* to = static_cast<S*>(args.plane) + (args.conv_begin - args.plane_begin) * line;
+  const bool pairs = pairs_of_pairs(g);
   for (int64_t y = args.conv_begin; y < args.conv_end; ++y, to += line) {
+    if (pairs && y % 2 == 0 && y + 1 < args.conv_end) {
+      put_pairs<S, C>(g, args, grads, codes, (y / 2 - first) * g.w.out, to);
+      ++y, to += line;
+      continue;
+    }
     row.held = 0;
     const Holders held(g.h, y);
     for (int64_t oh = held.first; oh < held.last; ++oh) {
