@@ -62,6 +62,18 @@ FUSEDCNN_INLINE LaneVector<T, N> splat(T value) {
 // N codes as integers of a value's width.
 template <typename T, int N, typename C>
 FUSEDCNN_INLINE LaneVector<Int<T>, N> load_codes(const C* from) {
+#if defined(__AVX512F__)
+  // Compilers take a conversion of bytes apart, lane by lane.
+  if constexpr (sizeof(C) == 1 && sizeof(T) == 4 && N == 16) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return (LaneVector<Int<T>, N>)_mm512_cvtepu8_epi32(bytes);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(C) == 1 && sizeof(T) == 4 && N == 8) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return (LaneVector<Int<T>, N>)_mm256_cvtepu8_epi32(bytes);
+  }
+#endif
   LaneVector<C, N> codes;
   memcpy(&codes, from, sizeof codes);
   return __builtin_convertvector(codes, LaneVector<Int<T>, N>);
@@ -69,6 +81,11 @@ FUSEDCNN_INLINE LaneVector<Int<T>, N> load_codes(const C* from) {
 
 template <typename T, int N, typename C>
 FUSEDCNN_INLINE void store_codes(C* to, LaneVector<Int<T>, N> codes) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == 1 && sizeof(T) == 4 && N == 16) {
+    return _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)codes));
+  }
+#endif
   const auto stored = __builtin_convertvector(codes, LaneVector<C, N>);
   memcpy(to, &stored, sizeof stored);
 }
