@@ -36,7 +36,7 @@ FUSEDCNN_INLINE LaneVector<Accumulator<S>, N> load_values(const S* from) {
   } else if constexpr (N == kLanes<T>) {
     return widen_vector(from);
   } else {
-    LaneVector<T, N> values;
+    LaneVector<T, N> values = {};
     for (int l = 0; l < N; ++l) values[l] = widen(from[l]);
     return values;
   }

@@ -230,7 +230,7 @@ FUSEDCNN_INLINE Float16 narrow<Float16>(float value) {
 // machine converts a vector in one instruction, the results are the same but for a NaN's payload.
 template <typename S>
 FUSEDCNN_INLINE Vector<float> widen_vector(const S* from) {
-  Vector<float> values;
+  Vector<float> values = {};
   for (int l = 0; l < kLanes<float>; ++l) values[l] = widen(from[l]);
   return values;
 }
