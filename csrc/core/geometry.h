@@ -62,6 +62,8 @@ struct Geometry {
   Axis h;
   Axis w;
   bool ceil_mode;
+  // Whether images are tasks enough even of a small batch: the caller keeps other threads busy.
+  bool undivided = false;
 
   constexpr int64_t in_channels_per_group() const { return in_channels / groups; }
   constexpr int64_t out_channels_per_group() const { return out_channels / groups; }

@@ -21,9 +21,10 @@ constexpr ThreadPool kInline = {[](int64_t tasks, void (*body)(int64_t, int64_t,
 // ---- how the work is shared out: by sizes alone, never by threads -------------------------------
 
 // The convolution alone, of some images.
-Geometry dense(const Geometry& g, int64_t batch) {
+Geometry dense(const Geometry& g, int64_t batch, bool undivided) {
   Geometry result = g;
   result.batch = batch;
+  result.undivided = undivided;
   result.ceil_mode = false;
   for (Axis* axis : {&result.h, &result.w}) {
     axis->pool_kernel = axis->pool_stride = axis->pool_dilation = 1;
@@ -191,8 +192,8 @@ Axis turned(const Axis& axis) {
 }
 
 // That convolution, of some images: input and output channels have changed places.
-Geometry turned(const Geometry& g, int64_t images) {
-  Geometry result = dense(g, images);
+Geometry turned(const Geometry& g, int64_t images, bool undivided) {
+  Geometry result = dense(g, images, undivided);
   std::swap(result.in_channels, result.out_channels);
   result.h = turned(result.h);
   result.w = turned(result.w);
@@ -248,9 +249,10 @@ bool any(const uint8_t* flags, int64_t count) {
 }
 
 // The convolution of some images into `plane`, which is channels_last.
-ForwardArgs plane_args(const ForwardArgs& block, int64_t first, int64_t images, void* plane) {
+ForwardArgs plane_args(const ForwardArgs& block, int64_t first, int64_t images, bool undivided,
+                       void* plane) {
   ForwardArgs args = block;
-  args.geometry = dense(block.geometry, images);
+  args.geometry = dense(block.geometry, images, undivided);
   args.input = at(block.input, block.type, first * block.input_strides.n);
   args.bias = nullptr;
   args.output = plane;
@@ -262,7 +264,7 @@ ForwardArgs plane_args(const ForwardArgs& block, int64_t first, int64_t images, 
 }
 
 Problem plane_problem(const Geometry& g, DataType type, const Strides& input) {
-  Problem problem{dense(g, g.batch), type, false, input.c == 1 && g.in_channels > 1};
+  Problem problem{dense(g, g.batch, false), type, false, input.c == 1 && g.in_channels > 1};
   problem.relu = false;
   return problem;
 }
@@ -285,7 +287,7 @@ const Moments* pool_planes(const NormPasses& passes, const ForwardArgs& block, v
   const int64_t bytes = plane_bytes(g, block.type);
   tasks.run(pool, [&](int64_t task, int64_t first, int64_t images, const ThreadPool& inner) {
     char* const plane = static_cast<char*>(scratch(Slot::kNormPlane, images * bytes));
-    kernel.forward(plane_args(block, first, images, plane), inner);
+    kernel.forward(plane_args(block, first, images, tasks.count > 1, plane), inner);
     parallel_tasks(inner, images * bands.count, [&](int64_t piece) {
       const int64_t n = piece / bands.count, band = piece % bands.count;
       const int64_t slot = pieces ? tasks.count + piece : task;
@@ -471,7 +473,7 @@ void plane_gradients(const NormPasses& passes, const NormBackwardArgs& args,
   const Kernel* input_kernel = nullptr;
   ForwardArgs turned_args{};
   if (turn) {
-    Problem of_gradient{turned(g, g.batch), type, false, g.out_channels > 1};
+    Problem of_gradient{turned(g, g.batch, false), type, false, g.out_channels > 1};
     of_gradient.relu = false;
     input_kernel = &choose(Pass::kForward, of_gradient);
     turned_args.type = type;
@@ -493,7 +495,7 @@ void plane_gradients(const NormPasses& passes, const NormBackwardArgs& args,
   static constexpr uint8_t kFirst = 0;  // of one element: every output has won its window
   tasks.run(pool, [&](int64_t task, int64_t first, int64_t images, const ThreadPool& inner) {
     char* const plane = static_cast<char*>(scratch(Slot::kNormPlane, images * bytes));
-    convolution.forward(plane_args(forward, first, images, plane), inner);
+    convolution.forward(plane_args(forward, first, images, tasks.count > 1, plane), inner);
     parallel_tasks(inner, images * bands.count, [&](int64_t piece) {
       const int64_t n = piece / bands.count, band = piece % bands.count;
       passes.gradient(
@@ -505,7 +507,7 @@ void plane_gradients(const NormPasses& passes, const NormBackwardArgs& args,
            block.code_strides, constants.mean, constants.slope, constants.offset, constants.scale});
     });
     BackwardArgs backward = block;
-    backward.geometry = dense(g, images);
+    backward.geometry = dense(g, images, tasks.count > 1);
     backward.wide_code = false;
     backward.grad_output = plane;
     backward.grad_output_strides = plane_strides(g);
@@ -528,7 +530,7 @@ void plane_gradients(const NormPasses& passes, const NormBackwardArgs& args,
     void* const grad_input = at(block.grad_input, type, first * block.grad_input_strides.n);
     if (turn) {
       ForwardArgs images_args = turned_args;
-      images_args.geometry = turned(g, images);
+      images_args.geometry = turned(g, images, tasks.count > 1);
       images_args.input = plane;
       images_args.output = grad_input;
       input_kernel->forward(images_args, inner);

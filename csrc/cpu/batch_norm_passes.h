@@ -72,9 +72,10 @@ struct NormGradientArgs {
   const void *mean, *slope, *offset, *scale;
 };
 
-// Sums of grad_weight, of statistics_type and without gaps, as [sums][OC][C / groups][taps].
+// Sums of grad_weight, of statistics_type and without gaps, as [sums][OC][C / groups][taps]. The
+// first is lost.
 struct NormWeightArgs {
-  const void* sums;
+  void* sums;
   int64_t count;  // of sums, added in order
   int64_t out_channel_begin, out_channel_end;
   void* grad_weight;

@@ -35,14 +35,16 @@ void norm_weight(const NormShape& shape, const NormWeightArgs& args) {
   for_storage(shape.type, [&]<typename S>(S) {
     using T = Accumulator<S>;
     for (int64_t oc = args.out_channel_begin; oc < args.out_channel_end; ++oc) {
-      const T* from = static_cast<const T*>(args.sums) + oc * size;
+      T* from = static_cast<T*>(args.sums) + oc * size;
+      for (int64_t i = 1; i < args.count; ++i) {
+        const T* const other = from + i * g.out_channels * size;
+        for (int64_t k = 0; k < size; ++k) from[k] += other[k];
+      }
       S* const to = static_cast<S*>(args.grad_weight) + oc * args.strides.n;
       for (int64_t c = 0; c < channels; ++c) {
         for (int64_t h = 0; h < g.h.kernel; ++h) {
           for (int64_t w = 0; w < g.w.kernel; ++w, ++from) {
-            T sum = *from;
-            for (int64_t i = 1; i < args.count; ++i) sum += from[i * g.out_channels * size];
-            to[c * args.strides.c + h * args.strides.h + w * args.strides.w] = narrow<S>(sum);
+            to[c * args.strides.c + h * args.strides.h + w * args.strides.w] = narrow<S>(*from);
           }
         }
       }

@@ -87,6 +87,12 @@ void multiply_tiles(int64_t count, const float* v, int64_t channels, const float
     for (; t + kTiles <= count; t += kTiles) {
       multiply_element<kTiles, Z>(v + t * kRun, run, u, m + t * kTile, add);
     }
+    if constexpr (kTiles > 4) {
+      if (t + 4 <= count) {
+        multiply_element<4, Z>(v + t * kRun, run, u, m + t * kTile, add);
+        t += 4;
+      }
+    }
     for (; t + 2 <= count; t += 2) {
       multiply_element<2, Z>(v + t * kRun, run, u, m + t * kTile, add);
     }

@@ -76,7 +76,7 @@ inline int64_t band_rows(const Geometry& g, int64_t fitting, int64_t least) {
   const double multiply_adds =
       double(g.out_channels) * g.h.conv * g.w.conv * g.in_channels_per_group() * g.taps();
   int64_t rows = larger(fitting, least);
-  if (g.batch < kSmallBatch && multiply_adds >= kLargeImage) {
+  if (g.batch < kSmallBatch && !g.undivided && multiply_adds >= kLargeImage) {
     rows = smaller(rows, larger(least, (g.h.out + kBands - 1) / kBands));
   }
   const int64_t bands = (g.h.out + rows - 1) / rows;
