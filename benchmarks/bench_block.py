@@ -28,7 +28,7 @@ from typing import Any
 
 import fusedcnn
 import torch
-from blocks import CASES, SIMPLECNN_1, SIMPLECNN_2, Case, Problem
+from blocks import CASES, MORE_CASES, SIMPLECNN_1, SIMPLECNN_2, Case, Problem
 from contenders import contenders_on, race
 from fusedcnn._ops import _C
 from fusedcnn.bench import kept_bytes
@@ -48,7 +48,12 @@ def parse(arguments: list[str] | None) -> Namespace:
     parser = Parser("Time the fused block beside its peers.", min_time=0.2, rounds=10)
     parser.add_kernels()
     parser.add_argument(
-        "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="see --list"
+        "--cases",
+        nargs="+",
+        choices=CASES | MORE_CASES,
+        default=list(CASES),
+        metavar="CASE",
+        help="see --list (default: SimpleCNN's)",
     )
     options = parser.read(arguments)
     options.contenders = options.contenders or contenders_on(options.device.type)
@@ -58,7 +63,7 @@ def parse(arguments: list[str] | None) -> Namespace:
 
 
 def run(options: Namespace) -> Report:
-    works = [(run, CASES[name]) for run in options.runs for name in options.cases]
+    works = [(run, (CASES | MORE_CASES)[name]) for run in options.runs for name in options.cases]
     report = race_all(options, works)
     batch = max(run.batch for run in options.runs)
     dtype = options.precisions[0].dtype

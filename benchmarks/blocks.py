@@ -255,6 +255,9 @@ CASES = {case.name: case for case in (
         # Adam reads parameter, gradient and two moments, and writes all but the gradient.
         elements_per_call=7 * sum(p.numel() for p in fusedcnn.SimpleCNN().parameters()),
     ),
+)}
+# Timed when they are asked for.
+MORE_CASES = {case.name: case for case in (
     Case(
         "bn-training", "BatchNorm CNN, training step (Adam, fused=True for all)", batch_norm_cnn,
         lambda: fusedcnn.fuse(batch_norm_cnn()), SIMPLECNN_1.image, "training",

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from blocks import BLOCKS, CASES, Block
+from blocks import BLOCKS, CASES, MORE_CASES, Block
 from contenders import CONTENDERS
 from fusedcnn.bench import one_line
 from timing import PRECISIONS, force_kernel
 
-NAMES = {"cases": CASES, "blocks": BLOCKS, "contenders": CONTENDERS, "precisions": PRECISIONS}
+NAMES = {
+    "cases": CASES | MORE_CASES, "blocks": BLOCKS, "contenders": CONTENDERS,
+    "precisions": PRECISIONS,
+}  # fmt: skip
 # The images of a case are drawn, copied and computed in float64 too: some gigabytes at this size.
 MAX_BATCH = 65536
 CORES = len(os.sched_getaffinity(0))  # that this process may use
