@@ -1,6 +1,6 @@
 """What test_parallel.py starts with torchrun: a check of gradients in two processes.
 
-torchrun --nproc-per-node 2 tests/distributed_worker.py ddp|ddp_compiled|fsdp|dtensor
+torchrun --nproc-per-node 2 tests/distributed_worker.py ddp|ddp_compiled|fsdp|dtensor|batch_norm
 """
 
 from __future__ import annotations
@@ -45,6 +45,24 @@ def check_dtensor() -> None:
     assert any("DTensor" in reason for reason in fusedcnn.build_info()["stock_calls"])
 
 
+def check_batch_norm() -> None:
+    """Stock and fused in lock-step: gradients are averaged, running statistics are rank 0's."""
+    torch.manual_seed(0)
+    block = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
+    stock = nn.Sequential(*block, nn.Flatten(), nn.Linear(36, 10)).double()
+    models = stock, fusedcnn.fuse(copy.deepcopy(stock))
+    parallel = [DistributedDataParallel(model) for model in models]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in models]
+    for _ in range(3):
+        images, labels = torch.randn(8, 3, 8, 8).double(), torch.randint(10, (8,))
+        batch = images[RANK::WORLD_SIZE], labels[RANK::WORLD_SIZE]
+        for model, optimizer in zip(parallel, optimizers, strict=True):
+            fusedcnn.train_step(model, F.cross_entropy, optimizer, *batch)
+        states = [model.state_dict() for model in models]
+        torch.testing.assert_close(*states, **CLOSE)
+    assert not fusedcnn.build_info()["stock_calls"]
+
+
 def check(kind: str) -> None:
     """Compare with one process on the whole batch, over three steps of SGD with momentum."""
     torch.manual_seed(0)
@@ -87,7 +105,12 @@ if __name__ == "__main__":
     with joined(torch.device("cpu")):
         if sys.platform == "linux" and torch.__version__ >= (2, 11):  # 2.10 names none
             assert gloo_threads()
-        check_dtensor() if kind == "dtensor" else check(kind)
+        if kind == "dtensor":
+            check_dtensor()
+        elif kind == "batch_norm":
+            check_batch_norm()
+        else:
+            check(kind)
         who = f"rank {dist.get_rank()} of {dist.get_world_size()}"
         print(f"{who}: {kind} agrees", file=sys.stderr)
     sys.stderr.flush()

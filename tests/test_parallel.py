@@ -49,7 +49,7 @@ torchrun = functools.partial(
 
 
 @needs_gloo
-@pytest.mark.parametrize("kind", ["ddp", "ddp_compiled", "fsdp", "dtensor"])
+@pytest.mark.parametrize("kind", ["ddp", "ddp_compiled", "fsdp", "dtensor", "batch_norm"])
 def test_gradients_are_those_of_one_process_on_the_whole_batch(kind, example):
     if kind == "dtensor" and torch.__version__ < (2, 11):
         pytest.skip("torch 2.10 has no max_pool2d for DTensors")
