@@ -248,13 +248,13 @@ void check_forward(const NormCall& call, const Operands& operands, const Affines
   const double unit = rounding(statistics);
   check_near(values_of(statistics, mean), want.mean, magnitude, 4 * unit, what + ": mean");
   check_near(values_of(statistics, var), want.var, want.var, 16 * unit, what + ": var");
-  // An output: the roundings of three operations, of the variance's root and of the result; and of
-  // the mean, which is a double on both sides, however close to it the element is.
+  // An output: the roundings of three operations, of the variance's root and of the result; and the
+  // error of the mean as above, but in double, however close to the mean the element is.
   Values range;
   const double mean_unit = rounding(DataType::kFloat64) / unit;
   for_channels(g, g.outputs(), [&](int64_t c, int64_t i) {
     const double normal = want.code[i] < 0 ? 1 : std::abs(want.extremum[i] - want.mean[c]);
-    range.push_back((normal + mean_unit * std::abs(want.mean[c])) * std::abs(affine.weight[c]) /
+    range.push_back((normal + mean_unit * magnitude[c]) * std::abs(affine.weight[c]) /
                         std::sqrt(want.var[c] + kEps) +
                     std::abs(affine.bias[c]));
   });
