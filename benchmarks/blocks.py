@@ -42,7 +42,8 @@ MAX_COPIES = 64
 # takes part in too many near ties to leave images without any.
 MARGIN_EPSILONS = 128
 COARSE_MARGIN_EPSILONS = 4
-# Where a batch is taken as a whole, one in three has no window within this distance.
+# Where a batch can only be taken as a whole: at 64 images a few draws find one without such a
+# window. More images have more windows, and the distance is less in proportion.
 BATCH_MARGIN_EPSILONS = 16
 TF32_EPSILON = 2.0**-10
 
@@ -305,7 +306,7 @@ class Problem:
         )
         self._margin = MARGIN_EPSILONS * eps
         if self._normalised and case.kind == "training":
-            self._margin = BATCH_MARGIN_EPSILONS * eps
+            self._margin = BATCH_MARGIN_EPSILONS * eps * min(1, 64 / batch)
         if precision.coarse:
             self._margin = COARSE_MARGIN_EPSILONS * max(eps, TF32_EPSILON * precision.tf32)
         images = self._draw_images()
