@@ -84,7 +84,9 @@ def _per_channel(vector: Tensor) -> Tensor:
     return vector.view(-1, 1, 1)
 
 
-def expected(block: Block, case: Case, code: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def expected(
+    block: Block, case: Case, code: Tensor, one_by_one: int = 1
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Each result in float64, and how far from it a right one may be.
 
     A sum of K products is allowed an error of 4 eps times the sum of their magnitudes, where adding
@@ -92,6 +94,10 @@ def expected(block: Block, case: Case, code: Tensor) -> dict[str, tuple[Tensor, 
     from sums inherits their errors, to first order: of a convolution output y, of mean and var, so
     of x_hat and of gamma / sqrt(var + eps), and from there of everything else. Half types round the
     convolution's outputs, as the stock layers do, and the results.
+
+    Where a variance's squares are taken from one of `one_by_one` elements, 3 standard deviations
+    from the mean, and are added one by one, they are 1 + 3**2 times as large as the variance, and
+    that many roundings of eps / 2 of the sum or less walk at random: 5 eps sqrt(one_by_one) in all.
     """
     dtype, g = case.input.dtype, Geometry(*block.pack())
     eps = 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
@@ -113,6 +119,8 @@ def expected(block: Block, case: Case, code: Tensor) -> dict[str, tuple[Tensor, 
     off_mean = off_each.mean((0, 2, 3)) + eps * mean.abs()
     spread = (y - _per_channel(mean)).abs()
     off_var = 2 * (spread * off_each).mean((0, 2, 3)) + eps * var + off_mean**2
+    if one_by_one > 1:
+        off_var = off_var + 5 / 4 * eps * one_by_one**0.5 * var
     off_scale = 0.5 * off_var / (var + EPS) + eps  # relative
     off_normal = invstd * (off_y + off_mean) + normal.abs().amax((0, 2, 3)) * off_scale
     off_output = gamma.abs() * off_normal + eps * beta.abs()

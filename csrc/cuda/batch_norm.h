@@ -17,7 +17,7 @@ void batch_norm_forward(const NormForwardArgs& args, const Execution& execution)
 int64_t batch_norm_forward_workspace(const NormForwardArgs& args);
 
 // Fills grad_bn_weight and grad_bn_bias, and replaces the plane by its gradient unless it is null.
-// Three launches, or two.
+// Three launches, or two; and one each for gradients and codes that are not in the plane's order.
 void batch_norm_backward(const NormBackwardArgs& args, const Execution& execution);
 int64_t batch_norm_backward_workspace(const NormBackwardArgs& args);
 

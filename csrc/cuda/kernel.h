@@ -54,7 +54,7 @@ struct Kernel {
   bool tf32 = false;  // rounds float32 operands to tf32
   // Whether it stands around the stock convolution, which the caller runs: the forward reads
   // args.plane, without the bias, instead of input and weight; the backward writes args.plane, the
-  // same for both passes, instead of gradients.
+  // same for both passes, instead of the gradients of input and weight, unless it is null.
   bool library = false;
   // Null, or why another kernel would be faster: holds only where no kernel is forced.
   const char* (*why_slower)(const Problem& problem, const Target& target) = nullptr;

@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_batch_norm_relu_max_pool2d_backw
       stock_convolution_backward(cuda_convolution(), *plane, input, weight, block.geometry,
                                  block.plane_channels_last,
                                  call.want_input ? &call.grad_input : nullptr,
-                                 call.want_weight ? &call.grad_weight : nullptr, nullptr);
+                                 call.want_weight ? &call.grad_weight : nullptr);
     }
   }
   return {call.grad_input, call.grad_weight, call.grad_bn_weight, call.grad_bn_bias};

@@ -68,15 +68,20 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cuda(
     }
     if (library_weight || library_input) {
       args.plane_channels_last = session.plane_channels_last(weight, args.type);
-      const Tensor plane = empty_plane(input, g, args.plane_channels_last);
-      args.plane = plane.mutable_data_ptr();
+      std::optional<Tensor> plane;
+      if (library_input || call.want_weight) {
+        plane = empty_plane(input, g, args.plane_channels_last);
+        args.plane = plane->mutable_data_ptr();
+      }
+      if (library_weight && call.want_bias) args.grad_bias = call.grad_bias.mutable_data_ptr();
       const cuda::Kernel& kernel = library_weight ? *for_weight : *for_input;
       session.run(kernel, kernel.backward, args);
-      stock_convolution_backward(cuda_convolution(), plane, input, weight, g,
-                                 args.plane_channels_last,
-                                 library_input ? &call.grad_input : nullptr,
-                                 library_weight && call.want_weight ? &call.grad_weight : nullptr,
-                                 library_weight && call.want_bias ? &call.grad_bias : nullptr);
+      if (plane) {
+        stock_convolution_backward(
+            cuda_convolution(), *plane, input, weight, g, args.plane_channels_last,
+            library_input ? &call.grad_input : nullptr,
+            library_weight && call.want_weight ? &call.grad_weight : nullptr);
+      }
     }
   }
   return {call.grad_input, call.grad_weight, call.grad_bias};

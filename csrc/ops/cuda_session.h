@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "core/selection.h"
@@ -31,9 +32,9 @@ class Session {
   void run(int64_t bytes, void (*function)(const Args& args, const cuda::Execution& execution),
            const Args& args) const {
     // Freed at return, to torch's allocator, which hands it out again in the stream's order only.
-    const torch::stable::Tensor workspace =
-        empty_vector(input_, bytes, torch::headeronly::ScalarType::Byte);
-    function(args, cuda::Execution{stream_, bytes ? workspace.mutable_data_ptr() : nullptr});
+    std::optional<torch::stable::Tensor> workspace;
+    if (bytes) workspace = empty_vector(input_, bytes, torch::headeronly::ScalarType::Byte);
+    function(args, cuda::Execution{stream_, workspace ? workspace->mutable_data_ptr() : nullptr});
   }
   // The kernel's function, with the memory that it asks for.
   template <typename Args>

@@ -13,6 +13,7 @@ using torch::headeronly::MemoryFormat;
 using torch::stable::Tensor;
 
 Tensor in_order(const Tensor& tensor, bool channels_last) {
+  if (dense(tensor, channels_last)) return tensor;
   return torch::stable::contiguous(
       tensor, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
@@ -33,16 +34,6 @@ Tensor image_of(const Tensor& input, const Geometry& g, bool channels_last) {
   if (symmetric(g)) return in_order(batched(input), channels_last);
   const int64_t sides[] = {g.w.padding, g.w.padding_after, g.h.padding, g.h.padding_after};
   return in_order(torch::stable::pad(batched(input), {sides, 4}), channels_last);
-}
-
-// Stands for an operand of which only the sizes are wanted: its own memory may be gone, and torch
-// copies what it does not read.
-Tensor stand_in(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
-  const int64_t sizes[] = {n, c, h, w}, strides[] = {0, 0, 0, 0};
-  const Tensor one = empty_image(like, true, 1, 1, 1, 1, like.scalar_type(), false);
-  AtenTensorHandle result = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_as_strided(one.get(), sizes, strides, &result));
-  return Tensor(result);
 }
 
 // `from`, which torch computed, as the gradient that the operator returns.
@@ -87,7 +78,7 @@ Tensor stock_convolution(const StockConvolution& stock, const Tensor& input, con
   if (plane.scalar_type() != input.scalar_type()) {
     throw std::runtime_error("input: expected autocast's type, or autocast switched off");
   }
-  return dense(plane, channels_last) ? plane : in_order(plane, channels_last);
+  return in_order(plane, channels_last);
 }
 
 Tensor empty_plane(const Tensor& like, const Geometry& g, bool channels_last) {
@@ -97,22 +88,22 @@ Tensor empty_plane(const Tensor& like, const Geometry& g, bool channels_last) {
 
 void stock_convolution_backward(const StockConvolution& stock, const Tensor& plane,
                                 const Tensor& input, const Tensor& weight, const Geometry& g,
-                                bool channels_last, Tensor* grad_input, Tensor* grad_weight,
-                                Tensor* grad_bias) {
-  const WithoutGrad without_grad;
-  if (grad_bias) {
-    const int64_t all_but_channels[] = {0, 2, 3};
-    put(grad_bias, torch::stable::sum(plane, {{all_but_channels, 3}}));
-  }
+                                bool channels_last, Tensor* grad_input, Tensor* grad_weight) {
   if (!grad_input && !grad_weight) return;
+  const WithoutGrad without_grad;
   const ConvolutionArgs args = call_args(g);
-  const Tensor image =
-      grad_weight ? image_of(input, g, channels_last)
-                  : stand_in(input, g.batch, g.in_channels, symmetric(g) ? g.h.in : g.h.padded(),
-                             symmetric(g) ? g.w.in : g.w.padded());
+  // Of an operand that is not read, only the sizes count. Its own memory may be gone; any other
+  // order than the plane's, and torch would copy it.
+  const auto stand_in = [&](int64_t n, int64_t c, int64_t h, int64_t w) {
+    return empty_image(plane, true, n, c, h, w, plane.scalar_type(), channels_last);
+  };
+  const Tensor image = grad_weight
+                           ? image_of(input, g, channels_last)
+                           : stand_in(g.batch, g.in_channels, symmetric(g) ? g.h.in : g.h.padded(),
+                                      symmetric(g) ? g.w.in : g.w.padded());
   const Tensor taps =
       grad_input ? in_order(weight, channels_last)
-                 : stand_in(weight, weight.size(0), weight.size(1), weight.size(2), weight.size(3));
+                 : stand_in(weight.size(0), weight.size(1), weight.size(2), weight.size(3));
   const ConvolutionGradients gradients =
       convolution_backward(stock.backward, plane, image, taps, args,
                            {grad_input != nullptr, grad_weight != nullptr, false});

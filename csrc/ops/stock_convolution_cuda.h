@@ -36,7 +36,6 @@ void stock_convolution_backward(const StockConvolution& stock, const torch::stab
                                 const torch::stable::Tensor& input,
                                 const torch::stable::Tensor& weight, const Geometry& g,
                                 bool channels_last, torch::stable::Tensor* grad_input,
-                                torch::stable::Tensor* grad_weight,
-                                torch::stable::Tensor* grad_bias);
+                                torch::stable::Tensor* grad_weight);
 
 }  // namespace fusedcnn

@@ -90,8 +90,9 @@ void library_backward(const Kernel& kernel, fusedcnn::BackwardArgs args, int way
   args.plane_channels_last = plane_channels_last(args, way);
   fusedcnn::BackwardArgs scatter = args;
   scatter.input = scatter.weight = nullptr;
-  scatter.grad_input = scatter.grad_weight = scatter.grad_bias = nullptr;
+  scatter.grad_input = scatter.grad_weight = nullptr;
   call(kernel, kernel.backward, scatter, way);
+  args.grad_bias = nullptr;
   stock_convolution_backward(args);
 }
 

@@ -43,18 +43,20 @@ grad_weight_finish_kernel(BackwardArgs args, SlabSums sizes, const Accumulator<S
   const int64_t size = static_cast<int64_t>(sizes.out_channels) * sizes.row;
   for (int64_t first = block_index() * kWarp; first < size; first += grid_blocks() * kWarp) {
     const int64_t i = first + lane;
+    const int64_t oc = i / sizes.row;
+    const int k = static_cast<int>(i % sizes.row);
+    const bool is_bias = k == sizes.row - 1;
+    // Sums that nobody wants have not been written.
+    const bool wanted = i < size && (is_bias ? args.grad_bias : args.grad_weight);
     double sum = 0;
-    if (i < size) {
+    if (wanted) {
       for (int64_t slab = warp; slab < sizes.slabs; slab += kFinishWarps) {
         sum += partial[slab * size + i];
       }
     }
     sums[thread_index()] = sum;
     sync_threads();
-    const int64_t oc = i / sizes.row;
-    const int k = static_cast<int>(i % sizes.row);
-    const bool is_bias = k == sizes.row - 1;
-    if (warp == 0 && i < size && (is_bias ? args.grad_bias : args.grad_weight)) {
+    if (warp == 0 && wanted) {
       for (int other = 1; other < kFinishWarps; ++other) sum += sums[other * kWarp + lane];
       const S result = narrow<S>(static_cast<T>(sum));
       if (is_bias) {

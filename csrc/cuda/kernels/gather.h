@@ -11,6 +11,7 @@
 #include "cuda/kernel.h"
 #include "cuda/kernels/library.h"
 #include "cuda/kernels/sizes.h"
+#include "cuda/kernels/to_channels_last.h"
 #include "cuda/launch.h"
 
 namespace fusedcnn::cuda {
@@ -120,70 +121,49 @@ gather_channels_kernel(BackwardArgs args, PlaneSizes sizes, Finish finish) {
 // Channels of a pixel that its thread goes through at once: all that it has of a tile.
 constexpr int kChannelsAtOnce = 16;
 
-// Of gradients and codes of any layout. `Crosses`: to a channels_last plane, V channels at a time.
-template <typename S, typename C, int V, bool Crosses, typename Finish>
+// Of a plane of channels; gradients and codes of any layout.
+template <typename S, typename C, typename Finish>
 FUSEDCNN_KERNEL_RESIDENT(kLibraryThreads, 2)
 gather_pixels_kernel(BackwardArgs args, PlaneSizes sizes, Finish finish) {
   using T = Accumulator<S>;
   const Tiles& tiles = sizes.tiles;
-  const int lanes = 1 << tiles.channel_bits;  // vectors of V channels
-  const int pitch = V * (lanes + 1);
-  SharedMemory memory;
-  const Shared<S> values = memory.array<S>(Crosses ? pitch << tiles.pixel_bits : 0);
   const int p = thread_index() & ((1 << tiles.pixel_bits) - 1);
   const int first = thread_index() >> tiles.pixel_bits;
   const int step = kLibraryThreads >> tiles.pixel_bits;
   const int64_t grad_step = step * args.grad_output_strides.c;
   const int64_t code_step = step * args.code_strides.c;
   for (int64_t task = block_index(); task < tiles.tasks; task += grid_blocks()) {
-    const Tile tile = tile_of<V>(tiles, task);
+    const Tile tile = tile_of<1>(tiles, task);
     const int channels = p < tile.pixels ? tile.channels : 0;
+    if (first >= channels) continue;
     const Pixel pixel = pixel_of(tiles, tile, p);
     const S* const grads = static_cast<const S*>(args.grad_output) +
                            tile.n * args.grad_output_strides.n +
                            (tile.channel + first) * args.grad_output_strides.c;
     const C* const codes = static_cast<const C*>(args.code) + tile.n * args.code_strides.n +
                            (tile.channel + first) * args.code_strides.c;
-    S* const plane = tile_in_plane<S>(args, sizes, tile);
-    if (first < channels) {
-      T sum[kChannelsAtOnce];
+    S* const plane = tile_in_plane<S>(args, sizes, tile) + p * sizes.plane.column;
+    T sum[kChannelsAtOnce];
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < kChannelsAtOnce; ++i) sum[i] = 0;
+    for_windows(args, sizes, pixel, [&](int64_t grad_at, int64_t code_at, int element) {
+      const C* code = codes + code_at;
+      const S* grad = grads + grad_at;
       FUSEDCNN_UNROLL
-      for (int i = 0; i < kChannelsAtOnce; ++i) sum[i] = 0;
-      for_windows(args, sizes, pixel, [&](int64_t grad_at, int64_t code_at, int element) {
-        const C* code = codes + code_at;
-        const S* grad = grads + grad_at;
-        FUSEDCNN_UNROLL
-        for (int i = 0; i < kChannelsAtOnce; ++i, code += code_step, grad += grad_step) {
-          if (first + i * step >= channels) continue;
-          const bool wins = names(load_constant(code), element);
-          const T value = widen(load_constant(grad));
-          if (wins) sum[i] += value;
-        }
-      });
-      FUSEDCNN_UNROLL
-      for (int i = 0; i < kChannelsAtOnce; ++i) {
-        const int c = first + i * step;
-        if (c >= channels) continue;
-        if constexpr (Crosses) {
-          values[p * pitch + c] = narrow<S>(sum[i]);
-        } else {
-          S* const to = plane + p * sizes.plane.column + c * sizes.plane.channel;
-          const Pack<1, S> total{{narrow<S>(sum[i])}};
-          store_pack(to, finish(total, to, tile.channel + c));
-        }
+      for (int i = 0; i < kChannelsAtOnce; ++i, code += code_step, grad += grad_step) {
+        if (first + i * step >= channels) continue;
+        const bool wins = names(load_constant(code), element);
+        const T value = widen(load_constant(grad));
+        if (wins) sum[i] += value;
       }
-    }
-    if constexpr (Crosses) {
-      sync_threads();
-      const int lane = thread_index() & (lanes - 1);
-      for (int q = thread_index() >> tiles.channel_bits;
-           lane * V < tile.channels && q < tile.pixels;
-           q += kLibraryThreads >> tiles.channel_bits) {
-        S* const to = plane + q * sizes.plane.column + lane * V;
-        const Pack<V, S> total = load_pack<V>(values + (q * pitch + lane * V));
-        store_pack(to, finish(total, to, tile.channel + lane * V));
-      }
-      sync_threads();  // the next tile overwrites this one
+    });
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < kChannelsAtOnce; ++i) {
+      const int c = first + i * step;
+      if (c >= channels) continue;
+      S* const to = plane + c * sizes.plane.channel;
+      const Pack<1, S> total{{narrow<S>(sum[i])}};
+      store_pack(to, finish(total, to, tile.channel + c));
     }
   }
 }
@@ -203,19 +183,7 @@ void launch_gather_channels(const char* name, const BackwardArgs& args, PlaneSiz
          kLibraryThreads, 0, execution, args, sizes, finish);
 }
 
-template <typename S, typename C, int V, bool Crosses, typename Finish>
-void launch_gather_pixels(const char* name, const BackwardArgs& args, PlaneSizes sizes,
-                          const Finish& finish, const Execution& execution) {
-  const int vector_bits = bits_for(V, 1);
-  sizes.tiles = plane_tiles(args.geometry, V, kChannelBits - vector_bits,
-                            kThreadBits + bits_for(kChannelsAtOnce, 30) - vector_bits);
-  const int64_t crossing = int64_t{V} * ((1 << sizes.tiles.channel_bits) + 1)
-                           << sizes.tiles.pixel_bits;
-  launch(name, gather_pixels_kernel<S, C, V, Crosses, Finish>, blocks_for(sizes.tiles.tasks),
-         kLibraryThreads, Crosses ? shared_bytes<S>(crossing) : 0, execution, args, sizes, finish);
-}
-
-// Overwrites args.plane with what `finish` makes of the sums.
+// Overwrites args.plane with what `finish` makes of the sums. args: as in_plane_order has them.
 template <typename S, typename C, typename Finish>
 void gather(const char* name, const BackwardArgs& args, const Finish& finish,
             const Execution& execution) {
@@ -223,28 +191,20 @@ void gather(const char* name, const BackwardArgs& args, const Finish& finish,
   PlaneSizes sizes{pool_axis(g.h), pool_axis(g.w), plane_steps(g, args.plane_channels_last), {}};
   const Strides &grads = args.grad_output_strides, &codes = args.code_strides;
   if (!args.plane_channels_last) {
-    return launch_gather_pixels<S, C, 1, false>(name, args, sizes, finish, execution);
+    sizes.tiles = plane_tiles(g, 1, kChannelBits, kThreadBits + bits_for(kChannelsAtOnce, 30));
+    launch(name, gather_pixels_kernel<S, C, Finish>, blocks_for(sizes.tiles.tasks), kLibraryThreads,
+           0, execution, args, sizes, finish);
+    return;
   }
-  constexpr int64_t kSize = sizeof(S);
-  const auto plane_aligned = [&](int64_t bytes) {
-    return g.out_channels % (bytes / kSize) == 0 && aligned(args.plane, kSize, bytes, {});
-  };
-  if (grads.c == 1 && codes.c == 1) {
-    if constexpr (sizeof(C) == 1) {
-      constexpr int64_t kV = kVector<S>;
-      if (plane_aligned(16) && aligned(args.grad_output, kSize, 16, {grads.n, grads.h, grads.w}) &&
-          aligned(args.code, 1, kV, {codes.n, codes.h, codes.w})) {
-        return launch_gather_channels<S, C, kV>(name, args, sizes, finish, execution);
-      }
+  if constexpr (sizeof(C) == 1) {
+    constexpr int64_t kSize = sizeof(S), kV = kVector<S>;
+    if (g.out_channels % kV == 0 && aligned(args.plane, kSize, 16, {}) &&
+        aligned(args.grad_output, kSize, 16, {grads.n, grads.h, grads.w}) &&
+        aligned(args.code, 1, kV, {codes.n, codes.h, codes.w})) {
+      return launch_gather_channels<S, C, kV>(name, args, sizes, finish, execution);
     }
-    return launch_gather_channels<S, C, 1>(name, args, sizes, finish, execution);
   }
-  // Words of shared memory, where a half type has an even number of channels.
-  if constexpr (kSize == 2) {
-    if (plane_aligned(4))
-      return launch_gather_pixels<S, C, 2, true>(name, args, sizes, finish, execution);
-  }
-  launch_gather_pixels<S, C, 1, true>(name, args, sizes, finish, execution);
+  launch_gather_channels<S, C, 1>(name, args, sizes, finish, execution);
 }
 
 }  // namespace

@@ -1,73 +1,90 @@
-// Where the specialised kernels lose to torch's convolution and the pass around it: they stage a
+// Where the specialised kernels lose to torch's convolution and the passes around it: they stage a
 // few channels at a time and suit blocks of few, and cuDNN's products catch up with the plane that
-// it writes and reads as channels grow.
+// it writes and reads as channels grow. It does so sooner where the input is channels_last, which
+// is how cuDNN multiplies.
 //
-// Measured on an H200 under torch 2.11 with cuDNN 9.19: time of the kernel / time of `library`, one
-// pass, contiguous, 1,024 images of 3 -> 16 channels at 32x32 and 16 -> 32 at 16x16, and 256 of
-// 64 -> 128 at 16x16, of the same at 112x112, and of 128 -> 256 at 8x8.
+// Measured on an H200 under torch 2.11 with cuDNN 9.19: microseconds of all launches of a pass,
+// channels_last / contiguous. Images at 16x16, 32x32 for the third and the fifth, 56x56 for the
+// last.
 //
-//                                       3 -> 16  16 -> 32  64 -> 128 @16  @112  128 -> 256
-//   forward      tensor cores, bfloat16    0.17      0.36           1.88   2.8         8.7
-//                tensor cores, tf32        0.33      0.47           2.7    3.8          13
-//                CUDA cores, float32       0.24      0.72           1.05   1.5         3.0
-//   grad_weight  tensor cores, bfloat16    0.11      0.26           0.51   0.60        0.89
-//                tensor cores, tf32        0.15      0.12           0.55   0.60        0.93
-//                winners, float32          0.15      0.62           3.3    3.6         1.7
-//   grad_input   tensor cores, bfloat16    0.09      0.14           0.34               1.6
-//                tensor cores, tf32        0.13      0.21           0.55   0.61        2.3
-//                winners, float32          1.24      0.52           0.78   3.9         1.4
+//                             16->32 1,024 / 64  32->32 256  32->64 1,024  64->64 256  64->128 64
+//   forward      bfloat16  tc  26/22       8/8      42/36        77/67
+//                     library  46/65       8/13     43/89        52/104      68/158      82/165
+//                tf32      tc  51/40      16/12     88/65       229/156
+//                     library  68/82      12/16     61/103       89/133     120/199     131/207
+//                float32   cc  99/89      20/19    264/196      433/371     933/685   1,969/1,888
+//                     library 154/120     19/15    235/201      344/290     580/509     818/752
+//   both         bfloat16  tc  51/55      25/26     79/83       133/140     244/262     725/793
+//   gradients         library 107/151     33/46    120/210      151/257     146/367     189/387
+//                tf32      tc  75/73      32/33    131/131      228/244     512/529     928/961
+//                     library 241/296     39/52    290/411      358/489     363/590     459/670
+//                float32    w 353/350     83/83    671/625   1,138/1,095 2,560/2,467 4,172/4,195
+//                     library 453/425     59/44    552/563   1,017/1,006 1,771/1,648 1,262/1,138
 //
-// In between, the bounds below are drawn by straight lines. The forward's come from a kernel that
-// fetched its weights for every image (0.51 and 0.69 for 16 -> 32), and its wide columns still do.
-// Both gradients by `library` share the pass around them, so bounds are on the low side. In tf32
-// and 3 -> 16 channels, CUDA cores take 1.02 (forward) and 0.90 (grad_weight) of the tensor cores'
-// time, and round nothing. Small batches were not measured so: 16 -> 32 in float32 at 64 images
-// takes 1.4 times as long as stock layers, forward and backward.
+// tc: tensor cores; cc: CUDA cores; w: winners. In float32, of the gradients by winners, grad_input
+// alone takes 148/142, 35/34, 243/235 and 317/312 of the first four, and wins there but for few
+// outputs. In tf32 and 3 -> 16 channels, CUDA cores take 1.02 (forward) and 0.90 (grad_weight) of
+// the tensor cores' time, and round nothing. The bounds below are drawn through these.
 #include "cuda/kernel.h"
 
 namespace fusedcnn::cuda {
 namespace {
 
 constexpr const char* kManyChannels = "so many channels, which cuDNN multiplies faster";
+constexpr const char* kFewOutputs = "so few outputs, which do not fill a GPU with blocks";
 constexpr const char* kCudaCores = "so few input channels, for which CUDA cores are as quick";
 
 bool few_in_float32(const Problem& problem) {
   return problem.type == DataType::kFloat32 && problem.geometry.in_channels <= 4;
 }
 
-// Input channels times output channels. The 3x3 block has few enough of both.
-int64_t channel_pairs(const Problem& problem) {
-  return problem.geometry.in_channels * problem.geometry.out_channels;
+// Whether there are more pairs of an input and an output channel than the bound of the layout.
+bool more_pairs(const Problem& problem, int64_t channels_last, int64_t contiguous) {
+  const int64_t pairs = problem.geometry.in_channels * problem.geometry.out_channels;
+  return pairs > (problem.channels_last ? channels_last : contiguous);
+}
+
+// Of the convolution, in one channel.
+bool fewer_outputs(const Problem& problem, int64_t bound) {
+  const Geometry& g = problem.geometry;
+  return g.batch * g.h.conv * g.w.conv < bound;
 }
 
 }  // namespace
 
 const char* forward_tensor_cores_is_slower(const Problem& problem, const Target&) {
   if (few_in_float32(problem)) return kCudaCores;
-  const bool many = problem.type == DataType::kFloat32 && problem.geometry.in_channels > 24;
-  return many ? kManyChannels : nullptr;  // of halves, it covers no more than 32
+  const bool tf32 = problem.type == DataType::kFloat32;
+  // Of halves in contiguous memory, it wins wherever it serves.
+  const bool many = tf32 ? more_pairs(problem, 16 * 32, 32 * 32)
+                         : problem.channels_last && more_pairs(problem, 32 * 32, 0);
+  return many ? kManyChannels : nullptr;
 }
 
 const char* forward_cuda_cores_is_slower(const Problem& problem, const Target&) {
-  return problem.geometry.in_channels > 32 ? kManyChannels : nullptr;
+  // Few output channels do not make up for many input channels.
+  const bool many = problem.geometry.in_channels > 32 || more_pairs(problem, 16 * 32, 32 * 32);
+  return many ? kManyChannels : nullptr;
 }
 
 const char* grad_weight_tensor_cores_is_slower(const Problem& problem, const Target&) {
   if (few_in_float32(problem)) return kCudaCores;
-  return channel_pairs(problem) > 128 * 128 ? kManyChannels : nullptr;
+  return more_pairs(problem, 32 * 64, 64 * 64) ? kManyChannels : nullptr;
 }
 
 const char* grad_weight_winners_is_slower(const Problem& problem, const Target&) {
-  return channel_pairs(problem) > 32 * 32 ? kManyChannels : nullptr;
+  if (more_pairs(problem, 16 * 32, 16 * 32)) return kManyChannels;
+  return fewer_outputs(problem, 1 << 17) ? kFewOutputs : nullptr;
 }
 
 const char* grad_input_tensor_cores_is_slower(const Problem& problem, const Target&) {
-  return channel_pairs(problem) > 64 * 128 ? kManyChannels : nullptr;
+  return more_pairs(problem, 32 * 64, 64 * 64) ? kManyChannels : nullptr;
 }
 
 const char* grad_input_winners_is_slower(const Problem& problem, const Target&) {
   if (problem.geometry.in_channels < 8) return "fewer than 8 input channels leave lanes idle";
-  return channel_pairs(problem) > 64 * 64 ? kManyChannels : nullptr;
+  if (more_pairs(problem, 32 * 64, 32 * 64)) return kManyChannels;
+  return fewer_outputs(problem, 1 << 16) ? kFewOutputs : nullptr;
 }
 
 }  // namespace fusedcnn::cuda

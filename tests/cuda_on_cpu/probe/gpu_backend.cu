@@ -208,18 +208,19 @@ void run_backward(const Kernel& kernel, const BackwardArgs& host, const Way& way
   args.plane_channels_last = plane_channels_last(host, way);
   if (kernel.library) {
     args.input = args.weight = nullptr;
-    args.grad_input = args.grad_weight = args.grad_bias = nullptr;
+    args.grad_input = args.grad_weight = nullptr;
   }
   run(kernel, kernel.backward, args, way);
+  grad_bias.back_to(host.grad_bias);
   if (kernel.library) {
     BackwardArgs convolution = host;
+    convolution.grad_bias = nullptr;
     convolution.plane = plane.back();
     convolution.plane_channels_last = plane_channels_last(host, way);
     return stock_convolution_backward(convolution);
   }
   grad_input.back_to(host.grad_input);
   grad_weight.back_to(host.grad_weight);
-  grad_bias.back_to(host.grad_bias);
 }
 
 int64_t plane_elements(const Geometry& g) { return g.batch * g.out_channels * g.h.conv * g.w.conv; }
