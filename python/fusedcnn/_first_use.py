@@ -113,7 +113,7 @@ def find(index: int | None) -> Findings:
             findings = _findings[index] = _in_a_thread(index)
             if findings.failed or (findings.skipped and findings.stock):
                 warnings.warn(_warning(findings), RuntimeWarning, stacklevel=4)
-    return _findings[index]
+        return _findings[index]
 
 
 def find_everywhere() -> None:
@@ -258,12 +258,13 @@ def _driver() -> str:
 
 @contextlib.contextmanager
 def _on_a_stream(index: int) -> Iterator[None]:
+    torch.cuda.set_device(index)  # of this thread, which is about to end
+    torch.cuda.set_stream(torch.cuda.Stream())
     mode = torch.cuda.get_sync_debug_mode()  # which may forbid to wait for the device
     if mode:
         torch.cuda.set_sync_debug_mode(0)
     try:
-        with torch.cuda.device(index), torch.cuda.stream(torch.cuda.Stream()):
-            yield
+        yield
     finally:
         if mode:
             torch.cuda.set_sync_debug_mode(mode)
