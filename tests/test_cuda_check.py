@@ -43,6 +43,12 @@ from torch._subclasses import FakeTensorMode
 quiet = pytest.mark.filterwarnings("error")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(restore_threads):
+    """Operands are so small that threads only wait for each other."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def library(monkeypatch, tmp_path) -> Iterator[Library]:
     """That of a process in which torch has a GPU, and nobody has used a block on it."""

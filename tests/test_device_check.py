@@ -1,4 +1,4 @@
-"""What the check of a device's kernels sees: run on the CPU's operators, right ones and wrong ones."""
+"""What the check of a device's kernels sees: run on the CPU's operators, right and wrong ones."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from fusedcnn._device_check import InconclusiveError, Kernel
 from torch import Tensor
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(restore_threads):
+    """Operands are so small that threads only wait for each other."""
+    torch.set_num_threads(1)
 
 
 def trial_on(isa: str):

@@ -11,8 +11,11 @@
 FUSEDCNN_CUDA_API const char* fusedcnn_cuda_info() {
   static const std::string text = [] {
     std::string json = "{\"toolkit\": \"" FUSEDCNN_CUDA_TOOLKIT "\", \"architectures\": \""  //
-                       FUSEDCNN_CUDA_ARCHITECTURES "\", \"measured\": \"" +
-                       std::string(fusedcnn::cuda::kMeasured) + "\", \"kernels\": [";
+        FUSEDCNN_CUDA_ARCHITECTURES "\", \"measured\": \"";
+    for (const int architecture : fusedcnn::cuda::kMeasured) {
+      json += std::to_string(architecture) + " ";
+    }
+    json += "\", \"kernels\": [";
     const fusedcnn::cuda::KernelList list = fusedcnn::cuda::kernels();
     for (int i = 0; i < list.count; ++i) {
       const fusedcnn::cuda::Kernel& kernel = list.kernels[i];

@@ -62,12 +62,11 @@ void try_kernel(const std::string& kernel, bool allow_tf32) {
   trial = {listed_name<KernelList>({kernels()}, kernel), allow_tf32};
 }
 
-const char* const kMeasured = "90";  // H100 and H200
-
 bool measured(const Device& device) {
-  const std::string architecture = " " + std::to_string(device.capability) + " ";
-  return device.code == device.capability &&
-         (" " + std::string(kMeasured) + " ").find(architecture) != std::string::npos;
+  for (const int architecture : kMeasured) {
+    if (device.capability == architecture) return device.code == architecture;
+  }
+  return false;
 }
 
 void settle(int index, const char* const* refused) {

@@ -48,7 +48,7 @@ void test_refused() {
   using fusedcnn::cuda::settle;
   check(fusedcnn::cuda::measured(kMeasuredGpu), "sm_90 is measured");
   check(!fusedcnn::cuda::measured({90, 80, 132, 0}), "code of sm_80 on sm_90 is not");
-  check(!fusedcnn::cuda::measured({9, 9, 132, 0}), "a number within another is not");
+  check(!fusedcnn::cuda::measured(kOtherGpu), "sm_120 is not");
   check_chosen(kMeasuredGpu, "cuda_cores_3x3", "before a check");
   check_chosen(kOtherGpu, "library", "before a check");
 
@@ -69,7 +69,8 @@ void test_refused() {
   check_chosen(kOtherGpu, "library", "with a wrong kernel");
   check_chosen(kMeasuredGpu, "library", "with a wrong kernel");
   const char* const* const said = fusedcnn::cuda::refused_on(kIndex, kMeasuredGpu);
-  check(!said[0] && said[1] == std::string("it is wrong") && said[kernels().count],
+  check(!said[0] && said[1] == std::string("it is wrong") &&
+            said[kernels().count] == std::string("it is wrong"),
         "what was said is kept, kernel by kernel");
 
   // Forcing is for tests: it asks nobody. A trial is this thread's alone.
