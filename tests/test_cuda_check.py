@@ -248,6 +248,20 @@ def test_nothing_is_checked_while_a_graph_is_captured(library, monkeypatch):
     assert library.ran
 
 
+@quiet
+@pytest.mark.parametrize("why", ["measured", "on disk"])
+def test_a_capture_does_not_ask_for_a_check_that_nobody_needs(library, monkeypatch, why):
+    if why == "measured":
+        library.answer = b"90 90 1"
+    else:
+        _first_use.why_stock(ON_GPU)
+    another_process(library)
+    monkeypatch.setattr(_first_use, "_capturing", lambda index: True)
+    assert _first_use.why_stock(ON_GPU) is None
+    assert not library.ran
+    assert library.settled == {0: [None] * len(KEYS)}
+
+
 def test_a_fake_tensor_begins_nothing(library, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     assert _first_use.why_stock(ON_GPU) is None

@@ -104,13 +104,15 @@ def find(index: int | None) -> Findings:
         return _ELSEWHERE
     if index in _findings:
         return _findings[index]
-    if _capturing(index):
-        return _CAPTURING
+    capturing = _capturing(index)
     with _lock:
         if index in _lost:
             raise DeviceLostError(_lost[index].state)
         if index not in _findings:
-            findings = _findings[index] = _in_a_thread(index)
+            findings = _in_a_thread(index, capturing)
+            if findings is _CAPTURING:
+                return findings
+            _findings[index] = findings
             if findings.failed or (findings.skipped and findings.stock):
                 warnings.warn(_warning(findings), RuntimeWarning, stacklevel=4)
         return _findings[index]
@@ -134,14 +136,14 @@ def forget() -> None:
         _findings.clear()
 
 
-def _in_a_thread(index: int) -> Findings:
+def _in_a_thread(index: int, capturing: bool) -> Findings:
     # A thread of its own has none of the caller's modes: no grad mode or autocast, no fake tensors,
     # no transforms, no tracing, not its current stream and not its kernels that were forced.
     results: list[Findings | Exception] = []
 
     def run() -> None:
         try:
-            results.append(_examine(index))
+            results.append(_examine(index, capturing))
         except Exception as error:
             results.append(error)
 
@@ -161,7 +163,7 @@ def _in_a_thread(index: int) -> Findings:
     return result
 
 
-def _examine(index: int) -> Findings:
+def _examine(index: int, capturing: bool) -> Findings:
     device, answer = _name(index), _cuda.device(index)
     if isinstance(answer, str):
         why = f"CUDA kernels do not run on {device}: {answer}"
@@ -172,7 +174,7 @@ def _examine(index: int) -> Findings:
     elif answer.measured and switch != ALWAYS:
         state = f"not checked: all kernels are tested on sm_{answer.capability}"
     else:
-        return _checked(index, device, f"{device}, code of sm_{answer.code}")
+        return _checked(index, device, f"{device}, code of sm_{answer.code}", capturing)
     _cuda.settle(index, [None] * (len(_kernels()) + 1))
     return Findings(device, state)
 
@@ -182,13 +184,15 @@ def _kernels() -> list[Kernel]:
     return [Kernel(row["pass"], row["name"], row["tf32"]) for row in rows]
 
 
-def _checked(index: int, device: str, described: str) -> Findings:
+def _checked(index: int, device: str, described: str, capturing: bool) -> Findings:
     path = _cache(described)
     verdicts = {} if path is None else _load(path)
     kernels = _kernels()
     keys = [*(kernel.key for kernel in kernels), BATCH_NORM]
     skipped: dict[str, str] = {}
     if not set(keys) <= set(verdicts):
+        if capturing:
+            return _CAPTURING
         try:
             skipped = _run(index, kernels, verdicts)
         except LostError as lost:
