@@ -301,8 +301,7 @@ def deterministic():
     ids=["no_grad", "inference", "fake", "deterministic", "autocast", "dtype", "device", "hooks"],
 )  # fmt: skip
 def test_the_callers_modes_and_random_numbers_play_no_part(library, mode):
-    _device_check._case.cache_clear()
-    _device_check._norm_case.cache_clear()
+    _device_check.forget_cases()
     state = torch.get_rng_state()
     with mode():
         assert _first_use.why_stock(ON_GPU) is None

@@ -235,6 +235,7 @@ def _run(index: int, kernels: list[Kernel], verdicts: Verdicts) -> dict[str, str
                 verdicts[key] = check()
             except InconclusiveError as error:
                 skipped[key] = str(error)
+    _device_check.forget_cases()
     return skipped
 
 
