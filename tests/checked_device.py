@@ -48,6 +48,7 @@ class Library:
 
     def __init__(self) -> None:
         self.answer = b"120 100 0"
+        self.architectures = self.measured = ""
         self.tried = ""
         self.ran: list[str] = []  # kernels, operator by operator
         self.settled: dict[int, list[str | None] | None] = {}
@@ -65,7 +66,8 @@ class Library:
 
     def fusedcnn_cuda_info(self) -> bytes:
         rows = [{"pass": k.pass_name, "name": k.name, "tf32": k.tf32} for k in LISTED]
-        return json.dumps({"kernels": rows, "architectures": "", "measured": ""}).encode()
+        info = {"architectures": self.architectures, "measured": self.measured, "kernels": rows}
+        return json.dumps(info).encode()
 
     def fusedcnn_cuda_allow_tf32(self, allowed: int) -> None: ...
 

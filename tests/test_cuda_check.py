@@ -249,17 +249,18 @@ def test_nothing_is_checked_while_a_graph_is_captured(library, monkeypatch):
 
 
 @quiet
-@pytest.mark.parametrize("why", ["measured", "on disk"])
-def test_a_capture_does_not_ask_for_a_check_that_nobody_needs(library, monkeypatch, why):
-    if why == "measured":
-        library.answer = b"90 90 1"
-    else:
-        _first_use.why_stock(ON_GPU)
-    another_process(library)
+@pytest.mark.parametrize("capability", [(9, 0), (8, 6), (12, 0)])
+def test_a_capture_waits_for_no_check_that_nobody_needs(library, monkeypatch, capability):
+    """Where all kernels are tested in code for the device, or the check is off."""
     monkeypatch.setattr(_first_use, "_capturing", lambda index: True)
-    assert _first_use.why_stock(ON_GPU) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    library.architectures, library.measured = "75-virtual 80-real 90-real 120", "86 90 "
+    for switch in ("auto", "always", "never"):
+        fusedcnn.backends.cuda.check = switch
+        needless = switch == "never" or (switch == "auto" and capability == (9, 0))
+        assert (_first_use.why_stock(ON_GPU) is None) == needless, switch
     assert not library.ran
-    assert library.settled == {0: [None] * len(KEYS)}
+    assert not _first_use._findings
 
 
 def test_a_fake_tensor_begins_nothing(library, monkeypatch):

@@ -2,8 +2,8 @@
 
 Operands are small integers: all sums are exact in every type and order, and so are the answers,
 which the stock layers give in float64 on the CPU. A right kernel returns them to the last bit;
-small integers also tie all the time, and one pixel is NaN. Only a BatchNorm's results are compared
-within a tolerance. :mod:`fusedcnn._first_use` says when this runs and what follows from it.
+small integers also tie all the time, and a number among them is NaN. Only a BatchNorm's results
+have a tolerance. :mod:`fusedcnn._first_use` says when this runs and what follows from it.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class _Case(NamedTuple):
     weight: Tensor
     bias: Tensor
     grad_output: Tensor
-    nan_input: Tensor  # what output and code are of; the gradients are of the finite one
+    nan_input: Tensor  # what output and code are of; the gradients are of finite operands
+    nan_bias: Tensor
     output: Tensor
     code: Tensor
     grads: tuple[Tensor, ...]  # of input, weight and bias
@@ -125,12 +126,17 @@ def _case(block: _Block) -> _Case:
     input = _integers(generator, *block.input)
     weight = _integers(generator, channels, block.input[1], 3, 3)
     bias = _integers(generator, channels)
-    nan_input = input.clone()
-    nan_input[-1, 0, 2, 3] = torch.nan
-    output, code = _decomposed(nan_input, weight, bias, list(geometry), True)
+    nan_input, nan_bias = input.clone(), bias.clone()
+    if block in _SPECIALISED:
+        nan_input[-1, 0, 2, 3] = torch.nan
+    else:  # the stock convolution may multiply a pixel by zeros of its own
+        nan_bias[-1] = torch.nan
+    output, code = _decomposed(nan_input, weight, nan_bias, list(geometry), True)
     grad_output = _integers(generator, *output.shape)
     grads = dense_backward(grad_output, input, weight, code, Geometry(*geometry))
-    return _Case(block, input, weight, bias, grad_output, nan_input, output, code, grads)
+    return _Case(
+        block, input, weight, bias, grad_output, nan_input, nan_bias, output, code, grads
+    )  # fmt: skip
 
 
 class _NormCase(NamedTuple):
@@ -277,7 +283,7 @@ def _wrong_results(
 
     geometry, weight = case.block.geometry, case.weight.to(device, dtype)
     if pass_name == "forward":
-        bias = case.bias.to(device, dtype)
+        bias = case.nan_bias.to(device, dtype)
         results = forward_op(put(case.nan_input), weight, bias, geometry, True)
         pairs = zip(("output", "code"), results, (case.output, case.code), strict=True)
     else:

@@ -104,15 +104,14 @@ def find(index: int | None) -> Findings:
         return _ELSEWHERE
     if index in _findings:
         return _findings[index]
-    capturing = _capturing(index)
+    if _capturing(index):  # where little can be asked of a device
+        needless = switch == NEVER or (switch == AUTO and _tested(index))
+        return _ELSEWHERE if needless else _CAPTURING
     with _lock:
         if index in _lost:
             raise DeviceLostError(_lost[index].state)
         if index not in _findings:
-            findings = _in_a_thread(index, capturing)
-            if findings is _CAPTURING:
-                return findings
-            _findings[index] = findings
+            findings = _findings[index] = _in_a_thread(index)
             if findings.failed or (findings.skipped and findings.stock):
                 warnings.warn(_warning(findings), RuntimeWarning, stacklevel=4)
         return _findings[index]
@@ -136,14 +135,14 @@ def forget() -> None:
         _findings.clear()
 
 
-def _in_a_thread(index: int, capturing: bool) -> Findings:
+def _in_a_thread(index: int) -> Findings:
     # A thread of its own has none of the caller's modes: no grad mode or autocast, no fake tensors,
     # no transforms, no tracing, not its current stream and not its kernels that were forced.
     results: list[Findings | Exception] = []
 
     def run() -> None:
         try:
-            results.append(_examine(index, capturing))
+            results.append(_examine(index))
         except Exception as error:
             results.append(error)
 
@@ -163,7 +162,7 @@ def _in_a_thread(index: int, capturing: bool) -> Findings:
     return result
 
 
-def _examine(index: int, capturing: bool) -> Findings:
+def _examine(index: int) -> Findings:
     device, answer = _name(index), _cuda.device(index)
     if isinstance(answer, str):
         why = f"CUDA kernels do not run on {device}: {answer}"
@@ -174,7 +173,7 @@ def _examine(index: int, capturing: bool) -> Findings:
     elif answer.measured and switch != ALWAYS:
         state = f"not checked: all kernels are tested on sm_{answer.capability}"
     else:
-        return _checked(index, device, f"{device}, code of sm_{answer.code}", capturing)
+        return _checked(index, device, f"{device}, code of sm_{answer.code}")
     _cuda.settle(index, [None] * (len(_kernels()) + 1))
     return Findings(device, state)
 
@@ -184,15 +183,13 @@ def _kernels() -> list[Kernel]:
     return [Kernel(row["pass"], row["name"], row["tf32"]) for row in rows]
 
 
-def _checked(index: int, device: str, described: str, capturing: bool) -> Findings:
+def _checked(index: int, device: str, described: str) -> Findings:
     path = _cache(described)
     verdicts = {} if path is None else _load(path)
     kernels = _kernels()
     keys = [*(kernel.key for kernel in kernels), BATCH_NORM]
     skipped: dict[str, str] = {}
     if not set(keys) <= set(verdicts):
-        if capturing:
-            return _CAPTURING
         try:
             skipped = _run(index, kernels, verdicts)
         except LostError as lost:
@@ -253,6 +250,13 @@ def _name(index: int) -> str:
 def _capturing(index: int) -> bool:
     with torch.cuda.device(index):
         return torch.cuda.is_current_stream_capturing()
+
+
+def _tested(index: int) -> bool:
+    """As the library would say, which asks CUDA more than a capture may allow."""
+    architecture, info = "".join(map(str, torch.cuda.get_device_capability(index))), _cuda.info()
+    compiled = {name.partition("-")[0] for name in info["architectures"]}
+    return architecture in info["measured"] and architecture in compiled
 
 
 def _driver() -> str:
