@@ -63,6 +63,7 @@ def library(monkeypatch, tmp_path) -> Iterator[Library]:
     monkeypatch.setattr(_first_use, "_findings", {})
     monkeypatch.setattr(_first_use, "_lost", {})
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (12, 0))
     for name, answer in {
         "_device": torch.device("cpu"), "_name": "A GPU", "_capturing": False, "_driver": "1.2",
         "_on_a_stream": contextlib.nullcontext(),
