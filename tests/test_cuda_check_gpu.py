@@ -32,7 +32,7 @@ def images() -> tuple[Tensor, Tensor]:
     return torch.ones(2, 3, 12, 12, device="cuda"), torch.ones(16, 3, 3, 3, device="cuda")
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:fusedcnn")
 def test_a_gpus_kernels_are_right():
     said = fusedcnn.explain(*images(), padding=1)
     assert all(choice.state.startswith("checked on ") for choice in said.values()), said
@@ -68,7 +68,7 @@ def test_a_gpus_wrong_kernel_is_not_chosen(monkeypatch):
     assert output.amax() == 27
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:fusedcnn")
 def test_a_capture_ahead_of_the_check_has_the_stock_layers():
     input, weight = images()
     torch.relu(torch.nn.functional.conv2d(input, weight, padding=1))  # warms cuDNN
@@ -104,7 +104,7 @@ def test_the_check_leaves_a_gpu_as_it_was():
     assert weight.amax() == 1
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:fusedcnn")
 def test_a_compiled_call_is_checked_while_it_is_traced():
     input, weight = images()
     compiled = torch.compile(conv_relu_max_pool2d, fullgraph=True)
