@@ -48,7 +48,9 @@ over_blocks = over(BLOCKS)
 
 def test_build_info_says_why_not():
     info = fusedcnn.build_info()["cuda"]
-    assert set(info) == {"built", "loaded", "reason", "toolkit", "architectures", "kernels"}
+    assert set(info) == {
+        "built", "loaded", "reason", "toolkit", "architectures", "measured", "kernels", "devices",
+    }  # fmt: skip
     assert info["built"] == BUILT
     assert info["loaded"] == (info["reason"] is None) == bool(info["kernels"])
     device = fusedcnn.build_info()["devices"]["cuda"]

@@ -25,6 +25,9 @@ struct Device {
 struct Target {
   Device device;
   bool allow_tf32;  // torch's own convolutions may round float32 operands to tf32
+  // By their places in the list, why kernels must not run on this device, or null; null: all may.
+  // Holds only where no kernel is forced.
+  const char* const* refused = nullptr;
 };
 
 // Where a kernel runs. `workspace`: as many bytes as the kernel's workspace_bytes asked for,

@@ -1,6 +1,10 @@
 #include "cuda/select.h"
 
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <mutex>
 
 #include "core/selection.h"
 
@@ -11,7 +15,31 @@ namespace {
 std::atomic<const char*> forced_name{nullptr};
 std::atomic<bool> tf32_switch{false};
 
-const char* forced() { return forced_name.load(std::memory_order_acquire); }
+struct Trial {
+  const char* kernel;  // null: none
+  bool allow_tf32;
+};
+thread_local Trial trial{nullptr, false};
+
+const char* forced() {
+  return trial.kernel ? trial.kernel : forced_name.load(std::memory_order_acquire);
+}
+
+// Of devices, by their index; null: nobody has said anything. Beyond the last, nobody can.
+constexpr int kMostDevices = 64;
+std::atomic<const char* const*> settled[kMostDevices] = {};
+
+// Until somebody has: `library` and the kernels around it, which stand last, may run.
+const char* const* unchecked() {
+  static const std::vector<const char*> refused = [] {
+    std::vector<const char*> all(static_cast<size_t>(kernels().count) + 1, nullptr);
+    for (int i = 0; i < kernels().count; ++i) {
+      if (!kernels().kernels[i].library) all[i] = "it has not been checked on this GPU";
+    }
+    return all;
+  }();
+  return refused.data();
+}
 
 }  // namespace
 
@@ -26,14 +54,54 @@ std::string forced_kernel() {
 
 void allow_tf32(bool allowed) { tf32_switch.store(allowed, std::memory_order_relaxed); }
 
-bool tf32_allowed() { return tf32_switch.load(std::memory_order_relaxed); }
+bool tf32_allowed() {
+  return trial.kernel ? trial.allow_tf32 : tf32_switch.load(std::memory_order_relaxed);
+}
+
+void try_kernel(const std::string& kernel, bool allow_tf32) {
+  trial = {listed_name<KernelList>({kernels()}, kernel), allow_tf32};
+}
+
+bool measured(const Device& device) {
+  for (const int architecture : kMeasured) {
+    if (device.capability == architecture) return device.code == architecture;
+  }
+  return false;
+}
+
+void settle(int index, const char* const* refused) {
+  if (index < 0 || index >= kMostDevices) return;
+  // Kept for ever: a call may be reading what is replaced.
+  static std::mutex mutex;
+  static std::deque<std::string> texts;
+  static std::deque<std::vector<const char*>> tables;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!refused) return settled[index].store(nullptr, std::memory_order_release);
+  std::vector<const char*>& table = tables.emplace_back();
+  for (int i = 0; i <= kernels().count; ++i) {
+    table.push_back(refused[i] ? texts.emplace_back(refused[i]).c_str() : nullptr);
+  }
+  settled[index].store(table.data(), std::memory_order_release);
+}
+
+const char* const* refused_on(int index, const Device& device) {
+  static const bool never = [] {
+    const char* const value = std::getenv("FUSEDCNN_CUDA_CHECK");
+    return value && std::strcmp(value, "never") == 0;
+  }();
+  const bool known = index >= 0 && index < kMostDevices;
+  const char* const* const said = known ? settled[index].load(std::memory_order_acquire) : nullptr;
+  return said || never || measured(device) ? said : unchecked();
+}
 
 namespace {
 
 auto why_not(const Problem& problem, const Target& target) {
   return [&, choose = !forced()](const Kernel& kernel) {
-    const char* const because = kernel.why_not(problem, target);
-    return because || !choose || !kernel.why_slower ? because : kernel.why_slower(problem, target);
+    const char* because = kernel.why_not(problem, target);
+    if (because || !choose) return because;
+    if (target.refused) because = target.refused[&kernel - kernels().kernels];
+    return because || !kernel.why_slower ? because : kernel.why_slower(problem, target);
   };
 }
 

@@ -18,6 +18,22 @@ std::string forced_kernel();
 void allow_tf32(bool allowed);
 bool tf32_allowed();
 
+// The same two for this thread alone, before what holds for all; an empty name ends it.
+void try_kernel(const std::string& kernel, bool allow_tf32);
+
+// Architectures on which all kernels have run and been tested, in code compiled for them: an
+// H200's.
+constexpr int kMeasured[] = {90};
+bool measured(const Device& device);
+
+// Says of each kernel, by its place in the list, why it must not run on device `index`, or null;
+// and last of those that batch_norm.h declares. All null: they may. A null `refused` forgets.
+void settle(int index, const char* const* refused);
+
+// What was said, or null where all may run. Before, on an architecture that is not measured, only
+// `library` may, and batch_norm.h's, unless FUSEDCNN_CUDA_CHECK=never is in the environment.
+const char* const* refused_on(int index, const Device& device);
+
 // The first kernel of the pass that serves, or null: `explain` says why not.
 const Kernel* select(Pass pass, const Problem& problem, const Target& target);
 

@@ -45,6 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_batch_norm_relu_max_pool
   check_sizes(block.geometry);
   if (call.run()) {
     const Session session(input);
+    session.check_batch_norm();
     const Tensor plane = plane_of(session, input, weight, block.geometry, block.type);
     block.plane = plane.const_data_ptr();
     block.plane_channels_last = session.plane_channels_last(weight, block.type);
@@ -64,6 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_batch_norm_relu_max_pool2d_backw
   check_sizes(block.geometry);
   if (call.run()) {
     const Session session(input);
+    session.check_batch_norm();
     std::optional<Tensor> plane;
     if (call.want_input || call.want_weight) {
       // Computed again, which costs less than to keep it.

@@ -27,6 +27,11 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
+cuda::Target target_of(int index) {
+  const cuda::Device& device = cuda::use_device(index);
+  return {device, cuda::tf32_allowed(), cuda::refused_on(index, device)};
+}
+
 }  // namespace
 
 void check_coordinates(const Geometry& g) {
@@ -41,7 +46,7 @@ void check_coordinates(const Geometry& g) {
 Session::Session(const Tensor& input)
     : input_(input),
       guard_(input.get_device_index()),
-      target_{cuda::use_device(input.get_device_index()), cuda::tf32_allowed()},
+      target_(target_of(input.get_device_index())),
       stream_(current_stream(input.get_device_index())) {}
 
 const cuda::Kernel& Session::select(Pass pass, const Problem& problem) const {
@@ -57,6 +62,15 @@ const cuda::Kernel& Session::select(Pass pass, const Problem& problem) const {
 
 std::vector<Verdict> Session::explain(Pass pass, const Problem& problem) const {
   return cuda::explain(pass, problem, target_);
+}
+
+void Session::check_batch_norm() const {
+  const char* const* const refused = target_.refused;
+  const char* const because = refused ? refused[cuda::kernels().count] : nullptr;
+  if (because && cuda::forced_kernel().empty()) {
+    throw std::runtime_error(std::string("fusedcnn: no kernel of a BatchNorm runs here: ") +
+                             because);
+  }
 }
 
 bool Session::plane_channels_last(const Tensor& weight, DataType type) const {

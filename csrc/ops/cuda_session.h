@@ -27,6 +27,9 @@ class Session {
 
   std::vector<Verdict> explain(Pass pass, const Problem& problem) const;
 
+  // Throws std::runtime_error where the kernels of a BatchNorm must not run.
+  void check_batch_norm() const;
+
   // Runs function(args, execution) with so many bytes to work in.
   template <typename Args>
   void run(int64_t bytes, void (*function)(const Args& args, const cuda::Execution& execution),

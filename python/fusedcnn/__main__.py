@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from fusedcnn import _C
+from fusedcnn import _C, _first_use
 from fusedcnn._info import build_info
 from fusedcnn.bench import BadInputError, run
 
@@ -38,6 +38,13 @@ def _print_info(info: dict) -> None:
     if cuda["loaded"]:
         print(f"cuda     {cuda['toolkit']:<9} for {', '.join(cuda['architectures'])}")
         _print_kernels(cuda["kernels"])
+        for device in cuda["devices"]:
+            print(f"gpu      cuda:{device['index']:<4} {device['device']}: {device['state']}")
+            for kernel, why in (device["skipped"] | device["failed"]).items():
+                failed = "failed: " if kernel in device["failed"] else "not checked: "
+                print(f"           {kernel}: {failed}{why}")
+            if device["stock"]:
+                print(f"           stock layers: {device['stock']}")
     else:
         print(f"cuda     {'built' if cuda['built'] else 'absent':<9} not loaded: {cuda['reason']}")
     for device, what in info["devices"].items():
@@ -103,10 +110,13 @@ def main(arguments: list[str] | None = None) -> int:
         except BadInputError as error:
             print(f"python -m fusedcnn bench: {error}", file=sys.stderr)
             return 2
-    elif options.json:
-        print(json.dumps(build_info(), indent=2))
     else:
-        _print_info(build_info())
+        _first_use.find_everywhere()
+        info = build_info()
+        if options.json:
+            print(json.dumps(info, indent=2))
+        else:
+            _print_info(info)
     return 0
 
 

@@ -11,7 +11,7 @@ import ctypes
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,7 +42,7 @@ def load() -> None:
     try:
         torch.ops.load_library(str(_PATH))
         library = ctypes.CDLL(str(_PATH))
-        for function in ("info", "force", "forced"):
+        for function in ("info", "force", "forced", "device"):
             getattr(library, f"fusedcnn_cuda_{function}").restype = ctypes.c_char_p
     except (OSError, RuntimeError, AttributeError) as error:
         reason = f"{_PATH.name} cannot be loaded: {error}"
@@ -73,12 +73,57 @@ def info() -> dict[str, Any]:
         "reason": reason,
         "toolkit": None,
         "architectures": [],
+        "measured": [],
         "kernels": [],
     }
     if _library is not None:
         result.update(json.loads(_library.fusedcnn_cuda_info().decode()))
-        result["architectures"] = result["architectures"].split()
+        for architectures in ("architectures", "measured"):
+            result[architectures] = result[architectures].split()
     return result
+
+
+class Device(NamedTuple):
+    """Where the library's code runs."""
+
+    capability: int  # 90 for sm_90
+    code: int  # the architecture that this code was compiled for
+    measured: bool  # whether all of its kernels have been tested on such a GPU
+
+
+def device(index: int) -> Device | str:
+    """A device, or why the library's code cannot run there."""
+    text = _library.fusedcnn_cuda_device(index).decode()
+    numbers = text.split()
+    if not numbers[0].isdigit():
+        return text.removeprefix("fusedcnn: ")
+    capability, code, measured = map(int, numbers)
+    return Device(capability, code, bool(measured))
+
+
+def settle(index: int, refused: list[str | None] | None) -> None:
+    """Say why kernels must not be chosen on a device.
+
+    Args:
+        index: of the device.
+        refused: a reason or None for each of ``info()["kernels"]``, and last for those of a
+            BatchNorm; None as if nothing had been said.
+    """
+    reasons = None
+    if refused is not None:
+        encoded = [reason and reason.encode() for reason in refused]
+        reasons = (ctypes.c_char_p * len(encoded))(*encoded)
+    _library.fusedcnn_cuda_settle(index, reasons)
+
+
+@contextlib.contextmanager
+def trial(kernel: str, allow_tf32: bool) -> Iterator[None]:
+    """Use this kernel in this thread alone, which has no other say in what others run."""
+    _library.fusedcnn_cuda_try(kernel.encode(), int(allow_tf32))
+    try:
+        yield
+    finally:
+        _library.fusedcnn_cuda_try(b"", 0)
 
 
 @contextlib.contextmanager

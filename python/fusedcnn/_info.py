@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fusedcnn import _C, _cuda, _stock
+from fusedcnn import _C, _cuda, _first_use, _stock
 
 
 def build_info() -> dict[str, Any]:
@@ -21,7 +21,10 @@ def build_info() -> dict[str, Any]:
         ``kernels`` (in order of preference, each with ``isa``, ``pass``, ``name``, ``supported``,
         ``exact`` and ``error``); ``winograd`` (whether Winograd kernels may be chosen);
         ``cuda`` (whether the CUDA kernels were ``built`` and are ``loaded``, the ``reason`` why
-        not; where loaded, ``toolkit``, ``architectures`` and ``kernels``);
+        not; where loaded, ``toolkit``, ``architectures``, those that are ``measured``: on which all
+        kernels have been tested, and ``kernels``; ``devices``: those that blocks have been used on
+        in this process, each with ``state``, "checked on ..." or "not checked: ...", the kernels
+        that have ``failed`` or were ``skipped``, and why the ``stock`` layers compute there);
         ``devices`` (what computes the block on each device type); ``stock_calls`` (calls of this
         process that the stock layers computed, by reason).
     """
@@ -33,7 +36,7 @@ def build_info() -> dict[str, Any]:
         "isas": _C.isas(),
         "kernels": _C.kernels(),
         "winograd": _C.winograd_allowed(),
-        "cuda": _cuda.info(),
+        "cuda": {**_cuda.info(), "devices": _first_use.report()},
         "devices": {
             "cpu": "fused kernels",
             "cuda": f"stock layers: {_cuda.reason}" if _cuda.reason else "fused kernels",

@@ -14,6 +14,7 @@ import sys
 import types
 from collections.abc import Iterator
 
+from fusedcnn import _first_use
 from fusedcnn._ops import _C  # which imports torch first
 
 
@@ -49,6 +50,36 @@ class _Winograd:
 
 
 winograd = _Winograd()
+
+
+class _Cuda:
+    """``fusedcnn.backends.cuda``: are CUDA kernels checked where they have not been tested?
+
+    The first call of a block on a GPU of another architecture runs each kernel on problems with
+    known answers, and those that fail are not used (docs/cuda.md). Process-wide.
+    """
+
+    __slots__ = ()
+
+    @property
+    def check(self) -> str:
+        """``"auto"`` at the start; ``"always"``, on any GPU; or ``"never"``.
+
+        ``FUSEDCNN_CUDA_CHECK`` in the environment sets another start. Setting it makes the next
+        call on each device look again.
+        """
+        return _first_use.switch
+
+    @check.setter
+    def check(self, value: str) -> None:
+        if value not in _first_use.SWITCHES:
+            expected = ", ".join(map(repr, _first_use.SWITCHES))
+            raise ValueError(f"check: expected one of {expected}, got {value!r}")
+        _first_use.switch = value
+        _first_use.forget()
+
+
+cuda = _Cuda()
 
 
 class _Backends(types.ModuleType):

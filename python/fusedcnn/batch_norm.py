@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fusedcnn import _C, _cuda, _stock
+from fusedcnn import _C, _cuda, _first_use, _stock
 from fusedcnn._geometry import Geometry, pack_geometry, plane_sizes, sums_dtype
 from fusedcnn._ops import below_autograd, bn_forward_op
 from fusedcnn.autograd import ConvBatchNormReLUMaxPool2dFunction
@@ -293,6 +293,8 @@ def _why_stock(
     if not training:
         return "BatchNorm2d whose tensors cannot be folded"
     reason = why_stock(input, weight, geometry, compiling)
+    if reason is None and not input.is_cpu:
+        reason = _first_use.why_stock_batch_norm(input.device)
     if reason is not None:
         return reason
     if input.shape[0] == 0:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusedcnn import _cuda
+from fusedcnn import _cuda, _first_use
 from fusedcnn._geometry import pack_geometry
 from fusedcnn._ops import explain_op
 from fusedcnn.functional import operands, why_stock
@@ -23,10 +23,13 @@ class Choice:
     Attributes:
         kernel: its name, or ``"stock layers"``.
         why_not: the reason for every other, in selection's order.
+        state: of a CUDA kernel, whether it has been checked on the device: "checked on ...",
+            "not checked: ..." or "failed: ..."; otherwise empty.
     """
 
     kernel: str
     why_not: dict[str, str]
+    state: str = ""
 
 
 class Explanation(dict[str, Choice]):
@@ -35,7 +38,7 @@ class Explanation(dict[str, Choice]):
     def __str__(self) -> str:
         lines = []
         for name, choice in self.items():
-            lines.append(f"{name}: {choice.kernel}")
+            lines.append(f"{name}: {choice.kernel}" + (choice.state and f" ({choice.state})"))
             lines.extend(f"    not {other}: {why}" for other, why in choice.why_not.items())
         return "\n".join(lines)
 
@@ -57,7 +60,8 @@ def explain(
 ) -> Explanation:
     """Which kernel each pass of :func:`conv_relu_max_pool2d` takes for these arguments, and why.
 
-    The arguments are those of :func:`conv_relu_max_pool2d`; nothing is computed. With
+    The arguments are those of :func:`conv_relu_max_pool2d`; nothing is computed, but a device's
+    first use checks its kernels (see ``fusedcnn.backends.cuda``). With
     ``fusedcnn.backends.benchmark`` on, the call itself may take another kernel that covers it.
 
     Returns:
@@ -90,5 +94,6 @@ def explain(
         else:
             chosen[name] = kernel
     for name, kernel in chosen.items():
-        explanation[name] = Choice(kernel, why_not.get(name, {}))
+        state = "" if input.is_cpu else _first_use.state_of(input.device.index, f"{name} {kernel}")
+        explanation[name] = Choice(kernel, why_not.get(name, {}), state)
     return explanation

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fusedcnn import _C, _cuda, _stock
+from fusedcnn import _C, _cuda, _first_use, _stock
 from fusedcnn._geometry import PADDING, Geometry, pack_geometry
 from fusedcnn._ops import below_autograd, forward_op
 from fusedcnn.autograd import ConvReLUMaxPool2dFunction
@@ -60,6 +60,9 @@ def why_stock(
             return f"no fused kernel for device type '{device}' in this version"
         if _cuda.reason is not None:
             return f"no fused kernel for device type 'cuda': {_cuda.reason}"
+        reason = _first_use.why_stock(input.device)
+        if reason is not None:
+            return reason
         if input.shape[-2] * input.shape[-1] > _MAX_CUDA_PIXELS:
             return f"CUDA images of more than {_MAX_CUDA_PIXELS} pixels"
     if input.layout != torch.strided:

@@ -1,17 +1,101 @@
 #include "test_cuda_select.h"
 
+#include <cstring>
 #include <string>
+#include <thread>
+#include <vector>
 
 #include "cases.h"
 #include "check.h"
 #include "cuda/select.h"
 
 namespace selftest {
+namespace {
+
+using fusedcnn::Pass;
+using fusedcnn::cuda::Device;
+using fusedcnn::cuda::Target;
+
+constexpr int kIndex = 3;
+const Device kMeasuredGpu{90, 90, 132, 227 * 1024}, kOtherGpu{120, 120, 170, 99 * 1024};
+
+// The forward of block2 on a device, under what was said of its kernels; and what explain calls it.
+std::string chosen_on(const Device& device) {
+  const Target target{device, fusedcnn::cuda::tf32_allowed(),
+                      fusedcnn::cuda::refused_on(kIndex, device)};
+  const fusedcnn::Problem problem{case_named("block2").geometry, fusedcnn::DataType::kFloat32,
+                                  false};
+  const fusedcnn::cuda::Kernel* const kernel =
+      fusedcnn::cuda::select(Pass::kForward, problem, target);
+  const std::string got = kernel ? kernel->name : "none";
+  for (const fusedcnn::Verdict& verdict :
+       fusedcnn::cuda::explain(Pass::kForward, problem, target)) {
+    const bool serves = !verdict.why_not;
+    if (serves != (got == verdict.kernel)) return got + ", but explain differs";
+  }
+  return got;
+}
+
+void check_chosen(const Device& device, const std::string& expected, const std::string& when) {
+  const std::string got = chosen_on(device);
+  check(got == expected, "block2's forward on sm_" + std::to_string(device.capability) + " " +
+                             when + ": expected " + expected + ", got " + got);
+}
+
+// Kernels that must not run, since nobody has checked them or a check found them wrong.
+void test_refused() {
+  using fusedcnn::cuda::kernels;
+  using fusedcnn::cuda::settle;
+  check(fusedcnn::cuda::measured(kMeasuredGpu), "sm_90 is measured");
+  check(!fusedcnn::cuda::measured({90, 80, 132, 0}), "code of sm_80 on sm_90 is not");
+  check(!fusedcnn::cuda::measured(kOtherGpu), "sm_120 is not");
+  check_chosen(kMeasuredGpu, "cuda_cores_3x3", "before a check");
+  check_chosen(kOtherGpu, "library", "before a check");
+
+  std::vector<const char*> refused(static_cast<size_t>(kernels().count) + 1, nullptr);
+  settle(kIndex, refused.data());
+  check_chosen(kOtherGpu, "cuda_cores_3x3", "after its check");
+  check(fusedcnn::cuda::refused_on(kIndex + 1, kOtherGpu)[0], "another device has had no check");
+  check(!fusedcnn::cuda::refused_on(-1, kMeasuredGpu) && fusedcnn::cuda::refused_on(64, kOtherGpu),
+        "an index beyond all");
+
+  char reason[] = "it is wrong";
+  for (int i = 0; i < kernels().count; ++i) {
+    if (!std::strcmp(kernels().kernels[i].name, "cuda_cores_3x3")) refused[i] = reason;
+  }
+  refused.back() = reason;
+  settle(kIndex, refused.data());
+  reason[0] = '!';  // a copy was taken
+  check_chosen(kOtherGpu, "library", "with a wrong kernel");
+  check_chosen(kMeasuredGpu, "library", "with a wrong kernel");
+  const char* const* const said = fusedcnn::cuda::refused_on(kIndex, kMeasuredGpu);
+  check(!said[0] && said[1] == std::string("it is wrong") &&
+            said[kernels().count] == std::string("it is wrong"),
+        "what was said is kept, kernel by kernel");
+
+  // Forcing is for tests: it asks nobody. A trial is this thread's alone.
+  fusedcnn::cuda::force("library");
+  fusedcnn::cuda::try_kernel("cuda_cores_3x3", false);
+  check_chosen(kOtherGpu, "cuda_cores_3x3", "in a trial");
+  std::thread([] { check_chosen(kOtherGpu, "library", "beside another thread's trial"); }).join();
+  fusedcnn::cuda::try_kernel("tensor_cores_3x3", true);
+  check_chosen(kOtherGpu, "tensor_cores_3x3", "in a trial with tf32");
+  fusedcnn::cuda::try_kernel("", true);
+  check(!fusedcnn::cuda::tf32_allowed(), "tf32 ends with a trial");
+  fusedcnn::cuda::force("cuda_cores_3x3");
+  check_chosen(kOtherGpu, "cuda_cores_3x3", "forced");
+  fusedcnn::cuda::force("");
+
+  settle(kIndex, nullptr);
+  check_chosen(kMeasuredGpu, "cuda_cores_3x3", "as if nobody had looked");
+  check_chosen(kOtherGpu, "library", "as if nobody had looked");
+}
+
+}  // namespace
 
 void test_cuda_select() {
+  test_refused();
   using fusedcnn::DataType;
-  using fusedcnn::Pass;
-  using fusedcnn::cuda::Target;
   static constexpr char kWide[] = "block2 of 128 channels";
   struct Row {
     const char* case_name;
