@@ -21,8 +21,19 @@ struct GradientSums {
 struct SumSizes {
   Tiles tiles;  // of the pooled values
   Sharing sharing;
-  int64_t parts;  // of each channel: tiles
+  int64_t parts;         // of each channel: tiles
+  bool aligned = false;  // whether V channels are loaded at once
 };
+
+// The order of the sums must not depend on where memory begins, so a thread's channels do not.
+template <int V, typename S>
+FUSEDCNN_DEVICE Pack<V, S> load_vector(const S* from, bool aligned) {
+  if (V == 1 || aligned) return load_pack<V>(from);
+  Pack<V, S> result;
+  FUSEDCNN_UNROLL
+  for (int v = 0; v < V; ++v) result.values[v] = load_constant(from + v);
+  return result;
+}
 
 // V channels a thread. Sums: what is wanted; for BiasSum, args holds nothing but the block.
 template <typename S, typename C, int V, typename Sums>
@@ -71,10 +82,11 @@ gradient_sums_kernel(NormBackwardArgs args, SumSizes sizes, Sums* parts) {
           for (int v = 0; v < V; ++v) code[i].values[v] = kOff<C>;
           if (at >= tile.pixels) continue;
           const Pixel pixel = pixel_of(tiles, tile, at);
-          code[i] = load_pack<V>(codes + offset_of(code_strides, tile.n, pixel));
-          grad[i] = load_pack<V>(grads + offset_of(grad_strides, tile.n, pixel));
+          code[i] = load_vector<V>(codes + offset_of(code_strides, tile.n, pixel), sizes.aligned);
+          grad[i] = load_vector<V>(grads + offset_of(grad_strides, tile.n, pixel), sizes.aligned);
           if constexpr (kWeight) {
-            extremum[i] = load_pack<V>(extrema + offset_of(args.extremum_strides, tile.n, pixel));
+            extremum[i] = load_vector<V>(extrema + offset_of(args.extremum_strides, tile.n, pixel),
+                                         sizes.aligned);
           }
         }
         FUSEDCNN_UNROLL
@@ -157,12 +169,14 @@ int64_t gradient_sums(const char* name, const NormBackwardArgs& args, Sums* part
                 &extrema = args.extremum_strides;
   if constexpr (sizeof(C) == 1) {
     constexpr int64_t kSize = sizeof(S), kV = kSumVector<S>, kBytes = kV * kSize;
-    if (codes.c == 1 && grads.c == 1 && g.out_channels % kV == 0 &&
-        aligned(args.block.code, 1, kV, {codes.n, codes.h, codes.w}) &&
-        aligned(args.block.grad_output, kSize, kBytes, {grads.n, grads.h, grads.w}) &&
-        (!args.extremum || (extrema.c == 1 && aligned(args.extremum, kSize, kBytes,
-                                                      {extrema.n, extrema.h, extrema.w})))) {
-      return launch_gradient_sums<S, C, kV>(name, args, sum_sizes(g, true, kV), parts, execution);
+    const bool norm = args.extremum;
+    if (codes.c == 1 && grads.c == 1 && (!norm || extrema.c == 1) && g.out_channels % kV == 0) {
+      SumSizes sizes = sum_sizes(g, true, kV);
+      sizes.aligned =
+          aligned(args.block.code, 1, kV, {codes.n, codes.h, codes.w}) &&
+          aligned(args.block.grad_output, kSize, kBytes, {grads.n, grads.h, grads.w}) &&
+          (!norm || aligned(args.extremum, kSize, kBytes, {extrema.n, extrema.h, extrema.w}));
+      return launch_gradient_sums<S, C, kV>(name, args, sizes, parts, execution);
     }
   }
   return launch_gradient_sums<S, C, 1>(name, args, sum_sizes(g, codes.c == 1, 1), parts, execution);

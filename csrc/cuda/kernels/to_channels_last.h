@@ -29,7 +29,7 @@ to_channels_last_kernel(const Word* from, Strides strides, Word* to, Tiles tiles
     const int channels = p < tile.pixels ? tile.channels : 0;
     const Word* const pixel = from + offset_of(strides, tile.n, pixel_of(tiles, tile, p)) +
                               (tile.channel + first) * strides.c;
-    Word loaded[kWordsAtOnce];
+    Word loaded[kWordsAtOnce] = {};
     FUSEDCNN_UNROLL
     for (int i = 0; i < kWordsAtOnce; ++i) {
       if (first + i * step < channels) loaded[i] = load_constant(pixel + i * step * strides.c);
