@@ -34,6 +34,9 @@ struct WideBlock {
   // weight: one output channel's, at the block's first of `channels`; to: [9][kChannels].
   template <typename S>
   static void pack(const S* weight, Strides strides, int64_t channels, float* to) {
+    if (taps_together(strides) && channels == kChannels) {
+      return transpose_matrix(weight, strides.c, to, kChannels, kChannels, 9);
+    }
     for (int64_t c = 0; c < kChannels; ++c) {
       for (int t = 0; t < 9; ++t) {
         to[t * kChannels + c] =
