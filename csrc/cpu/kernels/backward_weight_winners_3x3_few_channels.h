@@ -16,9 +16,9 @@ namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
 constexpr int kWeightLanes = kLanes<float>;
-// Bytes of the patches that one pass over the output channels reads: a third of L1, beside as much
+// Bytes of pixels that one pass over the output channels reads: half of a small L1, beside as much
 // of codes and gradients.
-constexpr int64_t kPatchBytes = int64_t{16} << 10;
+constexpr int64_t kPixelBytes = int64_t{16} << 10;
 
 // What one call of the ISAs' `add` below owns: up to kChannels input channels x 9 taps x
 // kWeightLanes output channels, summed over `rows` rows of `windows` windows:
@@ -26,7 +26,8 @@ constexpr int64_t kPatchBytes = int64_t{16} << 10;
 // (y, x) being the element that the lane chose; and the bias, unless that is null:
 //   bias[lane] += sum over q of gradient[q][lane]
 // at: at the first window and output channel, of which there are `lanes`.
-// patches: [channels][size(rows, windows)], as `cut` leaves them.
+// pixels: as `cut` leaves them, `channel` from one channel to the next.
+// ahead: takes `steps(windows)` steps a row.
 
 #if defined(__AVX512BW__)
 constexpr int kStrip = 3;  // windows whose patches lie in 8 columns
@@ -52,34 +53,35 @@ struct Patches {
   // shuffled pixels make 31 registers of 32.
   static constexpr int kChannels = 3;
 
-  static constexpr bool kCut = false;  // reads planes as they are
+  static int64_t steps(int64_t windows) { return (windows + kStrip - 1) / kStrip; }
+
+  // Columns of a plane: 6 for each strip, and two more.
+  static int64_t cols(int64_t windows) { return steps(windows) * (2 * kStrip) + 2; }
+
+  // What a row of windows reads of a channel.
+  static int64_t row_size(int64_t windows) { return 4 * cols(windows); }
+
+  // Planes are read as they are.
+  static int64_t cut_size(int64_t, int64_t) { return 0; }
   static const float* cut(const float* planes, int64_t, int64_t, int64_t, int64_t, float*) {
     return planes;
   }
 
-  static int64_t cols(int64_t windows) {  // of a plane: 6 for each strip, and two more
-    return steps(windows) * (2 * kStrip) + 2;
-  }
-
-  static int64_t steps(int64_t windows) { return (windows + kStrip - 1) / kStrip; }
-
-  static int64_t size(int64_t rows, int64_t windows) { return (2 * rows + 2) * cols(windows); }
-
   static void add(int64_t channels, const Windows& at, int64_t rows, int64_t windows, int64_t lanes,
-                  const float* planes, int64_t plane, float* sums, float* bias,
+                  const float* pixels, int64_t channel, float* sums, float* bias,
                   BackwardAhead& ahead) {
     switch (channels) {
-      case 0: return add_channels<0>(at, rows, windows, lanes, planes, plane, sums, bias, ahead);
-      case 1: return add_channels<1>(at, rows, windows, lanes, planes, plane, sums, bias, ahead);
-      case 2: return add_channels<2>(at, rows, windows, lanes, planes, plane, sums, bias, ahead);
-      default: return add_channels<3>(at, rows, windows, lanes, planes, plane, sums, bias, ahead);
+      case 0: return add_channels<0>(at, rows, windows, lanes, pixels, channel, sums, bias, ahead);
+      case 1: return add_channels<1>(at, rows, windows, lanes, pixels, channel, sums, bias, ahead);
+      case 2: return add_channels<2>(at, rows, windows, lanes, pixels, channel, sums, bias, ahead);
+      default: return add_channels<3>(at, rows, windows, lanes, pixels, channel, sums, bias, ahead);
     }
   }
 
  private:
   template <int C>
   static FUSEDCNN_NOINLINE void add_channels(const Windows& at, int64_t rows, int64_t windows,
-                                             int64_t lanes, const float* planes, int64_t plane,
+                                             int64_t lanes, const float* pixels, int64_t channel,
                                              float* sums, float* bias, BackwardAhead& ahead) {
     constexpr int kSums = 9 * C;
     const __mmask16 some = static_cast<__mmask16>((1u << lanes) - 1);
@@ -90,13 +92,13 @@ struct Patches {
     for (int i = 0; i <= kSums; ++i) sum[i] = _mm512_setzero_ps();
     const uint8_t* codes = at.codes;
     const float* grads = at.grads;
-    for (int64_t r = 0; r < rows; ++r, planes += 2 * pitch) {
-      const float* strip = planes;
+    for (int64_t r = 0; r < rows; ++r, pixels += 2 * pitch) {
+      const float* strip = pixels;
       for (int64_t q = 0, w = 0; q < windows; ++q) {
         if (w == 0) {
           FUSEDCNN_UNROLL
           for (int c = 0; c < C; ++c) {
-            const float* row = strip + c * plane;
+            const float* row = strip + c * channel;
             FUSEDCNN_UNROLL
             for (int y = 0; y < 3; ++y, row += pitch) {
               const __m512 upper = _mm512_castps256_ps512(_mm256_loadu_ps(row));
@@ -148,13 +150,15 @@ struct Patches {
 struct Patches {
   static constexpr int kChannels = 1;  // of one call: 9 accumulators of 16 registers
 
-  static constexpr bool kCut = true;
+  static int64_t steps(int64_t) { return 1; }
 
   static int64_t cols(int64_t windows) { return 2 * windows + 2; }  // of a plane
 
-  static int64_t steps(int64_t) { return 1; }
+  // What a row of windows reads of a channel.
+  static int64_t row_size(int64_t windows) { return cut_size(1, windows); }
 
-  static int64_t size(int64_t rows, int64_t windows) {
+  // Of one channel.
+  static int64_t cut_size(int64_t rows, int64_t windows) {
     return (2 * rows + 1) * (2 * windows + 1) * 4;
   }
 
@@ -162,7 +166,7 @@ struct Patches {
   static const float* cut(const float* planes, int64_t plane, int64_t channels, int64_t rows,
                           int64_t windows, float* to) {
     for (int64_t c = 0; c < channels; ++c) {
-      cut_plane(planes + c * plane, rows, windows, to + c * size(rows, windows));
+      cut_plane(planes + c * plane, rows, windows, to + c * cut_size(rows, windows));
     }
     return to;
   }
@@ -253,11 +257,10 @@ FUSEDCNN_INLINE void read_row(const S* from, float* to, int64_t width) {
   store(to + width - kN, widen_vector(from + width - kN));
 }
 
-// Copies rows of the padded image n, from row `first` on, into planes [channels][rows][cols] as far
-// as windows see them; left and right of the image, zeros are there already.
+// Copies image n into planes [channels][rows][cols] as far as windows see it; around it, zeros are
+// there already.
 template <typename S>
-void read_planes(const BackwardArgs& args, int64_t n, int64_t first, int64_t rows, int64_t cols,
-                 float* planes) {
+void read_planes(const BackwardArgs& args, int64_t n, float* planes, int64_t rows, int64_t cols) {
   const Geometry& g = args.geometry;
   const Strides strides = args.input_strides;
   const S* image = static_cast<const S*>(args.input) + n * strides.n;
@@ -265,13 +268,10 @@ void read_planes(const BackwardArgs& args, int64_t n, int64_t first, int64_t row
   const int64_t plane = rows * cols;
   if (width < 1) return;
   for (int64_t y = 0; y < rows; ++y) {
-    const int64_t h = first + y - g.h.padding;
-    float* to = planes + y * cols + left;
-    if (h < 0 || h >= g.h.in) {
-      for (int64_t c = 0; c < g.in_channels; ++c) memset(to + c * plane, 0, width * sizeof(float));
-      continue;
-    }
+    const int64_t h = y - g.h.padding;
+    if (h < 0 || h >= g.h.in) continue;
     const S* from = image + h * strides.h;
+    float* to = planes + y * cols + left;
     if (strides.c == 1) {
       transpose_matrix(from, strides.w, to, plane, width, g.in_channels);
       continue;
@@ -296,13 +296,12 @@ void grad_weight_winners_3x3_few_channels(const BackwardArgs& args, const Thread
   const int64_t bias_at = channels * 9 * kWeightLanes, row = bias_at + kWeightLanes;
   const Partials partials(g.batch, blocks * row * sizeof(float));
 
-  const int64_t cols = Patches::cols(g.w.out);
+  const int64_t rows = 2 * g.h.out + 2, cols = Patches::cols(g.w.out);
   const int64_t row_bytes =
-      larger<int64_t>(channels, 1) * Patches::size(1, g.w.out) * int64_t{sizeof(float)};
-  const int64_t fitting = larger<int64_t>(1, kPatchBytes / row_bytes);
+      larger<int64_t>(channels, 1) * Patches::row_size(g.w.out) * int64_t{sizeof(float)};
+  const int64_t fitting = larger<int64_t>(1, kPixelBytes / row_bytes);
   const int64_t bands = larger<int64_t>(1, (g.h.out + fitting - 1) / fitting);
   const int64_t band = (g.h.out + bands - 1) / bands;  // of equal height
-  const int64_t rows = 2 * band + 2;                   // of a plane
 
   float* sums =
       static_cast<float*>(scratch(Slot::kPartials, partials.count * blocks * row * sizeof(float)));
@@ -315,19 +314,19 @@ void grad_weight_winners_3x3_few_channels(const BackwardArgs& args, const Thread
     float* planes =
         static_cast<float*>(scratch(Slot::kPlanes, channels * rows * cols * sizeof(float)));
     memset(planes, 0, channels * rows * cols * sizeof(float));
-    float* patches = static_cast<float*>(scratch(
-        Slot::kPatch,
-        Patches::kCut ? channels * Patches::size(band, g.w.out) * int64_t{sizeof(float)} : 0));
-    const int64_t steps = bands * band * (end - begin);
+    float* patches = static_cast<float*>(
+        scratch(Slot::kPatch, channels * Patches::cut_size(band, g.w.out) * sizeof(float)));
+    const int64_t steps = g.h.out * (end - begin) * Patches::steps(g.w.out);
     for (int64_t n = partials.begin(partial); n < partials.begin(partial + 1); ++n) {
       const Windows windows = read_windows<S>(args, n);
-      auto ahead =
-          BackwardAhead::of<S, uint8_t>(args, n, channels > 0, Patches::steps(g.w.out) * steps);
+      if (channels) read_planes<S>(args, n, planes, rows, cols);
+      auto ahead = BackwardAhead::of<S, uint8_t>(args, n, channels > 0, steps);
       for (int64_t first = 0; first < g.h.out; first += band) {
         const int64_t height = smaller(band, g.h.out - first);
-        if (channels) read_planes<S>(args, n, 2 * first, rows, cols, planes);
-        const float* pixels = Patches::cut(planes, rows * cols, channels, height, g.w.out, patches);
-        const int64_t size = Patches::kCut ? Patches::size(height, g.w.out) : rows * cols;
+        const float* pixels = Patches::cut(planes + 2 * first * cols, rows * cols, channels, height,
+                                           g.w.out, patches);
+        const int64_t cut_size = Patches::cut_size(height, g.w.out);
+        const int64_t channel = cut_size ? cut_size : rows * cols;
         for (int64_t block = begin; block < end; ++block) {
           const int64_t oc = block * kWeightLanes;
           const int64_t lanes = smaller<int64_t>(kWeightLanes, g.out_channels - oc);
@@ -337,7 +336,7 @@ void grad_weight_winners_3x3_few_channels(const BackwardArgs& args, const Thread
           float* sum = own + block * row;
           for (int64_t c = 0; c == 0 || c < channels; c += Patches::kChannels) {
             Patches::add(smaller<int64_t>(Patches::kChannels, channels - c), at, height, g.w.out,
-                         lanes, pixels + c * size, size, sum + c * 9 * kWeightLanes,
+                         lanes, pixels + c * channel, channel, sum + c * 9 * kWeightLanes,
                          c == 0 ? sum + bias_at : nullptr, ahead);
           }
         }
@@ -348,21 +347,22 @@ void grad_weight_winners_3x3_few_channels(const BackwardArgs& args, const Thread
   partials.add_up(pool, sums, blocks * row);
   const Strides to = args.grad_weight_strides;
   S* weights = static_cast<S*>(args.grad_weight);
-  const bool together = taps_together(to) && to.c == 9;
-  for (int64_t oc = 0; oc < g.out_channels; ++oc) {
-    const float* sum = sums + oc / kWeightLanes * row + oc % kWeightLanes;
-    if (args.grad_bias) static_cast<S*>(args.grad_bias)[oc] = narrow<S>(sum[bias_at]);
-    if (together) {
-      const int64_t lanes = smaller<int64_t>(kWeightLanes, g.out_channels - oc);
-      if (channels && oc % kWeightLanes == 0) {
-        transpose_matrix(sum, kWeightLanes, weights + oc * to.n, to.n, channels * 9, lanes);
-      }
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t oc = block * kWeightLanes;
+    const int64_t lanes = smaller<int64_t>(kWeightLanes, g.out_channels - oc);
+    const float* sum = sums + block * row;
+    if (args.grad_bias) convert_run(sum + bias_at, static_cast<S*>(args.grad_bias) + oc, lanes);
+    if (channels && taps_together(to) && to.c == 9) {
+      transpose_matrix(sum, kWeightLanes, weights + oc * to.n, to.n, channels * 9, lanes);
       continue;
     }
-    S* weight = weights + oc * to.n;
-    for (int64_t c = 0; c < channels; ++c) {
-      for (int t = 0; t < 9; ++t) {
-        weight[c * to.c + t / 3 * to.h + t % 3 * to.w] = narrow<S>(sum[(c * 9 + t) * kWeightLanes]);
+    for (int64_t l = 0; l < lanes; ++l) {
+      S* weight = weights + (oc + l) * to.n;
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int t = 0; t < 9; ++t) {
+          weight[c * to.c + t / 3 * to.h + t % 3 * to.w] =
+              narrow<S>(sum[(c * 9 + t) * kWeightLanes + l]);
+        }
       }
     }
   }
