@@ -47,7 +47,8 @@ constexpr FirstTaps kFirstTaps;
 // Two rows of 8 pixels are one register: for one row of taps, what 3 neighbouring windows see of a
 // channel. A code is an index into them, plus the window's place, plus the tap's column: three
 // indices a window for 27 shuffles. The shuffles and the FMAs of a window share two ports, the
-// shuffles being bound to one of them: (27 + 27 + 6) / 2 = 30 cycles, on Intel and on Zen 4.
+// shuffles being bound to one of them: with 9 other instructions there and 9 inserts for 3 windows,
+// (27 + 27 + 9 + 3) / 2 = 33 cycles. A Xeon takes 36; shuffles and FMAs alone, 30.
 struct Patches {
   // Input channels of one call: 3 x 9 accumulators, the bias's, the gradients, an index and the
   // shuffled pixels make 31 registers of 32.

@@ -33,6 +33,8 @@ constexpr int64_t kSharedOutputs = 16;
 // One call owns 9 taps x one block of input channels of one output channel:
 //   sums[dy * 3 + dx][lane] += sum over i of gradient[i] * pixel[dy][dx][lane] from place[i] on
 // pixels: one block's, [rows][pitch / kInputLanes][kInputLanes].
+// A live window is 9 FMAs with a load each, and two more loads: 5.5 cycles on two load ports. Xeons
+// sustain only three such FMAs in two cycles (with operands in registers, four), which makes 6.
 FUSEDCNN_NOINLINE void add_live(const float* pixels, int64_t pitch, const uint32_t* place,
                                 const float* gradient, int64_t entries, float* sums) {
   Vector<float> sum[9];
