@@ -47,8 +47,8 @@ constexpr FirstTaps kFirstTaps;
 // Two rows of 8 pixels are one register: for one row of taps, what 3 neighbouring windows see of a
 // channel. A code is an index into them, plus the window's place, plus the tap's column: three
 // indices a window for 27 shuffles. The shuffles and the FMAs of a window share two ports, the
-// shuffles being bound to one of them: with 9 other instructions there and 9 inserts for 3 windows,
-// (27 + 27 + 9 + 3) / 2 = 33 cycles. A Xeon takes 36; shuffles and FMAs alone, 30.
+// shuffles being bound to one of them: with 9 other instructions there, (27 + 27 + 9) / 2 = 32
+// cycles. A Xeon takes 36, and 5 more to put rows in pairs: 9 times for 3 windows.
 struct Patches {
   // Input channels of one call: 3 x 9 accumulators, the bias's, the gradients, an index and the
   // shuffled pixels make 31 registers of 32.
