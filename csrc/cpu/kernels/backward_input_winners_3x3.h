@@ -25,7 +25,9 @@ namespace {
 // A register holds one pixel of a block of channels. Output channels are taken by code, so that
 // those that chose the same element add to the same 9 registers; and those that chose from the
 // window's left column before those from its right one, so that 4x3 pixels are enough: they slide
-// along the row by one column at a time.
+// along the row by one column at a time. An output channel is 9 FMAs with a load each: 6 cycles on
+// Xeons, which sustain three such FMAs in two cycles, and about 8 with the search for the next
+// channel and a misprediction for each element of the window.
 struct WideBlock {
   static constexpr int kChannels = kLanes<float>;
   static constexpr int kSize = 9 * kChannels;
@@ -34,6 +36,9 @@ struct WideBlock {
   // weight: one output channel's, at the block's first of `channels`; to: [9][kChannels].
   template <typename S>
   static void pack(const S* weight, Strides strides, int64_t channels, float* to) {
+    if (taps_together(strides) && channels == kChannels) {
+      return transpose_matrix(weight, strides.c, to, kChannels, kChannels, 9);
+    }
     for (int64_t c = 0; c < kChannels; ++c) {
       for (int t = 0; t < 9; ++t) {
         to[t * kChannels + c] =

@@ -50,6 +50,12 @@ void for_block_storage(DataType type, const Body& body) {
 // an FMA takes two slots of the front end instead of one.
 FUSEDCNN_INLINE void keep_address(const float*& address) { asm("" : "+r"(address)); }
 
+// Whether blocks of a weight's channels are to be transposed: where the nine taps lie side by side,
+// as in contiguous weights. They would need two blocks of 8 lanes.
+inline bool taps_together(Strides weight) {
+  return kLanes<float> == 16 && weight.w == 1 && weight.h == 3;
+}
+
 // Element q * stride + oc belongs to pooled pixel q and output channel oc.
 struct Windows {
   const uint8_t* codes;
