@@ -49,12 +49,18 @@ void check_bias(size_t i, const Tensor& bias, int64_t size) {
        "got [" + std::to_string(bias.size(0)) + "]");
 }
 
+// Of one block; there may be one for all.
+const int64_t* geometry_of(size_t block, const std::vector<int64_t>& geometries) {
+  const bool one = geometries.size() == kPackedGeometrySize;
+  return geometries.data() + (one ? 0 : block * kPackedGeometrySize);
+}
+
 // One operator for a block after the other, where one needs the stock convolution or is measured.
-Tensor by_block(const Tensor& input, const std::vector<Tensor>& parameters,
+Tensor by_block(const Tensor& input, size_t blocks, const std::vector<Tensor>& parameters,
                 const std::vector<int64_t>& geometries) {
   Tensor images = input;
-  for (size_t i = 0; i < geometries.size() / kPackedGeometrySize; ++i) {
-    const auto packed = geometries.begin() + i * kPackedGeometrySize;
+  for (size_t i = 0; i < blocks; ++i) {
+    const int64_t* const packed = geometry_of(i, geometries);
     images = std::get<0>(conv_relu_max_pool2d(
         images, parameters[2 * i], parameters[2 * i + 1],
         std::vector<int64_t>(packed, packed + kPackedGeometrySize), /*with_code=*/false));
@@ -156,18 +162,21 @@ struct Chain {
 };
 
 // parameters: weight and bias in turn of each block, then of each fully connected layer; between
-// those there is ReLU. geometries: of the blocks, one behind the other.
+// those there is ReLU. geometries: of the blocks, one behind the other, or one for all.
 // Returns [N, OC, OH, OW] of the last block, or [N, out_features] of the last layer.
 Tensor conv_relu_max_pool2d_chain(const Tensor& input, const std::vector<Tensor>& parameters,
                                   const std::vector<int64_t>& geometries) {
-  const size_t blocks = geometries.size() / kPackedGeometrySize;
-  if (blocks == 0 || geometries.size() % kPackedGeometrySize != 0) {
-    fail("geometries: expected " + std::to_string(kPackedGeometrySize) +
-         " integers for each block, at least one, got " + std::to_string(geometries.size()));
-  }
-  if (parameters.size() % 2 != 0 || parameters.size() < 2 * blocks) {
+  if (parameters.empty() || parameters.size() % 2 != 0) {
     fail("parameters: expected a weight and a bias for each block and layer, got " +
-         std::to_string(parameters.size()) + " tensors for " + std::to_string(blocks) + " blocks");
+         std::to_string(parameters.size()) + " tensors");
+  }
+  size_t blocks = 1;  // the weights of four dimensions
+  while (2 * blocks < parameters.size() && parameters[2 * blocks].dim() == 4) ++blocks;
+  if (geometries.size() != kPackedGeometrySize &&
+      geometries.size() != blocks * kPackedGeometrySize) {
+    fail("geometries: expected " + std::to_string(kPackedGeometrySize) + " integers, or as many " +
+         "for each of " + std::to_string(blocks) + " blocks, got " +
+         std::to_string(geometries.size()));
   }
   check_tensor("input", input, input, {ScalarType::Float});
   if (input.dim() != 4) {
@@ -175,7 +184,7 @@ Tensor conv_relu_max_pool2d_chain(const Tensor& input, const std::vector<Tensor>
   }
   check_storage("input", input);
   Chain chain(input, parameters);
-  for (size_t i = 0; i < blocks; ++i) chain.add_block(&geometries[i * kPackedGeometrySize]);
+  for (size_t i = 0; i < blocks; ++i) chain.add_block(geometry_of(i, geometries));
   while (chain.at < parameters.size()) chain.add_layer();
 
   cpu::ChainArgs& args = chain.args;
@@ -188,7 +197,7 @@ Tensor conv_relu_max_pool2d_chain(const Tensor& input, const std::vector<Tensor>
   args.output = static_cast<float*>(output.mutable_data_ptr());
   Tensor images = input;
   if (chain.by_block) {
-    images = by_block(input, parameters, geometries);
+    images = by_block(input, blocks, parameters, geometries);
     if (args.layers.empty()) return images;
     args.input = static_cast<const float*>(images.const_data_ptr());
     args.blocks.clear();

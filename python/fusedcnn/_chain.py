@@ -29,7 +29,9 @@ def _layers(
 ) -> Tensor:
     """What the operator computes, layer by layer, its blocks by ``block``."""
     pairs = list(zip(parameters[::2], parameters[1::2], strict=True))
-    blocks = len(geometries) // _FIELDS
+    blocks = sum(weight.dim() == 4 for weight, _ in pairs)
+    if len(geometries) == _FIELDS:
+        geometries = [*geometries] * blocks
     for i, (weight, bias) in enumerate(pairs[:blocks]):
         input = block(input, weight, bias, geometries[i * _FIELDS : (i + 1) * _FIELDS])
     if len(pairs) == blocks:

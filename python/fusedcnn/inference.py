@@ -21,11 +21,12 @@ _KINDS = (nn.Sequential, nn.Sequential, *_FEATURES, *_CLASSIFIER)
 # Of _KINDS: those with parameters.
 _BLOCKS, _FLATTEN, _DROPOUT, _LINEARS = (2, 5), 8, 11, (9, 12)
 
-_block_arguments = operator.attrgetter(
+# From the layer's own dictionary, which is where they stand and several times quicker to read.
+_block_arguments = operator.itemgetter(
     "padding_mode", "stride", "padding", "dilation", "groups", *POOL_ARGUMENTS
 )
 _BLOCK_ARGUMENTS = ("zeros", (1, 1), (1, 1), (1, 1), 1, 2, 2, 0, 1, False)
-_GEOMETRIES = pack_geometry((3, 3), *_BLOCK_ARGUMENTS[1:]) * 2
+_GEOMETRY = pack_geometry((3, 3), *_BLOCK_ARGUMENTS[1:])
 _PARAMETERS = [nn.Parameter] * 8
 _is_cpu = operator.attrgetter("is_cpu")
 
@@ -43,9 +44,10 @@ def _parameters(model: nn.Module) -> list[Tensor] | None:
     if len(layers) != len(_KINDS) or len(model._modules) != 2:
         return None
     for layer, kind in zip(layers, _KINDS, strict=True):
-        if type(layer) is not kind or layer._forward_hooks or layer._forward_pre_hooks:
+        of_layer = layer.__dict__
+        if type(layer) is not kind or "forward" in of_layer:
             return None
-        if "forward" in layer.__dict__:
+        if of_layer["_forward_hooks"] or of_layer["_forward_pre_hooks"]:
             return None
     if _module._global_forward_hooks or _module._global_forward_pre_hooks:
         return None
@@ -53,11 +55,11 @@ def _parameters(model: nn.Module) -> list[Tensor] | None:
     if dropout.training or flatten.start_dim != 1 or flatten.end_dim != -1:
         return None
     parameters = []
-    for i in (*_BLOCKS, *_LINEARS):
-        layer = layers[i]
-        if i in _BLOCKS and _block_arguments(layer) != _BLOCK_ARGUMENTS:
+    for i in _BLOCKS:
+        if _block_arguments(layers[i].__dict__) != _BLOCK_ARGUMENTS:
             return None
-        of_layer = layer._parameters
+    for i in (*_BLOCKS, *_LINEARS):
+        of_layer = layers[i]._parameters
         parameters += of_layer.get("weight"), of_layer.get("bias")
     return None if any(p is None for p in parameters) else parameters
 
@@ -100,9 +102,9 @@ def in_one_call(model: nn.Module, input: Tensor) -> Tensor | None:
     if parameters[0].dtype != torch.float32 or not all(map(_is_cpu, parameters)):
         return None
     if compiling:
-        return chain_op(input, parameters, _GEOMETRIES)
+        return chain_op(input, parameters, _GEOMETRY)
     try:
         with below_autograd():
-            return chain_op(input, parameters, _GEOMETRIES)
+            return chain_op(input, parameters, _GEOMETRY)
     except RuntimeError:  # the layers compute it or say in their own words what is wrong
         return None
