@@ -144,6 +144,13 @@ struct Chain {
     at += 2;
   }
 
+  Tensor in_one_piece(const Tensor& tensor) {
+    if (tensor.is_contiguous()) return tensor;
+    const WithoutGrad without_grad;
+    kept.push_back(torch::stable::contiguous(tensor));
+    return kept.back();
+  }
+
  private:
   Geometry geometry(const Tensor& weight, const int64_t* packed) const {
     try {
@@ -151,13 +158,6 @@ struct Chain {
     } catch (const std::runtime_error& error) {
       fail("block " + std::to_string(at / 2) + ": " + error.what());
     }
-  }
-
-  Tensor in_one_piece(const Tensor& tensor) {
-    if (tensor.is_contiguous()) return tensor;
-    const WithoutGrad without_grad;
-    kept.push_back(torch::stable::contiguous(tensor));
-    return kept.back();
   }
 };
 
@@ -197,9 +197,10 @@ Tensor conv_relu_max_pool2d_chain(const Tensor& input, const std::vector<Tensor>
   args.output = static_cast<float*>(output.mutable_data_ptr());
   Tensor images = input;
   if (chain.by_block) {
-    images = by_block(input, blocks, parameters, geometries);
+    images = chain.in_one_piece(by_block(input, blocks, parameters, geometries));
     if (args.layers.empty()) return images;
     args.input = static_cast<const float*>(images.const_data_ptr());
+    args.input_strides = strides_of(images);
     args.blocks.clear();
   }
   with_memory([&] {

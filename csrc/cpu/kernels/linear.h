@@ -16,6 +16,7 @@ namespace {
 // step adds neighbours, so that the order of additions is the same for any N.
 template <int N, int Width = 1>
 FUSEDCNN_INLINE Vector<float> lane_sums(const Vector<float> (&acc)[N]) {
+  static_assert(N <= kLanes<float>);
   if constexpr (Width == kLanes<float>) {
     return acc[0];
   } else {
@@ -75,13 +76,19 @@ FUSEDCNN_NOINLINE void linear_tile(const LinearArgs& args, const float* input, c
   if (k < features) {
     add_products<false>(input + k, stride, weight + k, features, features - k, acc);
   }
+  constexpr int kSums = N < kN ? N : kN;
+  static_assert(N % kSums == 0);
   FUSEDCNN_UNROLL
-  for (int r = 0; r < R; ++r) {
+  for (int i = 0; i < R * N; i += kSums) {
+    const int r = i / N, first = i % N;
+    Vector<float> group[kSums];
+    FUSEDCNN_UNROLL
+    for (int o = 0; o < kSums; ++o) group[o] = acc[r][first + o];
     float sums[kN];
-    store(sums, lane_sums(acc[r]));
-    for (int o = 0; o < N; ++o) {
-      const float value = sums[o] + bias[o];
-      output[r * args.output_stride + o] = args.relu && value < 0 ? 0.0f : value;
+    store(sums, lane_sums(group));
+    for (int o = 0; o < kSums; ++o) {
+      const float value = sums[o] + bias[first + o];
+      output[r * args.output_stride + first + o] = args.relu && value < 0 ? 0.0f : value;
     }
   }
 }
