@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from fusedcnn import _cuda, _stock
 from fusedcnn._geometry import Geometry
@@ -115,13 +115,9 @@ def _(info, in_dims, input, parameters, geometries):
 
 @register_flop_formula(torch.ops.fusedcnn.conv_relu_max_pool2d_chain)
 def flops(input, parameters, geometries, *, out_shape=None, **_) -> int:
-    """Those of the convolutions and of the matrix products."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+    """Those of its convolutions and matrix products."""
+    # Of shapes: the counter has made them of the tensors.
+    empty = [torch.empty(shape, device="meta") for shape in (input, *parameters)]
     with FlopCounterMode(display=False) as counter:
-        decomposed(
-            *(torch.empty(shape, device="meta") for shape in (input,)),
-            [torch.empty(shape, device="meta") for shape in parameters],
-            geometries,
-        )
+        decomposed(empty[0], empty[1:], geometries)
     return counter.get_total_flops()
