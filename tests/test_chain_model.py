@@ -9,6 +9,7 @@ from collections.abc import Callable
 import fusedcnn
 import pytest
 import torch
+from fusedcnn import inference
 from fusedcnn._chain import chain_op
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -207,6 +208,8 @@ def test_unusual_models_go_layer_by_layer(name, model, images):
     UNUSUAL[name](model)
     images = images.to(next(model.parameters()).dtype)
     assert not in_one_call(model, images)
+    if name not in ("float64", "bfloat16"):  # which are the input's, too
+        assert inference.parameters_as_built(model) is None  # what torch.compile follows
     if name != "a_second_dropout":
         torch.testing.assert_close(model(images), layer_by_layer(model, images), **CLOSE)
 
