@@ -50,6 +50,16 @@ def _fused_block(input: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence
     return forward_op(input, weight, bias, geometry, True)[0]
 
 
+def _check_devices(input: Tensor, parameters: Sequence[Tensor]) -> None:
+    # As the CPU's operator does. A single tensor elsewhere is enough to be sent here.
+    for i, parameter in enumerate(parameters):
+        if parameter.device != input.device:
+            raise RuntimeError(
+                f"parameters[{i}]: expected device {input.device} like input, "
+                f"got {parameter.device}"
+            )
+
+
 def decomposed(input: Tensor, parameters: list[Tensor], geometries: list[int]) -> Tensor:
     """The operator in stock operations."""
     return _layers(input, parameters, geometries, _stock_block)
@@ -57,6 +67,7 @@ def decomposed(input: Tensor, parameters: list[Tensor], geometries: list[int]) -
 
 @torch.library.register_fake(_NAME)
 def _(input, parameters, geometries):
+    _check_devices(input, parameters)
     output = decomposed(input, parameters, geometries)
     return output.new_empty(output.shape)
 
@@ -65,6 +76,7 @@ _library = torch.library.Library("fusedcnn", "IMPL")  # its registrations live a
 
 
 def _on_another_device(input, parameters, geometries):
+    _check_devices(input, parameters)
     fused = input.is_cuda and _cuda.reason is None
     return _layers(input, parameters, geometries, _fused_block if fused else _stock_block)
 

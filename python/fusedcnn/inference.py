@@ -83,40 +83,51 @@ def in_one_call(model: nn.Module, input: Tensor) -> Tensor | None:
         model: a :class:`fusedcnn.FusedSimpleCNN` in evaluation mode.
         input: whatever it was called with.
     """
-    compiling = torch.compiler.is_compiling()
-    exporting = compiling and torch.compiler.is_exporting()
-    if torch.is_grad_enabled() and not exporting:
-        return None
-    if not isinstance(input, Tensor) or not input.is_cpu or input.dim() != 4:
-        return None
+    if torch.compiler.is_compiling():
+        return _in_one_node(model, input)
     if (
-        input.dtype != torch.float32
-        or input.layout != torch.strided
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or (compiling and torch.onnx.is_in_onnx_export())
-    ):
-        return None
-    if _module._global_forward_hooks or _module._global_forward_pre_hooks:
-        return None
-    if compiling:
-        parameters = parameters_as_built(model)
-        if parameters is None or any(map(_is_dtensor, (input, *parameters))):
-            return None
-    elif (
         type(input) is not Tensor
-        or (parameters := _C.parameters_as_built(model, _NAMES, _LAYERS, nn.Parameter)) is None
+        or not input.is_cpu
+        or input.dtype != torch.float32
+        or torch.is_grad_enabled()
+        or _under_a_transform()
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._get_tracing_state() is not None
+        or (parameters := _C.parameters_as_built(model, _NAMES, _LAYERS, nn.Parameter)) is None
     ):
         return None
-    if parameters[0].dtype != torch.float32 or False in [p.is_cpu for p in parameters]:
-        return None
-    if compiling:
-        return chain_op(input, parameters, _GEOMETRY)
     try:
         with below_autograd():
             return chain_op(input, parameters, _GEOMETRY)
     except RuntimeError:  # the layers compute it or say in their own words what is wrong
         return None
+
+
+def _in_one_node(model: nn.Module, input: Tensor) -> Tensor | None:
+    """The same for a graph: of torch.compile without gradients, of torch.export in any case."""
+    if (
+        (torch.is_grad_enabled() and not torch.compiler.is_exporting())
+        or torch.onnx.is_in_onnx_export()
+        or not isinstance(input, Tensor)
+        or not input.is_cpu
+        or input.dtype != torch.float32
+        or input.layout != torch.strided
+        or input.dim() != 4
+        or _under_a_transform()
+        or (parameters := parameters_as_built(model)) is None
+        or any(map(_is_dtensor, (input, *parameters)))
+        or not all(p.is_cpu and p.dtype == torch.float32 for p in parameters)
+    ):
+        return None
+    return chain_op(input, parameters, _GEOMETRY)
+
+
+def _under_a_transform() -> bool:
+    """Whether something follows the call that has to see each layer."""
+    return (
+        torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or bool(_module._global_forward_hooks)
+        or bool(_module._global_forward_pre_hooks)
+    )
