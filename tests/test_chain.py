@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from forcing import KERNELS
-from fusedcnn import _ops
+from fusedcnn import _chain, _ops
 from fusedcnn._chain import chain_op
 from fusedcnn._geometry import pack_geometry
 from torch import Tensor
@@ -338,6 +338,14 @@ def test_decomposition_and_flops(features, exact):
             function(input, parameters, list(BLOCK))
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+def test_on_another_device(exact):
+    """What a program that was moved there runs: the block's operator, or the stock layers."""
+    parameters = parameters_of((3, 4, 5), (45, 6, 2))
+    for count in (4, 8):
+        expected = chain_op(GOOD, parameters[:count], BLOCK)
+        assert torch.equal(_chain._on_another_device(GOOD, parameters[:count], BLOCK), expected)
 
 
 def test_meta():

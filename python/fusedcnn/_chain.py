@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from fusedcnn import _cuda, _stock
 from fusedcnn._geometry import Geometry
 from fusedcnn._ops import forward_op
+from fusedcnn.functional import why_stock
 
 chain_op = torch.ops.fusedcnn.conv_relu_max_pool2d_chain.default
 _NAME = "fusedcnn::conv_relu_max_pool2d_chain"
@@ -46,8 +47,14 @@ def _stock_block(input: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence
     return _stock.layers(input, weight, bias, Geometry(*geometry))
 
 
-def _fused_block(input: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int]) -> Tensor:
-    return forward_op(input, weight, bias, geometry, True)[0]
+def _block(input: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int]) -> Tensor:
+    """By a fused kernel where there is one; differentiable."""
+    compiling = torch.compiler.is_compiling()
+    if why_stock(input, weight, tuple(geometry), compiling) is not None:
+        return _stock_block(input, weight, bias, geometry)
+    if not input.is_cpu and not compiling:
+        _cuda.follow_tf32()
+    return forward_op(input, weight, bias, geometry, torch.is_grad_enabled())[0]
 
 
 def _check_devices(input: Tensor, parameters: Sequence[Tensor]) -> None:
@@ -77,8 +84,7 @@ _library = torch.library.Library("fusedcnn", "IMPL")  # its registrations live a
 
 def _on_another_device(input, parameters, geometries):
     _check_devices(input, parameters)
-    fused = input.is_cuda and _cuda.reason is None
-    return _layers(input, parameters, geometries, _fused_block if fused else _stock_block)
+    return _layers(input, parameters, geometries, _block)
 
 
 _library.impl("conv_relu_max_pool2d_chain", _on_another_device, "CompositeExplicitAutograd")
@@ -102,7 +108,7 @@ def _backward(ctx, grad_output):
             t.view_as(t) if create_graph else t.detach().requires_grad_(need)
             for t, need in zip(ctx.saved_tensors, needs, strict=True)
         ]
-        output = _layers(operands[0], operands[1:], ctx.geometries, _fused_block)
+        output = _layers(operands[0], operands[1:], ctx.geometries, _block)
         wanted = [t for t, need in zip(operands, needs, strict=True) if need]
         grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=create_graph))
     grad_input, *grad_parameters = (next(grads) if need else None for need in needs)
