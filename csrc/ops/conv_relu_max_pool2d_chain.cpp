@@ -87,6 +87,8 @@ struct Chain {
     args.input = static_cast<const float*>(input.const_data_ptr());
     args.input_strides = strides_of(input);
     args.linear = cpu::selected_isa().whole().list.linear;
+    args.blocks.reserve(parameters.size() / 2);
+    args.layers.reserve(parameters.size() / 2);
   }
 
   void add_block(const int64_t* packed) {
