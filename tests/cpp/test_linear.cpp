@@ -116,6 +116,7 @@ void test_linear(const fusedcnn::cpu::Isa& isa) {
       }
     }
   }
+  test_integers(isa, {6, 2071, 9}, 0);  // several blocks of features and a bit
   test_bits(isa);
 }
 

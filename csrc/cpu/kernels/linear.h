@@ -2,8 +2,9 @@
 //
 // Lanes run along the features, where both operands lie in memory as they come: nothing is packed,
 // so that one row costs no more than reading the weight once. An output is one vector of sums over
-// every kLanes-th feature and one tree of additions over its lanes, whatever tile it is computed
-// in: its bits depend neither on the other rows nor on the other outputs.
+// every kLanes-th feature, a block of features after the other, and one tree of additions over its
+// lanes, whatever tile it is computed in: its bits depend neither on the other rows nor on the
+// other outputs.
 #pragma once
 
 #include "cpu/kernel.h"
@@ -59,6 +60,9 @@ FUSEDCNN_INLINE void add_products(const float* input, int64_t input_stride, cons
   }
 }
 
+// Products that a lane adds up in a row: rounding errors grow with their number.
+constexpr int64_t kChain = 128;
+
 // One call owns R rows x N outputs. A step costs R + N loads for R N FMAs.
 // input: R rows, input_stride apart. weight: N rows of `features`. output: at the first of both.
 template <int R, int N>
@@ -66,15 +70,23 @@ FUSEDCNN_NOINLINE void linear_tile(const LinearArgs& args, const float* input, c
                                    const float* bias, float* output) {
   constexpr int kN = kLanes<float>;
   const int64_t features = args.in_features, stride = args.input_stride;
-  Vector<float> acc[R][N];
+  Vector<float> total[R][N];
   FUSEDCNN_UNROLL
-  for (int i = 0; i < R * N; ++i) acc[i / N][i % N] = Vector<float>{};
-  int64_t k = 0;
-  for (; k + kN <= features; k += kN) {
-    add_products<true>(input + k, stride, weight + k, features, kN, acc);
-  }
-  if (k < features) {
-    add_products<false>(input + k, stride, weight + k, features, features - k, acc);
+  for (int i = 0; i < R * N; ++i) total[i / N][i % N] = Vector<float>{};
+  for (int64_t k = 0; k < features;) {
+    Vector<float> acc[R][N];
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < R * N; ++i) acc[i / N][i % N] = Vector<float>{};
+    const int64_t end = smaller(k + kChain * kN, features);
+    for (; k + kN <= end; k += kN) {
+      add_products<true>(input + k, stride, weight + k, features, kN, acc);
+    }
+    if (k < end) {
+      add_products<false>(input + k, stride, weight + k, features, end - k, acc);
+      k = end;
+    }
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < R * N; ++i) total[i / N][i % N] += acc[i / N][i % N];
   }
   constexpr int kSums = N < kN ? N : kN;
   static_assert(N % kSums == 0);
@@ -83,7 +95,7 @@ FUSEDCNN_NOINLINE void linear_tile(const LinearArgs& args, const float* input, c
     const int r = i / N, first = i % N;
     Vector<float> group[kSums];
     FUSEDCNN_UNROLL
-    for (int o = 0; o < kSums; ++o) group[o] = acc[r][first + o];
+    for (int o = 0; o < kSums; ++o) group[o] = total[r][first + o];
     float sums[kN];
     store(sums, lane_sums(group));
     for (int o = 0; o < kSums; ++o) {
