@@ -61,7 +61,7 @@ FUSEDCNN_INLINE void add_products(const float* input, int64_t input_stride, cons
 }
 
 // Products that a lane adds up in a row: rounding errors grow with their number.
-constexpr int64_t kChain = 128;
+constexpr int64_t kFeatureBlock = 128;
 
 // One call owns R rows x N outputs. A step costs R + N loads for R N FMAs.
 // input: R rows, input_stride apart. weight: N rows of `features`. output: at the first of both.
@@ -77,7 +77,7 @@ FUSEDCNN_NOINLINE void linear_tile(const LinearArgs& args, const float* input, c
     Vector<float> acc[R][N];
     FUSEDCNN_UNROLL
     for (int i = 0; i < R * N; ++i) acc[i / N][i % N] = Vector<float>{};
-    const int64_t end = smaller(k + kChain * kN, features);
+    const int64_t end = smaller(k + kFeatureBlock * kN, features);
     for (; k + kN <= end; k += kN) {
       add_products<true>(input + k, stride, weight + k, features, kN, acc);
     }
