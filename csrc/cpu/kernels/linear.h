@@ -107,15 +107,15 @@ FUSEDCNN_NOINLINE void linear_tile(const LinearArgs& args, const float* input, c
 
 // Output channels of a tile of R rows: enough chains of additions to hide an FMA's latency, and as
 // few loads for an FMA as the registers allow.
-constexpr int tile_outputs(int rows) {
+constexpr int linear_outputs(int rows) {
   return kRegisters >= 32 ? (rows <= 2 ? 8 : 4) : (rows == 1 ? 8 : rows == 2 ? 4 : 2);
 }
-constexpr int kTileRows = 4;
+constexpr int kLinearRows = 4;
 
 // Outputs first to first + count of R rows from `row` on.
 template <int R>
 void linear_rows(const LinearArgs& args, int64_t row, int64_t first, int64_t count) {
-  constexpr int kOutputs = tile_outputs(R);
+  constexpr int kOutputs = linear_outputs(R);
   const float* input = args.input + row * args.input_stride;
   float* output = args.output + row * args.output_stride;
   int64_t o = first;
@@ -136,8 +136,8 @@ void linear(const LinearArgs& args, const ThreadPool& pool) {
     const int64_t first = task * kTaskOutputs;
     const int64_t count = smaller(kTaskOutputs, args.out_features - first);
     int64_t row = 0;
-    for (; row + kTileRows <= args.rows; row += kTileRows) {
-      linear_rows<kTileRows>(args, row, first, count);
+    for (; row + kLinearRows <= args.rows; row += kLinearRows) {
+      linear_rows<kLinearRows>(args, row, first, count);
     }
     switch (args.rows - row) {
       case 3: return linear_rows<3>(args, row, first, count);
