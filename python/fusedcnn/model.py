@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import operator
 
+import torch
 from torch import Tensor, nn
 
+from fusedcnn._simple_cnn import training_forward
 from fusedcnn.modules import ConvReLUMaxPool2d
 
 
@@ -56,6 +58,14 @@ class FusedSimpleCNN(_Network):
     def _block(self, in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:
         conv = ConvReLUMaxPool2d(in_channels, out_channels, kernel_size=3, padding=1)
         return conv, nn.Identity(), nn.Identity()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map images [N, 3, 32, 32] to logits [N, num_classes]."""
+        if not torch.jit.is_scripting():  # as it can be after unfuse
+            logits = training_forward(self, input)
+            if logits is not None:
+                return logits
+        return self.classifier(self.features(input))
 
 
 def _check_num_classes(num_classes: int) -> int:
