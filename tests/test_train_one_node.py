@@ -150,7 +150,6 @@ def test_accumulation_over_two_calls():
         torch.manual_seed(2)
         for images in (draw(), draw(2)):
             forward(images).square().sum().backward()
-        assert all(parameter.grad is not None for parameter in model.parameters())
     assert_same(*([p.grad for p in model.parameters()] for model in models))
 
 
