@@ -1,4 +1,4 @@
-"""FusedSimpleCNN's training forward as one autograd node: what its modules compute, to the bit."""
+"""FusedSimpleCNN's training forward as one autograd node: what its modules compute."""
 
 from __future__ import annotations
 
@@ -47,6 +47,17 @@ def assert_same(ours, theirs) -> None:
         assert one is None or torch.equal(one, other)
 
 
+def assert_close(ours, theirs) -> None:
+    """But for the order in which up to 2048 products are added: as far as 64 roundings of the
+    largest element, a random walk of as many steps; with None in the same places."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            room = 64 * torch.finfo(other.dtype).eps * other.abs().max()
+            assert one.dtype == other.dtype
+            assert (one - other).abs().max() <= room
+
+
 def gradients(logits: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
     grad = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
@@ -69,9 +80,10 @@ def test_same_as_the_modules(count, training, channels_last, dtype):
     results = []
     for forward in (model, functools.partial(by_modules, model)):
         logits = seeded(forward, images)
-        results.append((logits, torch.rand(1), *gradients(logits, leaves)))
+        results.append((logits, *gradients(logits, leaves), torch.rand(1)))
         assert is_one_node(logits) is (forward is model)
-    assert_same(*results)
+    assert_close(*results)
+    assert torch.equal(results[0][-1], results[1][-1])
 
 
 def test_same_dropout_as_the_stock_model():
@@ -86,8 +98,8 @@ def test_same_dropout_as_the_stock_model():
     seeded(stock, images)
     handle.remove()
     saved = seeded(fused, images).grad_fn.saved_tensors
-    hidden, noise = saved[13:15]
-    assert torch.equal((noise == 0) & (hidden > 0), dropped["stock"])
+    hidden, kept = saved[13:15]
+    assert torch.equal((kept == 0) & (hidden > 0), dropped["stock"])
     assert 0.1 < dropped["stock"].float().mean() < 0.4
 
 
@@ -109,7 +121,7 @@ def test_some_gradients(needed):
     logits = seeded(model, images)
     assert is_one_node(logits)
     expected = gradients(seeded(by_modules, model, images), leaves)
-    assert_same(gradients(logits, leaves), expected)
+    assert_close(gradients(logits, leaves), expected)
 
 
 def test_against_float64():
@@ -137,7 +149,7 @@ def test_against_float64():
     assert len(images) >= 5
     results = []
     for model in (fused, stock, exact):
-        logits = seeded(model.eval(), images.to(model.classifier[1].weight.dtype))
+        logits = seeded(model, images.to(model.classifier[1].weight.dtype))
         results.append(gradients(logits, list(model.parameters())))
     for ours, theirs, reference in zip(*results, strict=True):
         floor = torch.finfo(torch.float32).eps * reference.abs().max()
@@ -150,7 +162,7 @@ def test_accumulation_over_two_calls():
         torch.manual_seed(2)
         for images in (draw(), draw(2)):
             forward(images).square().sum().backward()
-    assert_same(*([p.grad for p in model.parameters()] for model in models))
+    assert_close(*([p.grad for p in model.parameters()] for model in models))
 
 
 def test_graph_kept_for_two_calls():
@@ -213,7 +225,21 @@ def test_copies():
     model = make()
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert is_one_node(copied(images))
-        assert torch.equal(seeded(copied, images), seeded(model, images))
+        assert_same([seeded(copied, images)], [seeded(model, images)])
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_any_number_of_threads(count):
+    model, images = make(), draw(count)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(gradients(seeded(model, images), list(model.parameters())))
+    finally:
+        torch.set_num_threads(before)
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
 
 
 def test_other_sizes_of_the_classifier():
@@ -221,7 +247,7 @@ def test_other_sizes_of_the_classifier():
     model.classifier[1], model.classifier[4] = nn.Linear(2048, 7), nn.Linear(7, 1)
     logits = seeded(model, images)
     assert is_one_node(logits)
-    assert torch.equal(logits, seeded(by_modules, model, images))
+    assert_close([logits], [seeded(by_modules, model, images)])
 
 
 # ---- the plain way -------------------------------------------------------------------------------
@@ -397,7 +423,7 @@ def test_not_while_compiling():
         return graph.forward
 
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    assert torch.equal(seeded(compiled, images), seeded(model, images))
+    assert torch.equal(seeded(compiled, images), seeded(by_modules, model, images))
     assert len(graphs) == 1
 
 

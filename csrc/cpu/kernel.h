@@ -80,7 +80,8 @@ struct TransposeArgs {
   void* to;
 };
 
-struct NormPasses;  // batch_norm_passes.h
+struct NormPasses;    // batch_norm_passes.h
+struct LinearPasses;  // linear.h
 
 struct KernelList {
   const Kernel* kernels;  // in order of preference, within each pass
@@ -91,6 +92,7 @@ struct KernelList {
   double (*multiply_add_rate)(double seconds);
   // What stands around the convolutions of a block with batch normalisation.
   const NormPasses* norm;
+  const LinearPasses* linear;
 };
 
 }  // namespace fusedcnn::cpu

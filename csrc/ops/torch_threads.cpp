@@ -47,6 +47,10 @@ cpu::ThreadPool thread_pool(const Geometry& g) {
       std::min(double(g.outputs()) * double(g.window()), double(g.h.conv) * double(g.w.conv));
   const double multiply_adds =
       double(g.batch) * g.out_channels * conv_outputs * g.in_channels_per_group() * g.taps();
+  return thread_pool(multiply_adds);
+}
+
+cpu::ThreadPool thread_pool(double multiply_adds) {
   return {multiply_adds < kSerialMultiplyAdds ? run_inline : run_on_torch_threads};
 }
 

@@ -12,6 +12,7 @@ namespace fusedcnn {
 
 // torch's own threads, or where the work is too little to share out, the calling one.
 cpu::ThreadPool thread_pool(const Geometry& g);
+cpu::ThreadPool thread_pool(double multiply_adds);
 
 // body(), with a shortage of working memory as the error that torch's own allocator raises.
 template <typename Body>

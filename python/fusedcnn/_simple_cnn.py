@@ -2,8 +2,8 @@
 
 A step of a small batch spends most of its time between the operators: in a dozen modules, and in as
 many nodes whose code and objects the optimizer's pass over its state has driven from the caches.
-One node calls the same operators in the same order, and its results are those of the modules to the
-bit. Whoever put anything unusual in or around the model gets the modules themselves.
+One node calls one operator for each layer. Whoever put anything unusual in or around the model gets
+the modules themselves.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from fusedcnn._ops import (
     backward_op,
     below_autograd,
     forward_op,
+    linear_backward_op,
+    linear_op,
     select_grads,
 )
 from fusedcnn.functional import conv_relu_max_pool2d
@@ -151,18 +153,17 @@ class SimpleCNNFunction(torch.autograd.Function):
         """Return the logits [N, classes] and save what the backward needs."""
         *parameters, p = arguments
         w1, b1, w2, b2, w3, b3, w4, b4 = parameters
+        keep = 1 - p
         with below_autograd():
             first, first_code = forward_op(images, w1, b1, _GEOMETRY, True)
             second, second_code = forward_op(first, w2, b2, _GEOMETRY, True)
-            hidden = F.linear(second.flatten(1), w3, b3).relu_()
-            noise, kept = None, hidden
-            if p:
-                noise = torch.empty_like(hidden).bernoulli_(1 - p).div_(1 - p)
-                kept = hidden * noise
-            logits = F.linear(kept, w4, b4)
+            kept = images.new_empty(len(images), len(b3)).bernoulli_(keep) if p else None
+            hidden, dropped = linear_op(second.flatten(1), w3, b3, True, kept, keep)
+            logits, _ = linear_op(dropped if p else hidden, w4, b4, False, None, 1)
         ctx.save_for_backward(
-            images, *parameters, first, first_code, second, second_code, hidden, noise, kept
+            images, *parameters, first, first_code, second, second_code, hidden, kept, dropped
         )
+        ctx.keep = keep
         ctx.set_materialize_grads(False)
         return logits
 
@@ -179,43 +180,33 @@ class SimpleCNNFunction(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     needed = ctx.needs_input_grad
-    images, w1, _b1, w2, _b2, w3, _b3, w4, _b4, *kept = ctx.saved_tensors
-    first, first_code, second, second_code, hidden, noise, dropped = kept
+    images, w1, _b1, w2, _b2, w3, _b3, w4, _b4, *tensors = ctx.saved_tensors
+    first, first_code, second, second_code, hidden, kept, dropped = tensors
     grads: list[Tensor | None] = [None] * 9
 
-    def linear(weight_at: int, input: Tensor, grad: Tensor) -> None:
-        if needed[weight_at]:
-            grads[weight_at] = grad.t().mm(input)
-        if needed[weight_at + 1]:
-            grads[weight_at + 1] = grad.sum(0)
-
-    def block(weight_at: int, need_input: bool, *operands: Tensor) -> Tensor | None:
+    def layer(backward: Any, weight_at: int, need_input: bool, *arguments: Any) -> Tensor | None:
         mask = need_input * GRAD_INPUT
         mask += needed[weight_at] * GRAD_WEIGHT + needed[weight_at + 1] * GRAD_BIAS
-        if not mask:
-            return None
-        results = select_grads(backward_op(*operands, _GEOMETRY, mask), mask)
+        results = select_grads(backward(*arguments, mask), mask)
         grads[weight_at : weight_at + 2] = results[1:]
         return results[0]
 
-    linear(7, dropped, grad)
+    input = hidden if kept is None else dropped
+    grad = layer(linear_backward_op, 7, any(needed[:7]), grad, input, w4, None, None, 1)
     if any(needed[:7]):
-        grad = grad.mm(w4)
-        if noise is not None:
-            grad = grad * noise
-        grad = torch.ops.aten.threshold_backward.default(grad, hidden, 0)
-        linear(5, second.flatten(1), grad)
+        arguments = grad, second.flatten(1), w3, hidden, kept, ctx.keep
+        grad = layer(linear_backward_op, 5, any(needed[:5]), *arguments)
     if any(needed[:5]):
-        grad = grad.mm(w3).view(second.shape)
-        grad = block(3, any(needed[:3]), grad, first, w2, second_code)
+        arguments = grad.view(second.shape), first, w2, second_code, _GEOMETRY
+        grad = layer(backward_op, 3, any(needed[:3]), *arguments)
     if any(needed[:3]):
-        grads[0] = block(1, needed[0], grad, images, w1, first_code)
+        grads[0] = layer(backward_op, 1, needed[0], grad, images, w1, first_code, _GEOMETRY)
     return grads
 
 
 def _recorded_gradients(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     """The gradients as differentiable operations: of the layers one by one, computed again."""
-    *operands, noise = ctx.saved_tensors[:9] + ctx.saved_tensors[14:15]
+    operands, kept = ctx.saved_tensors[:9], ctx.saved_tensors[14]
     needed = ctx.needs_input_grad[:9]
     # Aliases: images may have been computed from a parameter, and only the direct dependence is
     # wanted here.
@@ -224,7 +215,7 @@ def _recorded_gradients(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     first = conv_relu_max_pool2d(images, w1, b1, padding=1)
     second = conv_relu_max_pool2d(first, w2, b2, padding=1)
     hidden = F.relu(F.linear(second.flatten(1), w3, b3))
-    logits = F.linear(hidden if noise is None else hidden * noise, w4, b4)
+    logits = F.linear(hidden if kept is None else hidden * (kept / ctx.keep), w4, b4)
     wanted = [operand for operand, need in zip(operands, needed, strict=True) if need]
     grads = iter(torch.autograd.grad(logits, wanted, grad_output, create_graph=True))
     return [next(grads) if need else None for need in needed]

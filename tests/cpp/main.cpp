@@ -14,6 +14,7 @@
 #include "test_dense_gradients.h"
 #include "test_derived_weights.h"
 #include "test_kernels.h"
+#include "test_linear.h"
 #include "test_moments.h"
 #include "test_select.h"
 #include "test_tiles.h"
@@ -99,6 +100,7 @@ int main(int count, char** arguments) {
     selftest::test_rounding(backend);
     selftest::test_determinism(backend);
     if (isa.list.norm) selftest::test_batch_norm(isa, quick);
+    if (isa.list.linear) selftest::test_linear(isa);
   }
   selftest::check(found, "no ISA named " + only + " was compiled in");
   std::printf("%d passed, %d failed\n", selftest::passed(), selftest::failed());
