@@ -141,8 +141,8 @@ std::string describe(const fusedcnn::cpu::Isa& isa, const Problem& p) {
 void test_linear(const fusedcnn::cpu::Isa& isa) {
   unsigned seed = 0;
   for (const DataType type : {DataType::kFloat32, DataType::kFloat64}) {
-    // Around the rows of a dot's tile, of a panel on each ISA, and of a chunk.
-    for (const int64_t rows : {0, 1, 2, 5, 7, 12, 16, 23, 24, 33, 64, 130}) {
+    // Around the rows of a dot's tile, of a panel on each ISA, of a chunk, and of one sum.
+    for (const int64_t rows : {0, 1, 2, 5, 7, 12, 16, 23, 24, 33, 64, 130, 300}) {
       for (const int64_t in : {1, 7, 32, 70, 300}) {
         for (const int64_t out : {1, 5, 13, 24}) {
           ++seed;

@@ -2,8 +2,8 @@
 // of a CNN. Libraries leave half of the machine's rate there in the forward, whose operands both
 // lie along the sum.
 //
-// One task owns a panel: two vectors of columns of a product, for all of its rows. A panel of the
-// right operand is copied next to each other, which also puts rows that share a cache set apart; in
+// One task owns some panels of a product, two vectors of columns each, for all of its rows. A panel
+// of the right operand is copied together, which also puts rows apart that share a cache set; in
 // the forward it is transposed on the way. A tile of kTileRows x 2 vectors stays in registers: on
 // AVX-512 24 accumulators, for which a step of the sum loads 2 vectors and 12 broadcasts, less than
 // two loads a cycle beside two FMAs.
@@ -23,6 +23,9 @@ constexpr int kTileRows = kRegisters == 32 ? 12 : 6;
 constexpr int64_t kTerms = 256;
 // Rows that the forward transposes at a time: with the weights they stay in L2.
 constexpr int64_t kChunk = 64;
+// Panels that a product's task owns: with one, the copy would read two cache lines of a row, and
+// never see the next ones arrive.
+constexpr int64_t kPanels = 2;
 // Right operands up to this many bytes stay in L1 as they are.
 constexpr int64_t kUncopiedBytes = 16 * 1024;
 
@@ -249,53 +252,65 @@ void linear_forward(const LinearArgs& args, const ThreadPool& pool) {
 
 // ---- backward -----------------------------------------------------------------------------------
 
+// Columns c.. of right [terms][cols], as panels [count / kPanel, rounded up][terms][kPanel]; zeros
+// where the last is not full.
+template <typename T>
+void copy_panels(const T* right, int64_t terms, int64_t cols, int64_t count, T* to) {
+  constexpr int64_t kN = kPanel<T>;
+  for (int64_t k = 0; k < terms; ++k) {
+    const T* const from = right + k * cols;
+    int64_t c = 0;
+    for (; c + kN <= count; c += kN) {
+      T* const panel = to + c * terms + k * kN;
+      FUSEDCNN_UNROLL
+      for (int v = 0; v < 2; ++v) store(panel + v * kLanes<T>, load(from + c + v * kLanes<T>));
+    }
+    if (c == count) continue;
+    T* const panel = to + c * terms + k * kN;
+    for (int64_t i = 0; i < kN; ++i) panel[i] = c + i < count ? from[c + i] : 0;
+  }
+}
+
 // to [rows][cols] = left * right, where left(i, k) = left[i * left_row + k * left_term] and right
 // is [terms][cols].
 template <typename T>
 void multiply(int64_t rows, int64_t terms, int64_t cols, const T* left, int64_t left_row,
               int64_t left_term, const T* right, T* to, const ThreadPool& pool) {
-  constexpr int64_t kN = kPanel<T>;
-  const int64_t panels = (cols + kN - 1) / kN;
+  constexpr int64_t kN = kPanel<T>, kWidth = kPanels * kN;
+  const int64_t groups = (cols + kWidth - 1) / kWidth;
   // Where the right operand is read once, or stays in L1, it is read where it lies. Its tiles then
   // go along the result's rows, which may be all the work there is.
   const bool copied = rows > kTileRows && terms * cols * int64_t{sizeof(T)} > kUncopiedBytes;
   const int64_t bands = copied ? 1 : (rows + kTileRows - 1) / kTileRows;
-  parallel_tasks(pool, copied ? panels : bands * ((panels + 7) / 8), [&](int64_t task) {
-    const int64_t first = copied ? task : task / bands * 8;
-    const int64_t last = copied ? task + 1 : smaller(panels, first + 8);
-    const int64_t begin = copied ? 0 : task % bands * kTileRows;
+  parallel_tasks(pool, bands * groups, [&](int64_t task) {
+    const int64_t first = task % groups * kWidth, width = smaller(kWidth, cols - first);
+    const int64_t begin = task / groups * kTileRows;
     const int64_t end = copied ? rows : smaller(rows, begin + kTileRows);
-    for (int64_t panel = first; panel < last; ++panel) {
-      const T* from = right + panel * kN;
-      int64_t stride = cols;
-      const int64_t count = smaller(kN, cols - panel * kN);
-      if (copied || count < kN) {
-        T* const copy =
-            static_cast<T*>(scratch(Slot::kPatch, larger<int64_t>(terms, 1) * kN * sizeof(T)));
-        for (int64_t k = 0; k < terms; ++k) {
-          T* const row = copy + k * kN;
-          if (count == kN) {
-            for (int v = 0; v < 2; ++v)
-              store(row + v * kLanes<T>, load(from + k * cols + v * kLanes<T>));
-          } else {
-            for (int64_t c = 0; c < kN; ++c) row[c] = c < count ? from[k * cols + c] : 0;
-          }
-        }
-        from = copy;
-        stride = kN;
-      }
-      for (int64_t i = begin; i < end; i += kTileRows) {
-        const int64_t tile = smaller<int64_t>(kTileRows, end - i);
-        T* const place = to + i * cols + panel * kN;
-        if (count == kN) {
-          product_sums(tile, terms, left + i * left_row, left_row, left_term, from, stride, place,
-                       cols);
+    const T* panels = right + first;
+    int64_t stride = cols, next = kN;  // of a panel's rows, from panel to panel
+    if (copied || width % kN != 0) {
+      const int64_t elements = round_up(width, kN) * larger<int64_t>(terms, 1);
+      T* const copy = static_cast<T*>(scratch(Slot::kPatch, elements * sizeof(T)));
+      copy_panels(panels, terms, cols, width, copy);
+      panels = copy;
+      stride = kN;
+      next = terms * kN;
+    }
+    for (int64_t i = begin; i < end; i += kTileRows) {
+      const int64_t tile = smaller<int64_t>(kTileRows, end - i);
+      const T* const factors = left + i * left_row;
+      for (int64_t c = 0; c < width; c += kN) {
+        const T* const panel = panels + c / kN * next;
+        T* const place = to + i * cols + first + c;
+        if (c + kN <= width) {
+          product_sums(tile, terms, factors, left_row, left_term, panel, stride, place, cols);
           continue;
         }
         alignas(64) T sums[kTileRows * kN];
-        product_sums(tile, terms, left + i * left_row, left_row, left_term, from, stride, sums, kN);
-        for (int64_t r = 0; r < tile; ++r)
-          memcpy(place + r * cols, sums + r * kN, count * sizeof(T));
+        product_sums(tile, terms, factors, left_row, left_term, panel, stride, sums, kN);
+        for (int64_t r = 0; r < tile; ++r) {
+          memcpy(place + r * cols, sums + r * kN, (width - c) * sizeof(T));
+        }
       }
     }
   });
