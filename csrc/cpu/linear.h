@@ -37,6 +37,9 @@ struct LinearBackwardArgs {
   void *grad_input, *grad_weight, *grad_bias;
 };
 
+// Working memory: 64 transposed rows, the gradient before dropout and ReLU, and for each thread two
+// panels of 32 columns at most.
+//
 // Results depend neither on the number of threads nor on the run. Those of a row may depend, by
 // rounding, on how many rows there are, as with other libraries' products of matrices.
 struct LinearPasses {

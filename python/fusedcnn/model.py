@@ -52,7 +52,8 @@ class FusedSimpleCNN(_Network):
 
     Equivalent to ``SimpleCNN(num_classes)``: the same arguments, the same ``state_dict`` keys
     (``nn.Identity`` stands where ReLU and MaxPool2d stood) and, under one seed, the same initial
-    values to the bit.
+    values to the bit and in training the same dropout. Where nothing is unusual it trains through
+    a single autograd node, and its layers' modules are not called.
     """
 
     def _block(self, in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:
