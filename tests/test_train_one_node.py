@@ -72,6 +72,7 @@ def gradients(logits: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]
 def test_same_as_the_modules(count, training, channels_last, dtype):
     """Logits, all gradients, and the random numbers that are drawn."""
     model, images = make(dtype).train(training), draw(count, dtype)
+    model.classifier[3].p = 0.3  # whose inverse has to be rounded
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)

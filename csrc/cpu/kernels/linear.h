@@ -352,13 +352,14 @@ void linear_backward(const LinearBackwardArgs& args, const ThreadPool& pool) {
   const LinearShape& s = args.shape;
   const T* const grad = linear_gradient<T>(args, pool);
   if (args.grad_bias) sum_rows(s, grad, static_cast<T*>(args.grad_bias));
-  if (args.grad_weight) {
-    multiply(s.out, s.rows, s.in, grad, int64_t{1}, s.out, static_cast<const T*>(args.input),
-             static_cast<T*>(args.grad_weight), pool);
-  }
+  // First, while the weights are where the forward left them: grad_weight is as large.
   if (args.grad_input) {
     multiply(s.rows, s.out, s.in, grad, s.out, int64_t{1}, static_cast<const T*>(args.weight),
              static_cast<T*>(args.grad_input), pool);
+  }
+  if (args.grad_weight) {
+    multiply(s.out, s.rows, s.in, grad, int64_t{1}, s.out, static_cast<const T*>(args.input),
+             static_cast<T*>(args.grad_weight), pool);
   }
 }
 
