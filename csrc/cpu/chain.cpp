@@ -48,13 +48,12 @@ void run_images(const ChainArgs& args, int64_t first, int64_t count, bool own_po
   }
   for (const ChainLayer& layer : args.layers) {
     LinearArgs call = layer.args;
-    call.rows = count;
+    call.shape.rows = count;
     call.input = input;
-    call.input_stride = call.in_features;
-    call.output = output_of(call.out_features);
-    call.output_stride = call.out_features;
+    float* const output = output_of(call.shape.out);
+    call.output = output;
     args.linear(call, own_pools ? layer.pool : kSerial);
-    input = call.output;
+    input = output;
   }
 }
 

@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/kernel.h"
+#include "cpu/linear.h"
 
 namespace fusedcnn::cpu {
 
@@ -23,14 +23,14 @@ struct ChainBlock {
 };
 
 struct ChainLayer {
-  LinearArgs args;  // features, weight, bias, relu
+  LinearArgs args;  // shape but for its rows, weight, bias, relu
   ThreadPool pool;
 };
 
 struct ChainArgs {
   std::vector<ChainBlock> blocks;  // at least one; each takes what the one before returns
   std::vector<ChainLayer> layers;  // the first takes an image's [C, H, W] as its features
-  void (*linear)(const LinearArgs& args, const ThreadPool& pool);
+  void (*linear)(const LinearArgs& args, const ThreadPool& pool);  // LinearPasses::by_rows
   int64_t batch;
   const float* input;  // [N, C, H, W]
   Strides input_strides;

@@ -64,8 +64,9 @@ const KernelList& kernels() {
   };
   static constexpr NormPasses norm = {norm_pool, norm_output, norm_sums, norm_gradient,
                                       norm_load, norm_store,  norm_add,  norm_weight};
+  static constexpr LinearPasses linear = {linear_forward, linear_by_rows, linear_backward};
   static constexpr KernelList result = {
-      list, sizeof list / sizeof *list, to_channels_last, multiply_add_rate, &norm, linear};
+      list, sizeof list / sizeof *list, to_channels_last, multiply_add_rate, &norm, &linear};
   return result;
 }
 

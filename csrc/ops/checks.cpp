@@ -245,9 +245,9 @@ Tensor empty_twin(const Tensor& like) {
                        like);
 }
 
-Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns, ScalarType type) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
-  return empty_strided(2, sizes, strides, type, like);
+Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t cols) {
+  const int64_t sizes[] = {rows, cols}, strides[] = {cols, 1};
+  return empty_strided(2, sizes, strides, like.scalar_type(), like);
 }
 
 Tensor empty_vector(const Tensor& like, int64_t size, ScalarType type) {

@@ -62,8 +62,8 @@ torch::stable::Tensor empty_image(const torch::stable::Tensor& like, bool batche
 // An uninitialised tensor with device, type, sizes and strides of `like`, which is dense.
 torch::stable::Tensor empty_twin(const torch::stable::Tensor& like);
 
-torch::stable::Tensor empty_matrix(const torch::stable::Tensor& like, int64_t rows, int64_t columns,
-                                   torch::headeronly::ScalarType type);
+// An uninitialised contiguous matrix with device and type of `like`.
+torch::stable::Tensor empty_matrix(const torch::stable::Tensor& like, int64_t rows, int64_t cols);
 
 // An uninitialised contiguous tensor of one dimension on the device of `like`.
 torch::stable::Tensor empty_vector(const torch::stable::Tensor& like, int64_t size,

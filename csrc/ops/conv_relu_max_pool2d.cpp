@@ -152,6 +152,15 @@ STABLE_TORCH_LIBRARY(fusedcnn, m) {
       "Tensor grad_bn_weight, Tensor grad_bn_bias)");
   m.def(
       "conv_relu_max_pool2d_chain(Tensor input, Tensor[] parameters, int[] geometries) -> Tensor");
+  // output: input * weight^T + bias, through ReLU where that is asked for. dropped: output * kept /
+  // keep, or of shape [0] without kept, the dropout's zeros and ones.
+  m.def(
+      "linear(Tensor input, Tensor weight, Tensor bias, bool relu, Tensor? kept, float keep) -> "
+      "(Tensor output, Tensor dropped)");
+  // Of the same; output: None where there was no ReLU.
+  m.def(
+      "linear_backward(Tensor grad, Tensor input, Tensor weight, Tensor? output, Tensor? kept, "
+      "float keep, int output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def("explain(Tensor input, Tensor weight, Tensor? bias, int[] geometry) -> str");
 }
 

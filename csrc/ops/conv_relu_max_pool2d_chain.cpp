@@ -86,7 +86,7 @@ struct Chain {
     args.batch = sizes[0];
     args.input = static_cast<const float*>(input.const_data_ptr());
     args.input_strides = strides_of(input);
-    args.linear = cpu::selected_isa().whole().list.linear;
+    args.linear = cpu::selected_isa().whole().list.linear->by_rows;
     args.blocks.reserve(parameters.size() / 2);
     args.layers.reserve(parameters.size() / 2);
   }
@@ -132,16 +132,14 @@ struct Chain {
     }
     check_bias(at + 1, bias, weight.size(0));
     cpu::LinearArgs call{};
-    call.rows = args.batch;
-    call.in_features = features;
-    call.out_features = weight.size(0);
-    call.weight = static_cast<const float*>(weight.const_data_ptr());
-    call.bias = static_cast<const float*>(bias.const_data_ptr());
+    call.shape = {DataType::kFloat32, args.batch, features, weight.size(0)};
+    call.weight = weight.const_data_ptr();
+    call.bias = bias.const_data_ptr();
     call.relu = at + 2 < parameters.size();
-    const double products = double(args.batch) * double(features) * double(call.out_features);
+    const double products = double(args.batch) * double(features) * double(weight.size(0));
     args.layers.push_back({call, thread_pool(products)});
     multiply_adds += products;
-    sizes[1] = call.out_features;
+    sizes[1] = weight.size(0);
     sizes[2] = sizes[3] = 1;
     at += 2;
   }
@@ -194,7 +192,7 @@ Tensor conv_relu_max_pool2d_chain(const Tensor& input, const std::vector<Tensor>
   const Tensor output = args.layers.empty()
                             ? empty_image(input, true, n, chain.sizes[1], chain.sizes[2],
                                           chain.sizes[3], ScalarType::Float, false)
-                            : empty_matrix(input, n, chain.sizes[1], ScalarType::Float);
+                            : empty_matrix(input, n, chain.sizes[1]);
   if (n == 0) return output;
   args.output = static_cast<float*>(output.mutable_data_ptr());
   Tensor images = input;

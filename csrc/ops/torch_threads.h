@@ -13,6 +13,7 @@ namespace fusedcnn {
 // torch's own threads, or where the work is too little to share out, the calling one.
 cpu::ThreadPool thread_pool(double multiply_adds);
 cpu::ThreadPool thread_pool(const Geometry& g);
+cpu::ThreadPool thread_pool(double multiply_adds);
 
 double multiply_adds(const Geometry& g);
 

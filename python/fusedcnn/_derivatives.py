@@ -15,11 +15,14 @@ from fusedcnn import _stock
 from fusedcnn._geometry import Geometry, off, padding_of, plane_sizes, sums_dtype
 from fusedcnn._ops import (
     backward_op,
+    below_autograd,
     bn_backward_op,
     bn_forward_op,
     bn_output_mask,
     bn_select_grads,
     forward_op,
+    linear_backward_op,
+    linear_op,
     output_mask,
     select_grads,
 )
@@ -173,6 +176,30 @@ def _differentiate(ctx, gradients, primals, grad_grads) -> list[Tensor | None]:
 torch.library.register_autograd(
     "fusedcnn::conv_relu_max_pool2d_backward", _double_backward, setup_context=_setup_backward
 )
+
+
+# ---- a linear layer ------------------------------------------------------------------------------
+
+_library = torch.library.Library("fusedcnn", "IMPL")  # its registrations live as long as it does
+
+
+def _refuse_gradients(op):
+    """Of an operator whose caller records its calls: silence would train nothing."""
+
+    def call(*arguments):
+        tensors = (value for value in arguments if isinstance(value, Tensor))
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise NotImplementedError(
+                f"{op.name()} has no gradient of its own; torch.nn.functional.linear has"
+            )
+        with below_autograd():
+            return op(*arguments)
+
+    return call
+
+
+for _op in (linear_op, linear_backward_op):
+    _library.impl(_op._schema.name.removeprefix("fusedcnn::"), _refuse_gradients(_op), "Autograd")
 
 
 # ---- with a BatchNorm ----------------------------------------------------------------------------

@@ -68,6 +68,21 @@ def _(grad_output, input, weight, bn_weight, code, extremum, mean, var, geometry
     )
 
 
+@torch.library.register_fake("fusedcnn::linear")
+def _(input, weight, bias, relu, kept, keep):
+    output = input.new_empty(input.shape[0], weight.shape[0])
+    return output, output.new_empty(0) if kept is None else torch.empty_like(output)
+
+
+@torch.library.register_fake("fusedcnn::linear_backward")
+def _(grad, input, weight, output, kept, keep, output_mask):
+    return (
+        input.new_empty(input.shape if output_mask & GRAD_INPUT else 0),
+        input.new_empty(weight.shape if output_mask & GRAD_WEIGHT else 0),
+        input.new_empty(weight.shape[0] if output_mask & GRAD_BIAS else 0),
+    )
+
+
 def _image_like(tensor: Tensor) -> Tensor:
     channels_last = tensor.dim() == 4 and torch._prims_common.suggest_memory_format(tensor) == (
         torch.channels_last

@@ -21,6 +21,8 @@ forward_op = torch.ops.fusedcnn.conv_relu_max_pool2d.default
 backward_op = torch.ops.fusedcnn.conv_relu_max_pool2d_backward.default
 bn_forward_op = torch.ops.fusedcnn.conv_batch_norm_relu_max_pool2d.default
 bn_backward_op = torch.ops.fusedcnn.conv_batch_norm_relu_max_pool2d_backward.default
+linear_op = torch.ops.fusedcnn.linear.default
+linear_backward_op = torch.ops.fusedcnn.linear_backward.default
 explain_op = torch.ops.fusedcnn.explain.default
 
 # `with below_autograd():` calls the operators without their autograd registration, which costs

@@ -144,3 +144,16 @@ def backward_flops(
         grad_weight = [channels, weight[0], *weight[2:]]
         count += conv_flop_count([channels, batch], [out[1], batch, *out[2:]], grad_weight)
     return count
+
+
+@register_flop_formula(torch.ops.fusedcnn.linear)
+def linear_flops(input, weight, *_others, out_shape=None, **_) -> int:
+    """Those of the product."""
+    return 2 * input[0] * input[1] * weight[0]
+
+
+@register_flop_formula(torch.ops.fusedcnn.linear_backward)
+def linear_backward_flops(grad, input, weight, *others, out_shape=None, **_) -> int:
+    """Those of the products that are wanted."""
+    products = sum(bool(others[-1] & bit) for bit in (GRAD_INPUT, GRAD_WEIGHT))
+    return products * linear_flops(input, weight)

@@ -7,6 +7,7 @@ import operator
 import torch
 from torch import Tensor, nn
 
+from fusedcnn._simple_cnn import training_forward
 from fusedcnn.inference import in_one_call
 from fusedcnn.modules import ConvReLUMaxPool2d
 
@@ -52,7 +53,8 @@ class FusedSimpleCNN(_Network):
 
     Equivalent to ``SimpleCNN(num_classes)``: the same arguments, the same ``state_dict`` keys
     (``nn.Identity`` stands where ReLU and MaxPool2d stood) and, under one seed, the same initial
-    values to the bit.
+    values to the bit and in training the same dropout. Where nothing is unusual it trains through
+    a single autograd node, and its layers' modules are not called.
     """
 
     def _block(self, in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:
@@ -61,10 +63,10 @@ class FusedSimpleCNN(_Network):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map images [N, 3, 32, 32] to logits [N, num_classes]."""
-        if not torch.jit.is_scripting():
-            output = None if self.training else in_one_call(self, input)
-            if output is not None:
-                return output
+        if not torch.jit.is_scripting():  # as it can be after unfuse
+            logits = training_forward(self, input) if self.training else in_one_call(self, input)
+            if logits is not None:
+                return logits
         return self.classifier(self.features(input))
 
 
