@@ -20,15 +20,13 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-// Output channels of a register tile, 8 accumulators each. An input channel costs 16 loads and 12 R
-// broadcasts for 24 R FMAs.
-constexpr int kWinogradGroup = kRegisters >= 32 ? 3 : 1;
-
-// Output channels of the group that starts at `first`: never a single one behind groups of three.
-FUSEDCNN_INLINE int64_t group_size(int64_t first, int64_t out_channels) {
-  const int64_t left = out_channels - first;
-  return left == 4 && kWinogradGroup == 3 ? 2 : smaller<int64_t>(kWinogradGroup, left);
-}
+// The columns of the transform are taken one or two at a time, in this order; a column of V over a
+// run of channels stays in registers while all output channels pass by.
+constexpr int kRunOfFew = 3;
+constexpr int kColumns = kRegisters >= 32 ? 2 : 1;
+constexpr int kColumnOrder[4] = {1, 2, 0, 3};
+// Output channels that pass by before the next columns: their outputs stay in L1 meanwhile.
+constexpr int64_t kPassing = 32;
 
 // Adds one window of 2x2 outputs to the chunk of each of the first `count` lanes.
 FUSEDCNN_INLINE void see_windows(const Vector<float> (&y)[4], int64_t count,
@@ -45,49 +43,171 @@ FUSEDCNN_INLINE void see_windows(const Vector<float> (&y)[4], int64_t count,
   chunk.see(seen[0], seen[1], seen[2], seen[3]);
 }
 
-// One call owns one vector of windows x R output channels: all four outputs of each window.
-// r: R at the first window, channels `channel_size` and the four j `plane` apart. u: [channels][4]
-// [3][R]. bias: [R]. values, codes: R rows of lanes, `stride` apart; codes may be null. Without
-// ReLU also adds the first `count` windows to chunks, [R].
-template <int R, bool kReLU>
-FUSEDCNN_NOINLINE void window_vector(const float* r, int64_t channel_size, int64_t plane,
-                                     int64_t width, int64_t channels, const float* u,
-                                     const float* bias, float* values, uint8_t* codes,
-                                     int64_t stride, int64_t count, ChunkSums<float>* chunks) {
-  Vector<float> m[R][2][4];
+// Where a vector of windows goes: channels `stride` apart. codes: null where they are not wanted.
+struct WindowLanes {
+  float* values;
+  uint8_t* codes;
+  int64_t stride;
+  int64_t count;             // lanes that are windows
+  ChunkSums<float>* chunks;  // without ReLU: of each channel
+};
+
+// One call owns one vector of windows x `channels` output channels: what columns kStep * kColumns
+// and on of a run of C input channels add to the four outputs.
+// r: R at the first window, channels `channel_size` and the four j `plane` apart. u: [channels]
+// [kColumns][C][4 i]. y: [channels][4][lanes].
+template <int C, int kStep, bool kFirst, bool kLast, bool kReLU>
+FUSEDCNN_NOINLINE void add_columns(const float* r, int64_t channel_size, int64_t plane,
+                                   int64_t width, int64_t channels, const float* u,
+                                   const float* bias, float* y, const WindowLanes& to) {
+  constexpr int kN = kLanes<float>;
+  constexpr int kSteps = 4 / kColumns;
+  constexpr bool kBegins = kFirst && kStep == 0, kEnds = kLast && kStep == kSteps - 1;
+  Vector<float> v[kColumns][C][4];
   FUSEDCNN_UNROLL
-  for (int i = 0; i < R * 8; ++i) m[i / 8][i / 4 % 2][i % 4] = Vector<float>{};
-  for (int64_t c = 0; c < channels; ++c, r += channel_size) {
+  for (int k = 0; k < kColumns; ++k) {
     FUSEDCNN_UNROLL
-    for (int j = 0; j < 4; ++j, u += 3 * R) {
-      const float* even = r + j * plane;
+    for (int c = 0; c < C; ++c) {
+      const float* even = r + c * channel_size + kColumnOrder[kStep * kColumns + k] * plane;
       const float* odd = even + 4 * plane;
-      Vector<float> row[4] = {load(even), load(odd), load(even + width), load(odd + width)};
+      const Vector<float> d[4] = {load(even), load(odd), load(even + width), load(odd + width)};
+      v[k][c][0] = d[0] - d[2];
+      v[k][c][1] = d[1] + d[2];
+      v[k][c][2] = d[2] - d[1];
+      v[k][c][3] = d[1] - d[3];
       FUSEDCNN_UNROLL
-      for (int i = 0; i < 4; ++i) keep(row[i]);
-      FUSEDCNN_UNROLL
-      for (int kh = 0; kh < 3; ++kh) {
-        FUSEDCNN_UNROLL
-        for (int o = 0; o < R; ++o) {
-          Vector<float> weight = broadcast(u[kh * R + o]);
-          keep(weight);
-          m[o][0][j] += weight * row[kh];
-          m[o][1][j] += weight * row[kh + 1];
-        }
-      }
+      for (int i = 0; i < 4; ++i) keep(v[k][c][i]);
     }
   }
-  FUSEDCNN_UNROLL
-  for (int o = 0; o < R; ++o) {
-    Vector<float> y[4];
+  for (int64_t oc = 0; oc < channels; ++oc, u += kColumns * C * 4, y += 4 * kN) {
+    Vector<float> out[4];
+    // Of each column, the sums for the upper and for the lower output.
+    Vector<float> upper[kColumns], lower[kColumns];
     FUSEDCNN_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      y[2 * i] = m[o][i][0] + m[o][i][1] + m[o][i][2];
-      y[2 * i + 1] = m[o][i][1] - m[o][i][2] - m[o][i][3];
+    for (int k = 0; k < kColumns; ++k) {
+      constexpr bool kOuter = kStep * kColumns >= 2;  // columns 0 and 3, of one output each
+      const int column = kColumnOrder[kStep * kColumns + k];
+      const float* weight = u + k * C * 4;
+      const auto product = [&](int c, int i) __attribute__((always_inline)) {
+        return broadcast(weight[c * 4 + i]) * v[k][c][i];
+      };
+      const auto add = [&](Vector<float>& sum, int i, int from) __attribute__((always_inline)) {
+        FUSEDCNN_UNROLL
+        for (int c = from; c < C; ++c) sum += product(c, i);
+      };
+      Vector<float> m1 = product(0, 1), m2 = product(0, 2);
+      if (kBegins && kReLU && k == 0) m1 += broadcast(bias[oc]);
+      add(m1, 1, 1);
+      add(m2, 2, 1);
+      if constexpr (kOuter) {
+        // On top of what is there, beside the others: no sum waits for another.
+        upper[k] = load(y + column / 3 * kN);
+        lower[k] = load(y + (2 + column / 3) * kN);
+        add(upper[k], 0, 0);
+        add(lower[k], 3, 0);
+        upper[k] += m1 + m2;
+        lower[k] += m1 - m2;
+      } else {
+        upper[k] = m1 + m2;
+        lower[k] = m1 - m2;
+        add(upper[k], 0, 0);
+        add(lower[k], 3, 0);
+      }
     }
-    if constexpr (!kReLU) see_windows(y, count, chunks[o]);
-    finish_window<kReLU>(y[0], y[1], y[2], y[3], broadcast(bias[o]), values + o * stride,
-                         codes ? codes + o * stride : codes);
+    if constexpr (kColumns == 2) {
+      if constexpr (kStep == 0) {
+        out[0] = upper[0] + upper[1];
+        out[1] = upper[0] - upper[1];
+        out[2] = lower[0] + lower[1];
+        out[3] = lower[0] - lower[1];
+        FUSEDCNN_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          if (!kBegins) out[e] += load(y + e * kN);
+        }
+      } else {
+        out[0] = upper[0];
+        out[1] = upper[1];
+        out[2] = lower[0];
+        out[3] = lower[1];
+      }
+    } else {
+      // Column 1 begins: its two sums are all four outputs, so far.
+      constexpr int kColumn = kColumnOrder[kStep];
+      if constexpr (kBegins) {
+        out[0] = upper[0];
+        out[2] = lower[0];
+      } else if constexpr (kStep < 2) {
+        constexpr int kBefore = kFirst ? 0 : 1;
+        const Vector<float> right = load(y + kBefore * kN), below = load(y + (2 + kBefore) * kN);
+        out[0] = load(y) + upper[0];
+        out[2] = load(y + 2 * kN) + lower[0];
+        out[1] = kColumn == 1 ? right + upper[0] : right - upper[0];
+        out[3] = kColumn == 1 ? below + lower[0] : below - lower[0];
+      } else {
+        out[0] = kColumn == 0 ? upper[0] : load(y);
+        out[2] = kColumn == 0 ? lower[0] : load(y + 2 * kN);
+        out[1] = kColumn == 3 ? upper[0] : load(y + kN);
+        out[3] = kColumn == 3 ? lower[0] : load(y + 3 * kN);
+      }
+    }
+    if constexpr (!kEnds) {
+      store(y, out[0]);
+      store(y + 2 * kN, out[2]);
+      if constexpr (kColumns == 2 || !kBegins) {
+        store(y + kN, out[1]);
+        store(y + 3 * kN, out[3]);
+      }
+    } else {
+      if constexpr (!kReLU) see_windows(out, to.count, to.chunks[oc]);
+      const int64_t at = oc * to.stride;
+      finish_window<kReLU, kReLU>(out[0], out[1], out[2], out[3],
+                                  kReLU ? Vector<float>{} : broadcast(bias[oc]), to.values + at,
+                                  to.codes ? to.codes + at : to.codes);
+    }
+  }
+}
+
+// Input channels of the run that begins when `left` are left: never three and then one.
+FUSEDCNN_INLINE int64_t run_of_few(int64_t left) {
+  const int64_t runs = (left + kRunOfFew - 1) / kRunOfFew;
+  return (left + runs - 1) / runs;
+}
+
+// One call owns one vector of windows x `passing` output channels from `oc` on. y: [kPassing][4]
+// [lanes].
+template <bool kReLU>
+void pass_channels(const Geometry& g, const WinogradShared& shared, const float* r, int64_t plane,
+                   int64_t oc, int64_t passing, float* y, const WindowLanes& to) {
+  const float* u = shared.weights;
+  const float* bias = shared.bias + oc;
+  for (int64_t c0 = 0; c0 < g.in_channels;) {
+    const int64_t run = run_of_few(g.in_channels - c0);
+    const bool begins = c0 == 0, ends = c0 + run == g.in_channels;
+    const auto add = [&]<int C, bool kFirst, bool kLast>() {
+      const auto step = [&]<int kStep>() {
+        constexpr int64_t kOfChannel = kColumns * C * 4;
+        add_columns<C, kStep, kFirst, kLast, kReLU>(r, 8 * plane, plane, g.w.out, passing,
+                                                    u + (kStep * g.out_channels + oc) * kOfChannel,
+                                                    bias, y, to);
+      };
+      step.template operator()<0>();
+      step.template operator()<1>();
+      if constexpr (kColumns == 1) {
+        step.template operator()<2>();
+        step.template operator()<3>();
+      }
+    };
+    const auto add_run = [&]<int C>() {
+      if (begins && ends) return add.template operator()<C, true, true>();
+      if (begins) return add.template operator()<C, true, false>();
+      ends ? add.template operator()<C, false, true>() : add.template operator()<C, false, false>();
+    };
+    if (run == 1) add_run.template operator()<1>();
+    if (run == 2) add_run.template operator()<2>();
+    if (run == 3) add_run.template operator()<3>();
+    c0 += run;
+    r += run * 8 * plane;
+    u += run * 16 * g.out_channels;
   }
 }
 
@@ -102,34 +222,36 @@ void write_lanes(const From* from, int64_t count, int64_t channels, To* to, Stri
   }
 }
 
+// Rows of windows whose R is made at a time, so that it stays in L1: whole vectors of windows, or
+// all.
+inline int64_t rows_of_strip(int64_t width, int64_t band) {
+  constexpr int64_t kLeast = 4;
+  for (int64_t rows = kLeast; rows < band; ++rows) {
+    if (rows * width % kLanes<float> == 0) return rows;
+  }
+  return band;
+}
+
 template <typename S>
 void winograd_f2_band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
   constexpr int kN = kLanes<float>;
   const Geometry& g = args.geometry;
-  const int64_t bands = shared.bands;
+  const int64_t bands = shared.bands, width = g.w.out;
   const int64_t n = task / bands, first_out = task % bands * shared.band;
-  const int64_t windows = smaller(shared.band, g.h.out - first_out) * g.w.out;
+  const int64_t windows = smaller(shared.band, g.h.out - first_out) * width;
 
-  const int64_t row_size = round_up(2 * g.w.out + 2 + 2 * kN, kN);
-  const int64_t rows_size = round_up((2 * shared.band + 2) * row_size, kN);
-  const int64_t plane = round_up((shared.band + 1) * g.w.out, kN) + kN;
+  const int64_t strip = rows_of_strip(width, shared.band);
+  const int64_t rows_size = round_up((2 * strip + 2) * row_in_order(width), kN);
+  const int64_t plane = round_up((strip + 1) * width, kN) + kN;
   float* in_order = static_cast<float*>(
       scratch(Slot::kPlanes, (rows_size + g.in_channels * 8 * plane + kN) * sizeof(float)));
   float* r = in_order + rows_size;
-  memset(in_order, 0, rows_size * sizeof(float));
-  const S* image = static_cast<const S*>(args.input) + n * args.input_strides.n;
   RangeCheck<float> range(kModerate);
-  for (int64_t c = 0; c < g.in_channels; ++c) {
-    transform_rows<S>(g, image + c * args.input_strides.c, args.input_strides, first_out,
-                      shared.band, plane, row_size, in_order, r + c * 8 * plane, range);
-  }
-  if (!range.passed()) {
-    shared.immoderate[task] = 1;
-    return;
-  }
 
-  float* values =
-      static_cast<float*>(scratch(Slot::kConv, g.out_channels * kN * int64_t{sizeof(float) + 1}));
+  constexpr int64_t kOutput = sizeof(float) + 1;  // and its code
+  float* y = static_cast<float*>(scratch(
+      Slot::kConv, (4 * kPassing * int64_t{sizeof(float)} + g.out_channels * kOutput) * kN));
+  float* values = y + 4 * kPassing * kN;
   uint8_t* codes = reinterpret_cast<uint8_t*>(values + g.out_channels * kN);
   ChunkSums<float>* chunks = nullptr;
   if (!args.relu) {
@@ -140,6 +262,10 @@ void winograd_f2_band(const ForwardArgs& args, const WinogradShared& shared, int
   const TaskMoments<float> moments(args.relu ? 0 : g.out_channels);
   Ahead ahead = next_image<S>(args, n, (windows + kN - 1) / kN);
   for (int64_t first = 0; first < windows; first += kN) {
+    const int64_t in_strip = first % (strip * width);
+    if (in_strip == 0) {
+      transform_channels<S>(args, n, first_out + first / width, strip, plane, in_order, r, range);
+    }
     ahead.step();
     const int64_t at = n * args.output_strides.n + first_out * args.output_strides.h +
                        first * args.output_strides.w;
@@ -150,20 +276,12 @@ void winograd_f2_band(const ForwardArgs& args, const WinogradShared& shared, int
     const int64_t stride = direct ? args.output_strides.c : int64_t{kN};
     float* to = direct ? reinterpret_cast<float*>(output) : values;
     uint8_t* code_to = direct || !code ? code : codes;
-    for (int64_t oc = 0; oc < g.out_channels;) {
-      const int64_t group = group_size(oc, g.out_channels);
-      const auto call = [&]<int R>() {
-        const auto windows_of = args.relu ? window_vector<R, true> : window_vector<R, false>;
-        windows_of(r + first, 8 * plane, plane, g.w.out, g.in_channels,
-                   shared.weights + oc * g.in_channels * 12, shared.bias + oc, to + oc * stride,
-                   code_to ? code_to + oc * stride : code_to, stride, count, chunks + oc);
-      };
-      if (group == 1) call.template operator()<1>();
-      if constexpr (kWinogradGroup == 3) {
-        if (group == 2) call.template operator()<2>();
-        if (group == 3) call.template operator()<3>();
-      }
-      oc += group;
+    for (int64_t oc = 0; oc < g.out_channels; oc += kPassing) {
+      const WindowLanes lanes{to + oc * stride, code_to ? code_to + oc * stride : code_to, stride,
+                              count, chunks + oc};
+      const int64_t passing = smaller(kPassing, g.out_channels - oc);
+      const auto pass = args.relu ? pass_channels<true> : pass_channels<false>;
+      pass(g, shared, r + in_strip, plane, oc, passing, y, lanes);
     }
     const bool chunk_ends = first / kN % kChunkWindows == kChunkWindows - 1;
     if (args.moments && (chunk_ends || first + kN >= windows)) {
@@ -176,29 +294,47 @@ void winograd_f2_band(const ForwardArgs& args, const WinogradShared& shared, int
     write_lanes(values, count, g.out_channels, output, args.output_strides);
     if (code) write_lanes(codes, count, g.out_channels, code, args.output_strides);
   }
+  if (!range.passed()) {
+    shared.immoderate[task] = 1;
+    return;
+  }
   if (args.moments) write_moments(args, shared, task, 4 * windows, moments);
 }
 
-// U = G g, in the groups' layout.
+// G along one dimension, the last element negated: so is B^T d's, where it counts as a loss.
+FUSEDCNN_INLINE void spread_taps(const float (&g)[3], float (&to)[4]) {
+  to[0] = g[0];
+  to[1] = (g[0] + g[1] + g[2]) * 0.5f;
+  to[2] = (g[0] - g[1] + g[2]) * 0.5f;
+  to[3] = -g[2];
+}
+
+// U = G g G^T, in the order of its use.
 template <typename S>
-void transform_weights_1d(const ForwardArgs& args, const S* source, float* u) {
+void transform_weights_of_few(const ForwardArgs& args, const S* source, float* u) {
   const Geometry& g = args.geometry;
   const Strides s = args.weight_strides;
-  for (int64_t first = 0; first < g.out_channels;) {
-    const int64_t group = group_size(first, g.out_channels);
-    for (int64_t o = 0; o < group; ++o) {
-      const S* weight = source + (first + o) * s.n;
-      for (int64_t c = 0; c < g.in_channels; ++c) {
-        float* to = u + (first * g.in_channels + c * group) * 12 + o;
+  for (int64_t c0 = 0, run; c0 < g.in_channels; c0 += run, u += 16 * run * g.out_channels) {
+    run = run_of_few(g.in_channels - c0);
+    for (int64_t oc = 0; oc < g.out_channels; ++oc) {
+      for (int64_t c = 0; c < run; ++c) {
+        const S* weight = source + oc * s.n + (c0 + c) * s.c;
+        float columns[4][3], by_column[4][4];  // [j][kh], [j][i]
         for (int64_t kh = 0; kh < 3; ++kh) {
-          const S* row = weight + c * s.c + kh * s.h;
-          const float g0 = widen(row[0]), g1 = widen(row[s.w]), g2 = widen(row[2 * s.w]);
-          const float spread[4] = {g0, (g0 + g1 + g2) * 0.5f, (g0 - g1 + g2) * 0.5f, g2};
-          for (int64_t j = 0; j < 4; ++j) to[(j * 3 + kh) * group] = spread[j];
+          const S* row = weight + kh * s.h;
+          const float taps[3] = {widen(row[0]), widen(row[s.w]), widen(row[2 * s.w])};
+          float spread[4];
+          spread_taps(taps, spread);
+          for (int j = 0; j < 4; ++j) columns[j][kh] = spread[j];
+        }
+        for (int j = 0; j < 4; ++j) spread_taps(columns[j], by_column[j]);
+        for (int at = 0; at < 4; ++at) {
+          const int64_t step = at / kColumns, column = at % kColumns;
+          float* to = u + (((step * g.out_channels + oc) * kColumns + column) * run + c) * 4;
+          memcpy(to, by_column[kColumnOrder[at]], sizeof by_column[0]);
         }
       }
     }
-    first += group;
   }
 }
 
@@ -208,11 +344,11 @@ void forward_winograd_f2_typed(const ForwardArgs& args, const ThreadPool& pool) 
   int64_t bytes;
   const DerivedKey key =
       derived_key(args, reinterpret_cast<const void*>(&winograd_f2_band<S>), bytes);
-  const int64_t size = round_up(12 * g.in_channels * g.out_channels, kLanes<float>);
+  const int64_t size = round_up(16 * g.in_channels * g.out_channels, kLanes<float>);
   DerivedWeights derived(key, bytes, size);
   if (!derived.filled()) {
     memset(derived.data(), 0, size * sizeof(float));  // for the whole vectors of the check
-    transform_weights_1d(args, static_cast<const S*>(derived.source()), derived.data());
+    transform_weights_of_few(args, static_cast<const S*>(derived.source()), derived.data());
     derived.keep(moderate(derived.data(), size));
   }
   run_winograd<S>(args, pool, derived, winograd_f2_band<S>);
