@@ -86,20 +86,27 @@ FUSEDCNN_NOINLINE void multiply_element(const float* v, int64_t channels, const 
 
 // One element of one strip. v, u, m: at the element.
 template <int Z>
-void multiply_tiles(int64_t count, const float* v, int64_t channels, const float* u, float* m) {
+FUSEDCNN_INLINE void multiply_tiles(int64_t count, const float* v, int64_t channels, const float* u,
+                                    float* m) {
   constexpr int64_t kTile = Z * kLanes<float>;
+  if (count == kTiles && channels == kRun) {
+    return multiply_element<kTiles, Z, true>(v, kRun, u, m, false);
+  }
   for (int64_t c = 0; c < channels; c += kRun, v += 36 * kVStride, u += kRun * kTile) {
     const int64_t run = smaller(kRun, channels - c);
     const bool add = c > 0;
     int64_t t = 0;
-    for (; t + kTiles <= count; t += kTiles) {
-      const auto multiply =
-          run == kRun ? multiply_element<kTiles, Z, true> : multiply_element<kTiles, Z, false>;
-      multiply(v + t * kRun, run, u, m + t * kTile, add);
+    if (count == kTiles && run == kRun) {
+      multiply_element<kTiles, Z, true>(v, run, u, m, add);
+      continue;
+    }
+    if (count == kTiles) {
+      multiply_element<kTiles, Z, false>(v, run, u, m, add);
+      continue;
     }
     if constexpr (kTiles > 4) {
       if (t + 4 <= count) {
-        multiply_element<4, Z, false>(v + t * kRun, run, u, m + t * kTile, add);
+        multiply_element<4, Z, false>(v, run, u, m, add);
         t += 4;
       }
     }
@@ -136,15 +143,15 @@ FUSEDCNN_INLINE void gather_four(const Vector<float> (&m)[6], Vector<float> (&ou
   out[3] = (m[5] + kA * difference_a) + 2.0f * kB * difference_b;
 }
 
-// Two rows of V of one tile and one vector of channels.
+// Two rows of V of one tile and one vector of channels. x: the patch's rows.
 template <int kPair>
-FUSEDCNN_INLINE void transform_rows_of_tile(const float* x, int64_t row, float* v) {
+FUSEDCNN_INLINE void transform_rows_of_tile(const float* const (&x)[6], float* v) {
   Vector<float> rows[2][6];
   FUSEDCNN_UNROLL
   for (int i = 0; i < 6; ++i) {
     Vector<float> d[6], out[2];
     FUSEDCNN_UNROLL
-    for (int y = 0; y < 6; ++y) d[y] = load(x + y * row + i * kRun);
+    for (int y = 0; y < 6; ++y) d[y] = load(x[y] + i * kRun);
     transform_pair<kPair>(d, out);
     rows[0][i] = out[0];
     rows[1][i] = out[1];
@@ -169,9 +176,12 @@ FUSEDCNN_INLINE void transform_rows_of_tile(const float* x, int64_t row, float* 
 FUSEDCNN_NOINLINE void transform_tile(const float* x, int64_t row, float* v) {
   constexpr int kN = kLanes<float>;
   for (int64_t c = 0; c < kRun; c += kN, x += kN, v += kN) {
-    transform_rows_of_tile<0>(x, row, v);
-    transform_rows_of_tile<1>(x, row, v);
-    transform_rows_of_tile<2>(x, row, v);
+    const float* rows[6];
+    FUSEDCNN_UNROLL
+    for (int y = 0; y < 6; ++y) keep_address(rows[y] = x + y * row);
+    transform_rows_of_tile<0>(rows, v);
+    transform_rows_of_tile<1>(rows, v);
+    transform_rows_of_tile<2>(rows, v);
   }
 }
 

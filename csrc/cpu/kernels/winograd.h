@@ -7,9 +7,9 @@
 // mix a filter's taps: an output errs in proportion to its filter's norm, also where a large tap
 // meets only zeros.
 //
-// Sums of patch elements could overflow, and an infinity less another is NaN. winograd_f2 and
-// winograd_f2x2 therefore leave an image with values beyond kModerate, infinity or NaN to the
-// general kernel; winograd_f4x4 leaves such a tile to plain sums. Where the weights or the bias
+// Sums of patch elements could overflow, and an infinity less another is NaN. Kernels of
+// F(2x2, 3x3) therefore leave an image with values beyond kModerate, infinity or NaN to the general
+// kernel; winograd_f4x4 leaves such a tile to plain sums. Where the weights or the bias
 // hold such a value, the general kernel takes the whole call.
 #pragma once
 

@@ -1,16 +1,27 @@
-// The forward by Winograd's minimal filtering F(2, 3) along the rows, for 3x3 stride 1 under a 2x2
-// pool. A lane is a pooling window, so results leave in the order of the output.
+// The forward by Winograd's minimal filtering F(2x2, 3x3) for few input channels, for 3x3 stride 1
+// under a 2x2 pool. A lane is a pooling window, so results leave in the order of the output, and
+// nothing is transposed.
 //
-// The two outputs of a row of a window take 12 multiplications per input channel instead of 18:
-//   y = A^T [ sum over c, kh of (G g) * (B^T d) ]            (Winograd, 1980)
-// All constants are 0, +-1 and 1/2, so integers stay exact and a constant patch gives four equal
-// outputs. One more dimension would halve the multiplications again (forward_winograd_f2x2.h), but
-// for few channels its transforms cost what it saves; here the inverse transform, bias, ReLU, max
-// and code never leave the registers.
+// The transform is that of forward_winograd_f2x2.h, whose properties it shares: a window's four
+// outputs take 16 multiplications per input channel instead of 36, integers stay exact, and a
+// constant patch gives four equal outputs. Its additions are ordered so that most products are
+// added to where they belong by the multiply-add that makes them. With column j of the 4x4 elements
+// m[i][j], of which row 3 and column 3 count negative in U already,
+//   upper = (m[1][j] + m[2][j]) + m[0][j]     lower = (m[1][j] - m[2][j]) + m[3][j]
+//   left  = (upper 1 + upper 2) + upper 0     right = (upper 1 - upper 2) + upper 3
+// only the 16 additions in which an m[1], m[2], upper or lower takes part are instructions, where
+// the transform back has 24. For a vector of windows and an output channel of 3 input channels:
+//                  multiply-adds   additions   max, ReLU   codes
+//   here                48             16           4        10
+//   F(2, 3)             72              8           4        10     along the rows alone
+// on two ports. Making V from R adds 96 / output channels, making R 90 / output channels.
 //
-// A task owns a band of pooled rows of one image and walks its windows, numbered row by row:
-//   R  [channels][2][4 j][band + 1][OW]         d B: even and odd input rows, transformed along w
-//   U  [groups][channels][4 j][3 kh][R]         G g, R output channels side by side
+// A task owns a band of pooled rows of one image and walks its windows, numbered row by row, in
+// strips of a few rows, a vector of windows at a time, and input channels in runs of up to three:
+//   R  [channels][2][4 j][strip + 1][OW]        d B: even and odd input rows, transformed along w
+//   V  [columns][run][4 i]                      B^T d B of two columns (one), in registers
+//   U  [runs][steps][out channels][columns][run][4 i]    in the order of its use
+//   Y  [kPassing][2][2] vectors                 the outputs, summed over the columns so far
 #pragma once
 
 #include "cpu/kernel.h"
@@ -20,8 +31,9 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-// The columns of the transform are taken one or two at a time, in this order; a column of V over a
-// run of channels stays in registers while all output channels pass by.
+// The columns of the transform are taken one or two at a time, in this order; their V over a run of
+// channels stays in registers while output channels pass by: 32 registers hold 24 vectors, 16 hold
+// 12, beside a column's sums. A multiply-add then reads one weight for all lanes, and nothing else.
 constexpr int kRunOfFew = 3;
 constexpr int kColumns = kRegisters >= 32 ? 2 : 1;
 constexpr int kColumnOrder[4] = {1, 2, 0, 3};
@@ -101,8 +113,9 @@ FUSEDCNN_NOINLINE void add_columns(const float* r, int64_t channel_size, int64_t
       add(m2, 2, 1);
       if constexpr (kOuter) {
         // On top of what is there, beside the others: no sum waits for another.
-        upper[k] = load(y + column / 3 * kN);
-        lower[k] = load(y + (2 + column / 3) * kN);
+        const int side = column / 3;
+        upper[k] = load(y + side * kN);
+        lower[k] = load(y + (2 + side) * kN);
         add(upper[k], 0, 0);
         add(lower[k], 3, 0);
         upper[k] += m1 + m2;
@@ -130,32 +143,32 @@ FUSEDCNN_NOINLINE void add_columns(const float* r, int64_t channel_size, int64_t
         out[2] = lower[0];
         out[3] = lower[1];
       }
-    } else {
+    } else if constexpr (kBegins) {
       // Column 1 begins: its two sums are all four outputs, so far.
-      constexpr int kColumn = kColumnOrder[kStep];
-      if constexpr (kBegins) {
-        out[0] = upper[0];
-        out[2] = lower[0];
-      } else if constexpr (kStep < 2) {
-        constexpr int kBefore = kFirst ? 0 : 1;
-        const Vector<float> right = load(y + kBefore * kN), below = load(y + (2 + kBefore) * kN);
-        out[0] = load(y) + upper[0];
-        out[2] = load(y + 2 * kN) + lower[0];
-        out[1] = kColumn == 1 ? right + upper[0] : right - upper[0];
-        out[3] = kColumn == 1 ? below + lower[0] : below - lower[0];
-      } else {
-        out[0] = kColumn == 0 ? upper[0] : load(y);
-        out[2] = kColumn == 0 ? lower[0] : load(y + 2 * kN);
-        out[1] = kColumn == 3 ? upper[0] : load(y + kN);
-        out[3] = kColumn == 3 ? lower[0] : load(y + 3 * kN);
+      out[0] = upper[0];
+      out[2] = lower[0];
+    } else if constexpr (kStep < 2) {
+      constexpr int kBefore = kFirst ? 0 : 1;
+      const Vector<float> right = load(y + kBefore * kN), below = load(y + (2 + kBefore) * kN);
+      out[0] = load(y) + upper[0];
+      out[2] = load(y + 2 * kN) + lower[0];
+      out[1] = kStep == 0 ? right + upper[0] : right - upper[0];
+      out[3] = kStep == 0 ? below + lower[0] : below - lower[0];
+    } else {
+      constexpr int kSide = kStep - 2;  // column 0 is part of the left outputs, 3 of the right ones
+      out[kSide] = upper[0];
+      out[2 + kSide] = lower[0];
+      if constexpr (kEnds) {
+        out[0] = load(y);
+        out[2] = load(y + 2 * kN);
       }
     }
     if constexpr (!kEnds) {
-      store(y, out[0]);
-      store(y + 2 * kN, out[2]);
-      if constexpr (kColumns == 2 || !kBegins) {
-        store(y + kN, out[1]);
-        store(y + 3 * kN, out[3]);
+      constexpr bool kLeft = kColumns == 2 || kStep < 3;
+      constexpr bool kRight = kColumns == 2 || !(kBegins || kStep == 2);
+      FUSEDCNN_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        if (e % 2 ? kRight : kLeft) store(y + e * kN, out[e]);
       }
     } else {
       if constexpr (!kReLU) see_windows(out, to.count, to.chunks[oc]);
@@ -233,7 +246,7 @@ inline int64_t rows_of_strip(int64_t width, int64_t band) {
 }
 
 template <typename S>
-void winograd_f2_band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
+void few_channels_band(const ForwardArgs& args, const WinogradShared& shared, int64_t task) {
   constexpr int kN = kLanes<float>;
   const Geometry& g = args.geometry;
   const int64_t bands = shared.bands, width = g.w.out;
@@ -339,11 +352,11 @@ void transform_weights_of_few(const ForwardArgs& args, const S* source, float* u
 }
 
 template <typename S>
-void forward_winograd_f2_typed(const ForwardArgs& args, const ThreadPool& pool) {
+void forward_few_channels_typed(const ForwardArgs& args, const ThreadPool& pool) {
   const Geometry& g = args.geometry;
   int64_t bytes;
   const DerivedKey key =
-      derived_key(args, reinterpret_cast<const void*>(&winograd_f2_band<S>), bytes);
+      derived_key(args, reinterpret_cast<const void*>(&few_channels_band<S>), bytes);
   const int64_t size = round_up(16 * g.in_channels * g.out_channels, kLanes<float>);
   DerivedWeights derived(key, bytes, size);
   if (!derived.filled()) {
@@ -351,10 +364,10 @@ void forward_winograd_f2_typed(const ForwardArgs& args, const ThreadPool& pool) 
     transform_weights_of_few(args, static_cast<const S*>(derived.source()), derived.data());
     derived.keep(moderate(derived.data(), size));
   }
-  run_winograd<S>(args, pool, derived, winograd_f2_band<S>);
+  run_winograd<S>(args, pool, derived, few_channels_band<S>);
 }
 
-const char* why_not_winograd_f2(const Problem& problem) {
+const char* why_not_winograd_f2x2_few_channels(const Problem& problem) {
   const Geometry& g = problem.geometry;
   // Where winograd_f2x2 has vectors of output channels to fill, it is faster from here on.
   const int64_t most = g.out_channels >= kLanes<float> / 2 ? 7 : 64;
@@ -362,8 +375,8 @@ const char* why_not_winograd_f2(const Problem& problem) {
   return why_not_winograd(problem);
 }
 
-void forward_winograd_f2(const ForwardArgs& args, const ThreadPool& pool) {
-  for_block_storage(args.type, [&]<typename S>(S) { forward_winograd_f2_typed<S>(args, pool); });
+void forward_winograd_f2x2_few_channels(const ForwardArgs& args, const ThreadPool& pool) {
+  for_block_storage(args.type, [&]<typename S>(S) { forward_few_channels_typed<S>(args, pool); });
 }
 
 }  // namespace
