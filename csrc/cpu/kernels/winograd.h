@@ -74,9 +74,7 @@ FUSEDCNN_INLINE void finish_window(Vector<float> e0, Vector<float> e1, Vector<fl
   if constexpr (kReLU) {
     winner = best > Vector<float>{} ? winner : broadcast<int32_t>(kOff<uint8_t>);
   }
-  typedef LaneBytesOf<float>::Type LaneBytes;
-  const LaneBytes bytes = __builtin_convertvector(winner, LaneBytes);
-  memcpy(codes, &bytes, sizeof bytes);
+  store_codes(winner, codes);
 }
 
 // Whether no value is beyond kModerate, infinite or NaN. count: a multiple of the lanes.
