@@ -22,13 +22,13 @@ FUSEDCNN_INLINE void store_codes(Code code, uint8_t* to) {
 #endif
   if constexpr (kPacks) {  // GCC would take the lanes one by one
 #if defined(__x86_64__)
-    constexpr int kLanes = sizeof(Code) / 4;
+    constexpr int kCount = sizeof(Code) / 4;
     __m128i halves[2];
     memcpy(halves, &code, sizeof code);
-    if (kLanes == 4) halves[1] = halves[0];
+    if (kCount == 4) halves[1] = halves[0];
     const __m128i words = _mm_packs_epi32(halves[0], halves[1]);
     const __m128i bytes = _mm_packus_epi16(words, words);
-    memcpy(to, &bytes, kLanes);
+    memcpy(to, &bytes, kCount);
 #endif
   } else {
     typedef uint8_t Bytes __attribute__((vector_size(sizeof(Code) / sizeof(code[0]))));
