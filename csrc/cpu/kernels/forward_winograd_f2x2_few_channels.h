@@ -236,11 +236,11 @@ void write_lanes(const From* from, int64_t count, int64_t channels, To* to, Stri
 }
 
 // Rows of windows whose R is made at a time, so that it stays in L1: whole vectors of windows, or
-// all.
-inline int64_t rows_of_strip(int64_t width, int64_t band) {
-  constexpr int64_t kLeast = 4;
-  for (int64_t rows = kLeast; rows < band; ++rows) {
-    if (rows * width % kLanes<float> == 0) return rows;
+// all. Strips make two rows of each again, which few output channels would not repay.
+inline int64_t rows_of_strip(const Geometry& g, int64_t band) {
+  constexpr int64_t kLeast = 4, kFewOutputs = 8;
+  for (int64_t rows = kLeast; rows < band && g.out_channels >= kFewOutputs; ++rows) {
+    if (rows * g.w.out % kLanes<float> == 0) return rows;
   }
   return band;
 }
@@ -253,7 +253,7 @@ void few_channels_band(const ForwardArgs& args, const WinogradShared& shared, in
   const int64_t n = task / bands, first_out = task % bands * shared.band;
   const int64_t windows = smaller(shared.band, g.h.out - first_out) * width;
 
-  const int64_t strip = rows_of_strip(width, shared.band);
+  const int64_t strip = rows_of_strip(g, shared.band);
   const int64_t rows_size = round_up((2 * strip + 2) * row_in_order(width), kN);
   const int64_t plane = round_up((strip + 1) * width, kN) + kN;
   float* in_order = static_cast<float*>(
