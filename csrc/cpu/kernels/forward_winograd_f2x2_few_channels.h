@@ -261,10 +261,11 @@ void few_channels_band(const ForwardArgs& args, const WinogradShared& shared, in
   float* r = in_order + rows_size;
   RangeCheck<float> range(kModerate);
 
-  constexpr int64_t kOutput = sizeof(float) + 1;  // and its code
-  float* y = static_cast<float*>(scratch(
-      Slot::kConv, (4 * kPassing * int64_t{sizeof(float)} + g.out_channels * kOutput) * kN));
-  float* values = y + 4 * kPassing * kN;
+  constexpr int64_t kFloat = sizeof(float);
+  const int64_t y_size = 4 * smaller(kPassing, g.out_channels) * kN;
+  float* y = static_cast<float*>(
+      scratch(Slot::kConv, y_size * kFloat + g.out_channels * kN * (kFloat + 1)));
+  float* values = y + y_size;
   uint8_t* codes = reinterpret_cast<uint8_t*>(values + g.out_channels * kN);
   ChunkSums<float>* chunks = nullptr;
   if (!args.relu) {
