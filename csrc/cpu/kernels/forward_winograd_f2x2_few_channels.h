@@ -14,7 +14,7 @@
 //                  multiply-adds   additions   max, ReLU   codes
 //   here                48             16           4        10
 //   F(2, 3)             72              8           4        10     along the rows alone
-// on two ports. Making V from R adds 96 / output channels, making R 90 / output channels.
+// on two ports. Making V from R adds 48 / output channels, making R about 80 / output channels.
 //
 // A task owns a band of pooled rows of one image and walks its windows, numbered row by row, in
 // strips of a few rows, a vector of windows at a time, and input channels in runs of up to three:

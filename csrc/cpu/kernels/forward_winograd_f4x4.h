@@ -36,7 +36,8 @@ constexpr float kB = 1.41421356237309505f;  // b; b * b = 2
 
 // Register tile: T tiles x Z vectors of output channels of one of the 36 elements; a channel costs
 // T broadcasts and Z loads for T Z FMAs. 32 registers: 8 x 2 (10 loads for 16 FMAs, and 16 chains
-// where 8 hide the latency). 16 registers: 4 x 2. A strip's V and M stay in L1 together.
+// where 8 hide the latency). 16 registers: 4 x 2, and a strip's V and M stay in L1 together. With
+// 32 registers M passes through L2, and so does U: a tenth of the products' time (measured).
 constexpr int64_t kTiles = kRegisters >= 32 ? 8 : 4;
 constexpr int64_t kRun = 16;           // input channels
 constexpr int kTileElements = 36 + 9;  // of U
