@@ -18,7 +18,7 @@ over_kernels = pytest.mark.parametrize("forced", FORWARDS, ids=str)
 
 
 def block_for(forced) -> Block:
-    return SHALLOW if forced.kernel == "winograd_f2" else DEEP
+    return SHALLOW if forced.kernel == "winograd_f2x2_few_channels" else DEEP
 
 
 def dtype_of(forced) -> torch.dtype:

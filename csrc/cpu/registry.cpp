@@ -10,8 +10,8 @@
 #include "cpu/kernels/channels_last.h"
 #include "cpu/kernels/forward_direct.h"
 #include "cpu/kernels/forward_general.h"
-#include "cpu/kernels/forward_winograd_f2.h"
 #include "cpu/kernels/forward_winograd_f2x2.h"
+#include "cpu/kernels/forward_winograd_f2x2_few_channels.h"
 #include "cpu/kernels/forward_winograd_f4x4.h"
 #include "cpu/kernels/library.h"
 #include "cpu/kernels/linear.h"
@@ -39,8 +39,9 @@ const KernelList& kernels() {
       {"winograd_f4x4", Pass::kForward, false, 4, true, why_not_winograd_f4x4,
        forward_winograd_f4x4, nullptr, false, nullptr, /*without_relu=*/true,
        winograd_moment_slots},
-      {"winograd_f2", Pass::kForward, true, 2, true, why_not_winograd_f2, forward_winograd_f2,
-       nullptr, false, nullptr, /*without_relu=*/true, winograd_moment_slots},
+      {"winograd_f2x2_few_channels", Pass::kForward, true, 2, true,
+       why_not_winograd_f2x2_few_channels, forward_winograd_f2x2_few_channels, nullptr, false,
+       nullptr, /*without_relu=*/true, winograd_moment_slots},
       {"winograd_f2x2", Pass::kForward, true, 2, true, why_not_winograd_f2x2, forward_winograd_f2x2,
        nullptr, false, nullptr, /*without_relu=*/true, winograd_moment_slots},
       {"direct", Pass::kForward, true, 2, false, why_not_direct, forward_direct, nullptr, false,

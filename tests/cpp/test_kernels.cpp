@@ -114,6 +114,23 @@ void test_special_values(const Backend& backend) {
       }
     });
   }
+  // Inputs just small enough for the transforms, while the sum of their squares is not.
+  for (const char* case_name : {"block1", "odd_map", "channels8"}) {
+    const Geometry g = case_named(case_name).geometry;
+    Operands operands = integer_operands(g);
+    for (double& value : operands.input) value *= 0x1p47;
+    for (double& value : operands.bias) value *= 0x1p47;
+    const Forward want = forward(g, operands);
+    for_covering_kernels(backend, g, [&](const Problem& problem, int k) {
+      const Call call{&backend.kernels[k], problem, Layout::kContiguous, 0};
+      if (call.kernel->pass != Pass::kForward || !call.kernel->exact) return;
+      if (problem.type == DataType::kFloat16 || !in_share()) return;
+      const std::string what = describe(backend, call, std::string(case_name) + " up to 2^48");
+      Forward got;
+      run_forward(call, operands, &got, what);
+      check_values(problem.type, got.output, want.output, what + ": output");
+    });
+  }
 }
 
 void test_optional_arguments(const Backend& backend) {

@@ -8,7 +8,7 @@ namespace selftest {
 // All cases, types, codes, layouts and ways; `quick` takes each way with some layouts only.
 void test_exact(const Backend& backend, bool quick);
 
-// NaN, infinities, negative zeros, ties, gradients where ReLU is off.
+// NaN, infinities, negative zeros, ties, large values, gradients where ReLU is off.
 void test_special_values(const Backend& backend);
 
 // Results that may be left out, and operands that are then null; expanded tensors.

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpu/kernel.h"
+#include "cpu/kernels/ahead.h"
 #include "cpu/kernels/conv_tiles.h"
 #include "cpu/kernels/output_lanes.h"
 #include "cpu/kernels/patches.h"

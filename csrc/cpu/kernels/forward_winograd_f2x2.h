@@ -173,19 +173,13 @@ void winograd_f2x2_band(const ForwardArgs& args, const WinogradShared& shared, i
   const int64_t rows = smaller(shared.band, g.h.out - first_out);
   const int64_t channels = g.in_channels;
 
-  const int64_t row_size = round_up(2 * g.w.out + 2 + 2 * kN, kN);
-  const int64_t rows_size = round_up((2 * shared.band + 2) * row_size, kN);
+  const int64_t rows_size = round_up((2 * shared.band + 2) * row_in_order(g.w.out), kN);
   const int64_t plane = round_up((shared.band + 1) * g.w.out, kN) + kN;
   float* in_order = static_cast<float*>(
       scratch(Slot::kPlanes, (rows_size + channels * 8 * plane + kN) * sizeof(float)));
   float* r = in_order + rows_size;
-  memset(in_order, 0, rows_size * sizeof(float));
-  const S* image = static_cast<const S*>(args.input) + n * args.input_strides.n;
   RangeCheck<float> range(kModerate);
-  for (int64_t c = 0; c < channels; ++c) {
-    transform_rows<S>(g, image + c * args.input_strides.c, args.input_strides, first_out,
-                      shared.band, plane, row_size, in_order, r + c * 8 * plane, range);
-  }
+  transform_channels<S>(args, n, first_out, shared.band, plane, in_order, r, range);
   if (!range.passed()) {
     shared.immoderate[task] = 1;
     return;

@@ -36,7 +36,8 @@ constexpr float kB = 1.41421356237309505f;  // b; b * b = 2
 
 // Register tile: T tiles x Z vectors of output channels of one of the 36 elements; a channel costs
 // T broadcasts and Z loads for T Z FMAs. 32 registers: 8 x 2 (10 loads for 16 FMAs, and 16 chains
-// where 8 hide the latency). 16 registers: 4 x 2. A strip's V and M stay in L1 together.
+// where 8 hide the latency). 16 registers: 4 x 2, and a strip's V and M stay in L1 together. With
+// 32 registers M passes through L2, and so does U: a tenth of the products' time (measured).
 constexpr int64_t kTiles = kRegisters >= 32 ? 8 : 4;
 constexpr int64_t kRun = 16;           // input channels
 constexpr int kTileElements = 36 + 9;  // of U
@@ -50,99 +51,138 @@ constexpr int64_t kMostChannels = 64;
 // One call owns T tiles x Z vectors of output channels of one element:
 //   m[t][z] = sum over c of v[t][c] * u[c][z]
 // over one run of channels; longer chains of additions would round more than the stock layers do.
-// v: [T][kRun]; u: [channels][Z * lanes]; m: [T][Z] vectors, added to where `add`.
-template <int T, int Z>
+// v: [T][kRun]; u: [channels][Z * lanes]; m: [T][Z] vectors, added to where `add`. kWhole: of a run
+// of kRun channels.
+template <int T, int Z, bool kWhole>
 FUSEDCNN_NOINLINE void multiply_element(const float* v, int64_t channels, const float* u, float* m,
                                         bool add) {
   constexpr int kN = kLanes<float>;
   Vector<float> sum[T][Z];
   FUSEDCNN_UNROLL
   for (int i = 0; i < T * Z; ++i) sum[i / Z][i % Z] = Vector<float>{};
-  for (int64_t c = 0; c < channels; ++c, u += Z * kN) {
+  const auto channel = [&](int64_t c) __attribute__((always_inline)) {
     Vector<float> weight[Z];
     FUSEDCNN_UNROLL
-    for (int z = 0; z < Z; ++z) keep(weight[z] = load(u + z * kN));
+    for (int z = 0; z < Z; ++z) keep(weight[z] = load(u + (c * Z + z) * kN));
     FUSEDCNN_UNROLL
     for (int t = 0; t < T; ++t) {
       const Vector<float> value = broadcast(v[t * kRun + c]);
       FUSEDCNN_UNROLL
       for (int z = 0; z < Z; ++z) sum[t][z] += value * weight[z];
     }
+  };
+  if constexpr (kWhole) {
+    FUSEDCNN_UNROLL
+    for (int c = 0; c < kRun; ++c) channel(c);
+  } else {
+    for (int64_t c = 0; c < channels; ++c) channel(c);
+  }
+  if (add) {
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < T * Z; ++i) sum[i / Z][i % Z] += load(m + i * kN);
   }
   FUSEDCNN_UNROLL
-  for (int i = 0; i < T * Z; ++i) {
-    const Vector<float> before = add ? load(m + i * kN) : Vector<float>{};
-    store(m + i * kN, before + sum[i / Z][i % Z]);
-  }
+  for (int i = 0; i < T * Z; ++i) store(m + i * kN, sum[i / Z][i % Z]);
 }
 
 // One element of one strip. v, u, m: at the element.
 template <int Z>
-void multiply_tiles(int64_t count, const float* v, int64_t channels, const float* u, float* m) {
+FUSEDCNN_INLINE void multiply_tiles(int64_t count, const float* v, int64_t channels, const float* u,
+                                    float* m) {
   constexpr int64_t kTile = Z * kLanes<float>;
+  if (count == kTiles && channels == kRun) {
+    return multiply_element<kTiles, Z, true>(v, kRun, u, m, false);
+  }
   for (int64_t c = 0; c < channels; c += kRun, v += 36 * kVStride, u += kRun * kTile) {
     const int64_t run = smaller(kRun, channels - c);
     const bool add = c > 0;
     int64_t t = 0;
-    for (; t + kTiles <= count; t += kTiles) {
-      multiply_element<kTiles, Z>(v + t * kRun, run, u, m + t * kTile, add);
+    if (count == kTiles && run == kRun) {
+      multiply_element<kTiles, Z, true>(v, run, u, m, add);
+      continue;
+    }
+    if (count == kTiles) {
+      multiply_element<kTiles, Z, false>(v, run, u, m, add);
+      continue;
     }
     if constexpr (kTiles > 4) {
       if (t + 4 <= count) {
-        multiply_element<4, Z>(v + t * kRun, run, u, m + t * kTile, add);
+        multiply_element<4, Z, false>(v, run, u, m, add);
         t += 4;
       }
     }
     for (; t + 2 <= count; t += 2) {
-      multiply_element<2, Z>(v + t * kRun, run, u, m + t * kTile, add);
+      multiply_element<2, Z, false>(v + t * kRun, run, u, m + t * kTile, add);
     }
-    if (t < count) multiply_element<1, Z>(v + t * kRun, run, u, m + t * kTile, add);
+    if (t < count) multiply_element<1, Z, false>(v + t * kRun, run, u, m + t * kTile, add);
   }
 }
 
-// B^T along one dimension.
-FUSEDCNN_INLINE void transform_six(const Vector<float> (&d)[6], Vector<float> (&out)[6]) {
-  const Vector<float> even_a = d[4] - 2.0f * d[2], odd_a = kA * (d[3] - 2.0f * d[1]);
-  const Vector<float> even_b = d[4] - 0.5f * d[2], odd_b = kB * (d[3] - 0.5f * d[1]);
-  out[0] = (d[0] + d[4]) - 2.5f * d[2];
-  out[1] = even_a + odd_a;
-  out[2] = even_a - odd_a;
-  out[3] = even_b + odd_b;
-  out[4] = even_b - odd_b;
-  out[5] = (d[1] + d[5]) - 2.5f * d[3];
+// B^T along one dimension, in pairs of elements that need the same sums: 0 and 5, 1 and 2, 3 and 4.
+constexpr int kPairs[3][2] = {{0, 5}, {1, 2}, {3, 4}};
+
+template <int kPair>
+FUSEDCNN_INLINE void transform_pair(const Vector<float> (&d)[6], Vector<float> (&out)[2]) {
+  if constexpr (kPair == 0) {
+    out[0] = (d[0] + d[4]) - 2.5f * d[2];
+    out[1] = (d[1] + d[5]) - 2.5f * d[3];
+  } else {
+    constexpr float kPoint = kPair == 1 ? kA : kB, kOther = kPair == 1 ? 2.0f : 0.5f;
+    const Vector<float> even = d[4] - kOther * d[2], odd = d[3] - kOther * d[1];
+    out[0] = even + kPoint * odd;
+    out[1] = even - kPoint * odd;
+  }
 }
 
-// A^T along one dimension.
+// A^T along one dimension. Elements 1 and 2 come halved (spread_three): a sum less to scale.
 FUSEDCNN_INLINE void gather_four(const Vector<float> (&m)[6], Vector<float> (&out)[4]) {
   const Vector<float> sum_a = m[1] + m[2], difference_a = m[1] - m[2];
   const Vector<float> sum_b = m[3] + m[4], difference_b = m[3] - m[4];
-  out[0] = m[0] + (sum_a + sum_b);
-  out[1] = kA * difference_a + kB * difference_b;
-  out[2] = 0.5f * sum_a + 2.0f * sum_b;
-  out[3] = m[5] + (0.5f * kA * difference_a + 2.0f * kB * difference_b);
+  out[0] = (m[0] + sum_b) + 2.0f * sum_a;
+  out[1] = kB * (difference_a + difference_b);
+  out[2] = sum_a + 2.0f * sum_b;
+  out[3] = (m[5] + kA * difference_a) + 2.0f * kB * difference_b;
+}
+
+// Two rows of V of one tile and one vector of channels. x: the patch's rows.
+template <int kPair>
+FUSEDCNN_INLINE void transform_rows_of_tile(const float* const (&x)[6], float* v) {
+  Vector<float> rows[2][6];
+  FUSEDCNN_UNROLL
+  for (int i = 0; i < 6; ++i) {
+    Vector<float> d[6], out[2];
+    FUSEDCNN_UNROLL
+    for (int y = 0; y < 6; ++y) d[y] = load(x[y] + i * kRun);
+    transform_pair<kPair>(d, out);
+    rows[0][i] = out[0];
+    rows[1][i] = out[1];
+  }
+  FUSEDCNN_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    float* const to = v + kPairs[kPair][r] * 6 * kVStride;
+    const auto put = [&]<int kOther>() __attribute__((always_inline)) {
+      Vector<float> out[2];
+      transform_pair<kOther>(rows[r], out);
+      store(to + kPairs[kOther][0] * kVStride, out[0]);
+      store(to + kPairs[kOther][1] * kVStride, out[1]);
+    };
+    put.template operator()<0>();
+    put.template operator()<1>();
+    put.template operator()<2>();
+  }
 }
 
 // V of one tile and run of channels. x: the tile's first pixel, rows `row` apart; v: the tile's.
+// Pairs of rows read pixels again, which costs less than to keep 36 vectors in registers.
 FUSEDCNN_NOINLINE void transform_tile(const float* x, int64_t row, float* v) {
   constexpr int kN = kLanes<float>;
   for (int64_t c = 0; c < kRun; c += kN, x += kN, v += kN) {
-    Vector<float> columns[6][6];  // [transformed row][column]
+    const float* rows[6];
     FUSEDCNN_UNROLL
-    for (int i = 0; i < 6; ++i) {
-      Vector<float> d[6], out[6];
-      FUSEDCNN_UNROLL
-      for (int y = 0; y < 6; ++y) d[y] = load(x + y * row + i * kRun);
-      transform_six(d, out);
-      FUSEDCNN_UNROLL
-      for (int y = 0; y < 6; ++y) columns[y][i] = out[y];
-    }
-    FUSEDCNN_UNROLL
-    for (int y = 0; y < 6; ++y) {
-      Vector<float> out[6];
-      transform_six(columns[y], out);
-      FUSEDCNN_UNROLL
-      for (int i = 0; i < 6; ++i) store(v + (y * 6 + i) * kVStride, out[i]);
-    }
+    for (int y = 0; y < 6; ++y) keep_address(rows[y] = x + y * row);
+    transform_rows_of_tile<0>(rows, v);
+    transform_rows_of_tile<1>(rows, v);
+    transform_rows_of_tile<2>(rows, v);
   }
 }
 
@@ -153,7 +193,7 @@ enum class Epilogue { kReLU, kMaximum, kPlane };
 template <Epilogue kEpilogue>
 constexpr int64_t kSide = kEpilogue == Epilogue::kPlane ? 4 : 2;
 
-// Where the outputs of a band, or of a tile, go. codes: none of a plane.
+// Where the outputs of a band, or of a tile, go. codes: null where they are not wanted.
 struct TileOutput {
   float* values;
   uint8_t* codes;
@@ -199,6 +239,7 @@ FUSEDCNN_NOINLINE void finish_tile(const float* m, Vector<float> bias, const Til
     }
     return;
   }
+  uint8_t* const codes = to.codes;
   FUSEDCNN_UNROLL
   for (int half = 0; half < 2; ++half) {
     if (half >= to.rows) break;
@@ -216,7 +257,7 @@ FUSEDCNN_NOINLINE void finish_tile(const float* m, Vector<float> bias, const Til
       }
       finish_window<kEpilogue == Epilogue::kReLU>(top[2 * side], top[2 * side + 1],
                                                   bottom[2 * side], bottom[2 * side + 1], bias,
-                                                  to.values + at, to.codes + at);
+                                                  to.values + at, codes ? codes + at : codes);
     }
   }
 }
@@ -305,7 +346,9 @@ void sum_block(const WinogradShared& shared, int64_t channels, uint8_t halves, i
         } else {
           FirstMaximum<float> pool;
           for (int e = 0; e < 4; ++e) pool.see(conv[e / 2][2 * x + e % 2][z], e);
-          pool.template finish<kEpilogue == Epilogue::kReLU>(out.values + at, out.codes + at);
+          uint8_t unwanted[kN];
+          pool.template finish<kEpilogue == Epilogue::kReLU>(out.values + at,
+                                                             out.codes ? out.codes + at : unwanted);
           if constexpr (kEpilogue == Epilogue::kMaximum) {
             const Vector<float> bias = load(shared.bias + first + z * kN);
             chunk.see(conv[0][2 * x][z] - bias, conv[0][2 * x + 1][z] - bias,
@@ -373,9 +416,9 @@ void winograd_f4x4_band(const ForwardArgs& args, const WinogradShared& shared, i
   S* output = static_cast<S*>(args.output) + at;
   float* values = direct ? reinterpret_cast<float*>(output) : m + kMSize;
   uint8_t* codes = reinterpret_cast<uint8_t*>(m + kMSize + buffered);
-  const TileOutput whole{values,        kEpilogue == Epilogue::kPlane ? nullptr : codes,
-                         shared.padded, g.w.out * shared.padded,
-                         rows,          g.w.out};
+  const bool no_codes = kEpilogue == Epilogue::kPlane || !args.code;
+  const TileOutput whole{
+      values, no_codes ? nullptr : codes, shared.padded, g.w.out * shared.padded, rows, g.w.out};
 
   const TaskMoments<float> moments(kEpilogue == Epilogue::kMaximum ? shared.padded : 0);
   const int64_t strips = (tiles + kTiles - 1) / kTiles;
@@ -424,10 +467,10 @@ void winograd_f4x4_band(const ForwardArgs& args, const WinogradShared& shared, i
   }
 }
 
-// G along one dimension.
+// G along one dimension, elements 1 and 2 halved.
 FUSEDCNN_INLINE void spread_three(Vector<float> g0, Vector<float> g1, Vector<float> g2,
                                   Vector<float> (&out)[6]) {
-  const Vector<float> even_a = (g0 + 0.5f * g2) * (-2.0f / 3), odd_a = g1 * (kA * (-2.0f / 3));
+  const Vector<float> even_a = (g0 + 0.5f * g2) * (-1.0f / 3), odd_a = g1 * (kA * (-1.0f / 3));
   const Vector<float> even_b = (g0 + 2.0f * g2) * (1.0f / 6), odd_b = g1 * (kB * (1.0f / 6));
   out[0] = g0;
   out[1] = even_a + odd_a;

@@ -10,11 +10,32 @@
 namespace fusedcnn::cpu::FUSEDCNN_ISA {
 namespace {
 
-// A byte for every lane: codes.
-template <typename T>
-struct LaneBytesOf {
-  typedef uint8_t Type __attribute__((vector_size(kLanes<T>)));
-};
+// Stores a code for every lane, each a byte.
+template <typename Code>
+FUSEDCNN_INLINE void store_codes(Code code, uint8_t* to) {
+#if defined(__AVX512F__)
+  constexpr bool kPacks = false;  // in one instruction
+#elif defined(__x86_64__)
+  constexpr bool kPacks = sizeof(code[0]) == 4;
+#else
+  constexpr bool kPacks = false;
+#endif
+  if constexpr (kPacks) {  // GCC would take the lanes one by one
+#if defined(__x86_64__)
+    constexpr int kCount = sizeof(Code) / 4;
+    __m128i halves[2];
+    memcpy(halves, &code, sizeof code);
+    if (kCount == 4) halves[1] = halves[0];
+    const __m128i words = _mm_packs_epi32(halves[0], halves[1]);
+    const __m128i bytes = _mm_packus_epi16(words, words);
+    memcpy(to, &bytes, kCount);
+#endif
+  } else {
+    typedef uint8_t Bytes __attribute__((vector_size(sizeof(Code) / sizeof(code[0]))));
+    const Bytes bytes = __builtin_convertvector(code, Bytes);
+    memcpy(to, &bytes, sizeof bytes);
+  }
+}
 
 // The pool of one window, and then perhaps ReLU, for every lane.
 template <typename T>
@@ -40,9 +61,7 @@ struct FirstMaximum {
       code = off ? broadcast(static_cast<Int<T>>(kOff<uint8_t>)) : winner;
     }
     store(values, value);
-    typedef typename LaneBytesOf<T>::Type LaneBytes;
-    const LaneBytes bytes = __builtin_convertvector(code, LaneBytes);
-    memcpy(codes, &bytes, sizeof bytes);
+    store_codes(code, codes);
   }
 };
 

@@ -9,7 +9,7 @@
 
 #include "core/geometry.h"
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -128,6 +128,10 @@ FUSEDCNN_INLINE T larger(T a, T b) {
 FUSEDCNN_INLINE Vector<float> maximum(Vector<float> a, Vector<float> b) {
 #if defined(__AVX512F__)
   return (Vector<float>)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vector<float>)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (Vector<float>)_mm_max_ps((__m128)a, (__m128)b);
 #else
   return a > b ? a : b;
 #endif

@@ -90,15 +90,18 @@ FUSEDCNN_NOINLINE void add_energies(const S* from, int64_t stride, int64_t chann
     return;
   }
   add_row(width, energy, [&](int64_t x) {
-    Vector<float> even = {}, odd = {};
+    Vector<float> sums[4] = {};  // chains: one would take longer than its instructions
     const S* at = from + x;
-    for (int64_t c = 1; c < channels; c += 2, at += 2 * stride) {
-      const Vector<float> a = widen_vector(at), b = widen_vector(at + stride);
-      even += a * a;
-      odd += b * b;
+    int64_t c = 0;
+    for (; c + 4 <= channels; c += 4, at += 4 * stride) {
+      FUSEDCNN_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const Vector<float> value = widen_vector(at + i * stride);
+        sums[i] += value * value;
+      }
     }
-    if (channels % 2) even += widen_vector(at) * widen_vector(at);
-    return even + odd;
+    for (; c < channels; ++c, at += stride) sums[0] += widen_vector(at) * widen_vector(at);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
   });
 }
 

@@ -7,9 +7,9 @@
 // mix a filter's taps: an output errs in proportion to its filter's norm, also where a large tap
 // meets only zeros.
 //
-// Sums of patch elements could overflow, and an infinity less another is NaN. winograd_f2 and
-// winograd_f2x2 therefore leave an image with values beyond kModerate, infinity or NaN to the
-// general kernel; winograd_f4x4 leaves such a tile to plain sums. Where the weights or the bias
+// Sums of patch elements could overflow, and an infinity less another is NaN. Kernels of
+// F(2x2, 3x3) therefore leave an image with values beyond kModerate, infinity or NaN to the general
+// kernel; winograd_f4x4 leaves such a tile to plain sums. Where the weights or the bias
 // hold such a value, the general kernel takes the whole call.
 #pragma once
 
@@ -59,13 +59,13 @@ inline void write_moments(const ForwardArgs& args, const WinogradShared& shared,
 
 // Max, bias, perhaps ReLU, and code of one window, or of one for every lane, from its four outputs.
 // The first maximum wins; there is no NaN. The maximum plus the bias is the maximum of the sums, as
-// rounding keeps the order. codes: where to, or null.
-template <bool kReLU>
+// rounding keeps the order; with kBiased the outputs hold it already. codes: where to, or null.
+template <bool kReLU, bool kBiased = false>
 FUSEDCNN_INLINE void finish_window(Vector<float> e0, Vector<float> e1, Vector<float> e2,
                                    Vector<float> e3, Vector<float> bias, float* values,
                                    uint8_t* codes) {
   const Vector<float> top = maximum(e1, e0), bottom = maximum(e3, e2);
-  const Vector<float> best = maximum(bottom, top) + bias;
+  const Vector<float> most = maximum(bottom, top), best = kBiased ? most : most + bias;
   store(values, kReLU ? maximum(best, Vector<float>{}) : best);
   if (!codes) return;
   const Vector<int32_t> in_top = e1 > e0 ? broadcast<int32_t>(1) : Vector<int32_t>{};
@@ -74,9 +74,7 @@ FUSEDCNN_INLINE void finish_window(Vector<float> e0, Vector<float> e1, Vector<fl
   if constexpr (kReLU) {
     winner = best > Vector<float>{} ? winner : broadcast<int32_t>(kOff<uint8_t>);
   }
-  typedef LaneBytesOf<float>::Type LaneBytes;
-  const LaneBytes bytes = __builtin_convertvector(winner, LaneBytes);
-  memcpy(codes, &bytes, sizeof bytes);
+  store_codes(winner, codes);
 }
 
 // Whether no value is beyond kModerate, infinite or NaN. count: a multiple of the lanes.
