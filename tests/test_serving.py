@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -18,9 +19,13 @@ import fusedcnn
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 
 pytest.importorskip("tqdm", reason="needs pip install 'fusedcnn[examples]'")
 pytest.importorskip("matplotlib", reason="needs pip install 'fusedcnn[examples]'")
+
+if not hasattr(torch._inductor.config.cpp, "march"):
+    pytest.skip("this torch compiles for its own CPU only", allow_module_level=True)
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SERVE = EXAMPLES / "serve"
@@ -51,12 +56,15 @@ class Served(NamedTuple):
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory) -> Served:
+    threads = torch.get_num_threads()
     folder = tmp_path_factory.mktemp("serving")
     arguments = ["--train-images", "2000", "--test-images", "100", "--epochs", "4", "--lr", "3e-3"]
-    arguments += ["--batch-size", "50", "--device", "cpu", "--output", str(folder)]
+    arguments += ["--batch-size", "50", "--device", "cpu", "--threads", "1"]
+    arguments += ["--output", str(folder)]
     with contextlib.redirect_stdout(None), torch.random.fork_rng(devices=[]):
         assert train_cifar10.main(arguments) == 0
         assert export.main([str(folder), str(folder / "classifier.pt2")]) == 0
+    torch.set_num_threads(threads)
     images, labels = train_cifar10.draw_images(IMAGES, seed=2)
     np.save(folder / "images.npy", images.numpy())
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -262,6 +270,17 @@ def test_missing_files(run, served, tmp_path):
     assert_refused(run(package, tmp_path), str(tmp_path))
 
 
+def test_damaged_package(run, served, tmp_path):
+    """One bit of a weight, or of the code, which torch would load."""
+    package = served.folder / "classifier.pt2"
+    with zipfile.ZipFile(package) as archive:
+        (item,) = [item for item in archive.infolist() if item.filename.endswith(".so")]
+    content = bytearray(package.read_bytes())
+    content[item.header_offset + item.file_size // 2] ^= 1
+    (tmp_path / "bad.pt2").write_bytes(content)
+    assert_refused(run(tmp_path / "bad.pt2", served.folder / "images.npy"), "bad.pt2: ")
+
+
 def test_foreign_packages(run, served, tmp_path):
     images, package = served.folder / "images.npy", served.folder / "classifier.pt2"
     bad = tmp_path / "bad.pt2"
@@ -382,6 +401,8 @@ def test_package_without_the_operators(served):
     assert "Could not find schema for fusedcnn::" in done.stderr
 
 
-def test_both_programs_check_the_same_format():
+def test_format_and_classifier_are_the_same_everywhere():
     assert classify.FORMAT == export.FORMAT
     assert f'"{export.FORMAT}"' in (SERVE / "main.cpp").read_text()
+    page = EXAMPLES.parent / "docs" / "serving.md"
+    assert inspect.getsource(export.Classifier) in page.read_text()

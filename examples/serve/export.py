@@ -49,10 +49,10 @@ class Classifier(nn.Module):
         super().__init__()
         self.model = model
         self.register_buffer("mean", mean.view(-1, 1, 1))
-        self.register_buffer("std", std.view(-1, 1, 1))
+        self.register_buffer("scale", 1 / std.view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.model((images - self.mean) / self.std)
+        logits = self.model((images - self.mean) * self.scale)
         probability, label = logits.softmax(1).max(1)
         return label, probability
 

@@ -30,7 +30,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "npy.h"
+#include "files.h"
 
 namespace {
 
@@ -89,6 +89,7 @@ std::string torch_version() {
 // Reads what export.py wrote into the package, and checks that the package can run here. Loading
 // the package runs its code: all that may be wrong is found before.
 Metadata read_metadata(const std::string& package, const std::string& library_version) {
+  check_checksums(package);
   Metadata metadata;
   try {
     metadata = AOTIModelPackageLoader::load_metadata_from_package(package, "model");
@@ -167,7 +168,7 @@ void run(const Options& options) {
   for (const char letter : metadata["classes"]) {
     letter == '\n' ? names.emplace_back() : names.back() += letter;
   }
-  Array array = read_npy(options.images);
+  Array array = read_array(options.images);
   const at::Tensor images = images_of(array, metadata["image"], options.images);
   AOTIModelPackageLoader model(options.package);
   const c10::InferenceMode no_autograd;
