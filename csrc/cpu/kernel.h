@@ -80,6 +80,18 @@ struct TransposeArgs {
   void* to;
 };
 
+// A fully connected layer, float32: output = input weight^T + bias, above zero where `relu`.
+struct LinearArgs {
+  int64_t rows, in_features, out_features;
+  const float* input;  // [rows, in_features], rows `input_stride` apart
+  int64_t input_stride;
+  const float* weight;  // [out_features, in_features]
+  const float* bias;    // [out_features]
+  bool relu;
+  float* output;  // [rows, out_features], rows `output_stride` apart
+  int64_t output_stride;
+};
+
 struct NormPasses;  // batch_norm_passes.h
 
 struct KernelList {
@@ -91,6 +103,7 @@ struct KernelList {
   double (*multiply_add_rate)(double seconds);
   // What stands around the convolutions of a block with batch normalisation.
   const NormPasses* norm;
+  void (*linear)(const LinearArgs& args, const ThreadPool& pool);
 };
 
 }  // namespace fusedcnn::cpu

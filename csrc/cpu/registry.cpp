@@ -14,6 +14,7 @@
 #include "cpu/kernels/forward_winograd_f2x2.h"
 #include "cpu/kernels/forward_winograd_f4x4.h"
 #include "cpu/kernels/library.h"
+#include "cpu/kernels/linear.h"
 #include "cpu/kernels/multiply_add_rate.h"
 #if defined(__AVX2__)
 #include "cpu/kernels/backward_input_winners_3x3.h"
@@ -63,8 +64,8 @@ const KernelList& kernels() {
   };
   static constexpr NormPasses norm = {norm_pool, norm_output, norm_sums, norm_gradient,
                                       norm_load, norm_store,  norm_add,  norm_weight};
-  static constexpr KernelList result = {list, sizeof list / sizeof *list, to_channels_last,
-                                        multiply_add_rate, &norm};
+  static constexpr KernelList result = {
+      list, sizeof list / sizeof *list, to_channels_last, multiply_add_rate, &norm, linear};
   return result;
 }
 

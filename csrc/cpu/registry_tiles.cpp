@@ -20,8 +20,8 @@ const KernelList& kernels() {
       {"tiles", Pass::kGradInput, true, 2, false, why_not_grad_input_tiles, nullptr,
        grad_input_tiles, false, grad_input_tiles_are_slower},
   };
-  static constexpr KernelList result = {list, sizeof list / sizeof *list, nullptr, nullptr,
-                                        nullptr};
+  static constexpr KernelList result = {
+      list, sizeof list / sizeof *list, nullptr, nullptr, nullptr, nullptr};
   return result;
 }
 

@@ -21,6 +21,9 @@ enum class Slot : int {
   kNormWeights,
   kNormGradient,
   kNormSums,
+  // Nor for them: chain.cpp.
+  kChainEven,
+  kChainOdd,
   kCount
 };
 

@@ -119,13 +119,17 @@ Geometry check_geometry(const Tensor& input, const Tensor& weight,
   if (rank != 3 && rank != 4) {
     fail("input: expected [N, C, H, W] or [C, H, W], got ", shape_text(input));
   }
+  return check_geometry({rank == 4 ? input.size(0) : 1, input.size(rank - 3), input.size(rank - 2),
+                         input.size(rank - 1)},
+                        weight, packed.data());
+}
+
+Geometry check_geometry(const int64_t (&input)[4], const Tensor& weight, const int64_t* packed) {
   if (weight.dim() != 4) {
     fail("weight: expected [out_channels, in_channels / groups, KH, KW], got ", shape_text(weight));
   }
   const Geometry g =
-      unpack({rank == 4 ? input.size(0) : 1, input.size(rank - 3), input.size(rank - 2),
-              input.size(rank - 1)},
-             {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, packed.data());
+      unpack(input, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, packed);
   // Images are laid out with their padding, which takes memory that no tensor of the call has.
   const int64_t pixels = g.h.padded() * g.w.padded();
   if (pixels / kMostGrowth > g.h.in * g.w.in && pixels * g.in_channels_per_group() > kMostPadded) {
@@ -239,6 +243,11 @@ Tensor empty_image(const Tensor& like, bool batched, int64_t n, int64_t c, int64
 Tensor empty_twin(const Tensor& like) {
   return empty_strided(like.dim(), like.sizes().data(), like.strides().data(), like.scalar_type(),
                        like);
+}
+
+Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns, ScalarType type) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  return empty_strided(2, sizes, strides, type, like);
 }
 
 Tensor empty_vector(const Tensor& like, int64_t size, ScalarType type) {

@@ -17,6 +17,10 @@ namespace fusedcnn {
 Geometry check_geometry(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
                         const std::vector<int64_t>& packed);
 
+// The same for an input of these sizes, [N, C, H, W], and kPackedGeometrySize integers.
+Geometry check_geometry(const int64_t (&input)[4], const torch::stable::Tensor& weight,
+                        const int64_t* packed);
+
 // The element type of `input`. Throws when no kernel has it.
 DataType check_type(const torch::stable::Tensor& input);
 
@@ -57,6 +61,9 @@ torch::stable::Tensor empty_image(const torch::stable::Tensor& like, bool batche
 
 // An uninitialised tensor with device, type, sizes and strides of `like`, which is dense.
 torch::stable::Tensor empty_twin(const torch::stable::Tensor& like);
+
+torch::stable::Tensor empty_matrix(const torch::stable::Tensor& like, int64_t rows, int64_t columns,
+                                   torch::headeronly::ScalarType type);
 
 // An uninitialised contiguous tensor of one dimension on the device of `like`.
 torch::stable::Tensor empty_vector(const torch::stable::Tensor& like, int64_t size,

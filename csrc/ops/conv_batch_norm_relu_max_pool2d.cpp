@@ -16,26 +16,13 @@
 #include "ops/batch_norm_calls.h"
 #include "ops/checks.h"
 #include "ops/choice.h"
+#include "ops/choose.h"
 #include "ops/torch_threads.h"
 
 namespace fusedcnn {
 namespace {
 
 using torch::stable::Tensor;
-
-const cpu::Kernel& choose(Pass pass, const Problem& problem) {
-  const cpu::Kernel* const kernel = cpu::select(pass, problem);
-  if (!kernel) {
-    const std::string forced = cpu::forced_kernel();
-    throw std::runtime_error(
-        refusal(pass, cpu::explain(pass, problem), forced.empty() ? nullptr : forced.c_str()));
-  }
-  if (logging()) {
-    log_choice("CPU", pass, problem, kernel->name, cpu::explain(pass, problem));
-  }
-  cpu::chosen(pass, *kernel);
-  return *kernel;
-}
 
 // output, code, extremum [N, OC, OH, OW], the latter two of shape [0] when `with_code` is false;
 // mean, var [OC].

@@ -1,5 +1,7 @@
 // The operators' schemas and their CPU implementations: checks, allocation, selection, call. The
 // CUDA implementations are in conv_relu_max_pool2d_cuda.cpp.
+#include "ops/conv_relu_max_pool2d.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -61,7 +63,8 @@ void run_or_without_library(Pass pass, const Problem& problem, const Run& run) {
   }
 }
 
-// output [N, OC, OH, OW] and code of the same shape, or of shape [0] when `with_code` is false.
+}  // namespace
+
 std::tuple<Tensor, Tensor> conv_relu_max_pool2d(const Tensor& input, const Tensor& weight,
                                                 const std::optional<Tensor>& bias,
                                                 const std::vector<int64_t>& packed,
@@ -87,6 +90,8 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool2d(const Tensor& input, const Tenso
   }
   return {call.output, call.code};
 }
+
+namespace {
 
 // grad_input, grad_weight, grad_bias; a gradient that is not wanted comes back with shape [0].
 std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward(
@@ -145,6 +150,8 @@ STABLE_TORCH_LIBRARY(fusedcnn, m) {
       "Tensor? bn_weight, Tensor code, Tensor extremum, Tensor mean, Tensor var, int[] geometry, "
       "float eps, int output_mask) -> (Tensor grad_input, Tensor grad_weight, "
       "Tensor grad_bn_weight, Tensor grad_bn_bias)");
+  m.def(
+      "conv_relu_max_pool2d_chain(Tensor input, Tensor[] parameters, int[] geometries) -> Tensor");
   m.def("explain(Tensor input, Tensor weight, Tensor? bias, int[] geometry) -> str");
 }
 

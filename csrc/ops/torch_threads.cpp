@@ -42,12 +42,16 @@ constexpr double kSerialMultiplyAdds = 1e6;
 
 }  // namespace
 
-cpu::ThreadPool thread_pool(const Geometry& g) {
+double multiply_adds(const Geometry& g) {
   const double conv_outputs =
       std::min(double(g.outputs()) * double(g.window()), double(g.h.conv) * double(g.w.conv));
-  const double multiply_adds =
-      double(g.batch) * g.out_channels * conv_outputs * g.in_channels_per_group() * g.taps();
+  return double(g.batch) * g.out_channels * conv_outputs * g.in_channels_per_group() * g.taps();
+}
+
+cpu::ThreadPool thread_pool(double multiply_adds) {
   return {multiply_adds < kSerialMultiplyAdds ? run_inline : run_on_torch_threads};
 }
+
+cpu::ThreadPool thread_pool(const Geometry& g) { return thread_pool(multiply_adds(g)); }
 
 }  // namespace fusedcnn

@@ -11,7 +11,10 @@
 namespace fusedcnn {
 
 // torch's own threads, or where the work is too little to share out, the calling one.
+cpu::ThreadPool thread_pool(double multiply_adds);
 cpu::ThreadPool thread_pool(const Geometry& g);
+
+double multiply_adds(const Geometry& g);
 
 // body(), with a shortage of working memory as the error that torch's own allocator raises.
 template <typename Body>

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from fusedcnn import _stock
+from fusedcnn._chain import chain_op
+from fusedcnn._chain import decomposed as chain_decomposed
 from fusedcnn._geometry import (
     Geometry,
     code_dtype,
@@ -87,7 +89,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
 
     Source: :func:`torch.export.default_decompositions`, which gives torch's own.
     """
-    return {forward_op: _decomposed, bn_forward_op: _bn_decomposed}
+    return {forward_op: _decomposed, bn_forward_op: _bn_decomposed, chain_op: chain_decomposed}
 
 
 # Counted as torch counts its convolutions: multiply-adds as two, as if the backward were dense, so

@@ -14,6 +14,7 @@
 #include "test_dense_gradients.h"
 #include "test_derived_weights.h"
 #include "test_kernels.h"
+#include "test_linear.h"
 #include "test_moments.h"
 #include "test_select.h"
 #include "test_tiles.h"
@@ -98,6 +99,7 @@ int main(int count, char** arguments) {
     selftest::test_optional_arguments(backend);
     selftest::test_rounding(backend);
     selftest::test_determinism(backend);
+    selftest::test_linear(isa);
     if (isa.list.norm) selftest::test_batch_norm(isa, quick);
   }
   selftest::check(found, "no ISA named " + only + " was compiled in");
