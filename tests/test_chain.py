@@ -341,6 +341,9 @@ def test_decomposition_and_flops(features, exact):
 
 
 def test_meta():
-    """The shape without values; on a device without a kernel, the stock layers."""
+    """The shape without values, unless only some of the operands are there."""
     parameters = [p.to("meta") for p in parameters_of((3, 4, 5), (45, 6, 2))]
-    assert chain_op(images(2, 3, 12, 12).to("meta"), parameters, BLOCK).shape == (2, 2)
+    assert chain_op(GOOD.to("meta"), parameters, BLOCK).shape == (2, 2)
+    parameters = changed(4, torch.ones(6, 45, device="meta"))
+    with pytest.raises(RuntimeError, match=r"^parameters\[4\]: expected device cpu like input"):
+        chain_op(GOOD, parameters, BLOCK)

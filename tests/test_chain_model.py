@@ -9,6 +9,7 @@ from collections.abc import Callable
 import fusedcnn
 import pytest
 import torch
+from fusedcnn import inference
 from fusedcnn._chain import chain_op
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -124,6 +125,10 @@ def test_parameters_changed_and_replaced(model, images):
     model.classifier[4].weight = nn.Parameter(torch.zeros(10, 128))
     assert in_one_call(model, images)
     assert torch.equal(model(images), model.classifier[4].bias.expand(5, -1))
+    model.classifier[4] = nn.Linear(128, 4)  # for other classes
+    model.features = nn.Sequential(*model.features)
+    assert in_one_call(model, images)
+    torch.testing.assert_close(model(images), layer_by_layer(model, images), rtol=1e-5, atol=1e-4)
 
 
 @torch.no_grad()
@@ -167,14 +172,12 @@ def doubled(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
 
 # What makes a model unusual: after each, it computes what its layers compute, one by one.
 UNUSUAL = {
-    "last_layer": replaced("classifier.4", lambda: nn.Linear(128, 4)),
     "derived_layer": replaced("classifier.4", lambda: Other(128, 10).eval()),
     "activation": replaced("classifier.2", nn.GELU),
     "identity": replaced("features.2", lambda: nn.AvgPool2d(1)),
     "dropout": replaced("classifier.3", nn.Identity),
     "block": replaced("features.3", lambda: fusedcnn.ConvReLUMaxPool2d(16, 32, 3, padding="same")),
     "stock_block": lambda model: fusedcnn.unfuse(model, inplace=True),
-    "features": lambda model: setattr(model, "features", nn.Sequential(*model.features)[:]),
     "appended": lambda model: model.classifier.append(nn.Softmax(1)),
     "prepended": lambda model: model.features.insert(0, nn.InstanceNorm2d(3)),
     "forward_hook": lambda model: model.features[4].register_forward_hook(doubled),
@@ -203,9 +206,10 @@ UNUSUAL = {
 def test_unusual_models_go_layer_by_layer(name, model, images):
     assert in_one_call(model, images)
     UNUSUAL[name](model)
-    images = images.to(model.features[0].weight.dtype)
-    if name != "features":  # the same layers in another Sequential
-        assert not in_one_call(model, images)
+    images = images.to(next(model.parameters()).dtype)
+    assert not in_one_call(model, images)
+    if name not in ("float64", "bfloat16"):  # which are the input's, too
+        assert inference.parameters_as_built(model) is None  # what torch.compile follows
     if name != "a_second_dropout":
         torch.testing.assert_close(model(images), layer_by_layer(model, images), **CLOSE)
 
@@ -310,6 +314,7 @@ def test_a_forced_kernel(model, images):
     plain = model(images)
     with fusedcnn._ops.force("", "general"):
         torch.testing.assert_close(model(images), plain, **CLOSE)
+        assert fusedcnn._C.last_selected()["forward"] == "general"
     fusedcnn.backends.benchmark = True
     try:
         torch.testing.assert_close(model(images), plain, **CLOSE)

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/select.h"
+#include "python/layers.h"
 
 namespace py = pybind11;
 namespace cpu = fusedcnn::cpu;
@@ -90,5 +91,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("winograd_allowed", &cpu::winograd_allowed);
   m.def("benchmark", &cpu::benchmark, py::arg("enabled"));
   m.def("benchmarking", &cpu::benchmarking);
+  m.def("parameters_as_built", &fusedcnn::parameters_as_built);
   m.def("forced", [] { return py::make_tuple(cpu::forced_isa(), cpu::forced_kernel()); });
 }

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from fusedcnn import _cuda, _stock
 from fusedcnn._geometry import Geometry
@@ -50,6 +50,16 @@ def _fused_block(input: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence
     return forward_op(input, weight, bias, geometry, True)[0]
 
 
+def _check_devices(input: Tensor, parameters: Sequence[Tensor]) -> None:
+    # As the CPU's operator does. A single tensor elsewhere is enough to be sent here.
+    for i, parameter in enumerate(parameters):
+        if parameter.device != input.device:
+            raise RuntimeError(
+                f"parameters[{i}]: expected device {input.device} like input, "
+                f"got {parameter.device}"
+            )
+
+
 def decomposed(input: Tensor, parameters: list[Tensor], geometries: list[int]) -> Tensor:
     """The operator in stock operations."""
     return _layers(input, parameters, geometries, _stock_block)
@@ -57,6 +67,7 @@ def decomposed(input: Tensor, parameters: list[Tensor], geometries: list[int]) -
 
 @torch.library.register_fake(_NAME)
 def _(input, parameters, geometries):
+    _check_devices(input, parameters)
     output = decomposed(input, parameters, geometries)
     return output.new_empty(output.shape)
 
@@ -65,6 +76,7 @@ _library = torch.library.Library("fusedcnn", "IMPL")  # its registrations live a
 
 
 def _on_another_device(input, parameters, geometries):
+    _check_devices(input, parameters)
     fused = input.is_cuda and _cuda.reason is None
     return _layers(input, parameters, geometries, _fused_block if fused else _stock_block)
 
@@ -115,13 +127,9 @@ def _(info, in_dims, input, parameters, geometries):
 
 @register_flop_formula(torch.ops.fusedcnn.conv_relu_max_pool2d_chain)
 def flops(input, parameters, geometries, *, out_shape=None, **_) -> int:
-    """Those of the convolutions and of the matrix products."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+    """Those of its convolutions and matrix products."""
+    # Of shapes: the counter has made them of the tensors.
+    empty = [torch.empty(shape, device="meta") for shape in (input, *parameters)]
     with FlopCounterMode(display=False) as counter:
-        decomposed(
-            *(torch.empty(shape, device="meta") for shape in (input,)),
-            [torch.empty(shape, device="meta") for shape in parameters],
-            geometries,
-        )
+        decomposed(empty[0], empty[1:], geometries)
     return counter.get_total_flops()

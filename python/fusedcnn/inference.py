@@ -2,60 +2,77 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 
+from fusedcnn import _C
 from fusedcnn._chain import chain_op
 from fusedcnn._geometry import pack_geometry
 from fusedcnn._ops import below_autograd
 from fusedcnn.functional import _is_dtensor
-from fusedcnn.modules import POOL_ARGUMENTS, ConvReLUMaxPool2d
+from fusedcnn.modules import ConvReLUMaxPool2d
 
-_FEATURES = (ConvReLUMaxPool2d, nn.Identity, nn.Identity) * 2
-_CLASSIFIER = (nn.Flatten, nn.Linear, nn.ReLU, nn.Dropout, nn.Linear)
-_KINDS = (nn.Sequential, nn.Sequential, *_FEATURES, *_CLASSIFIER)
-# Of _KINDS: those with parameters.
-_BLOCKS, _FLATTEN, _DROPOUT, _LINEARS = (2, 5), 8, 11, (9, 12)
+_BLOCK = {
+    "padding_mode": "zeros",
+    "stride": (1, 1),
+    "padding": (1, 1),
+    "dilation": (1, 1),
+    "groups": 1,
+    "pool_kernel_size": 2,
+    "pool_stride": 2,
+    "pool_padding": 0,
+    "pool_dilation": 1,
+    "ceil_mode": False,
+}
+_GEOMETRY = pack_geometry((3, 3), *list(_BLOCK.values())[1:])
 
-_BLOCK_ARGUMENTS = ("padding_mode", "stride", "padding", "dilation", "groups", *POOL_ARGUMENTS)
-_BLOCK_VALUES = ["zeros", (1, 1), (1, 1), (1, 1), 1, 2, 2, 0, 1, False]
-_GEOMETRY = pack_geometry((3, 3), *_BLOCK_VALUES[1:])
-_PARAMETERS = [nn.Parameter] * 8
+# The two Sequentials, then what is in them: type and attributes that matter.
+_NAMES = ("features", "classifier")
+_LAYERS: tuple[tuple[type[nn.Module], dict[str, Any]], ...] = (
+    (nn.Sequential, {}),
+    (nn.Sequential, {}),
+    *((ConvReLUMaxPool2d, _BLOCK), (nn.Identity, {}), (nn.Identity, {})) * 2,
+    (nn.Flatten, {"start_dim": 1, "end_dim": -1}),
+    (nn.Linear, {}),
+    (nn.ReLU, {}),
+    (nn.Dropout, {"training": False}),
+    (nn.Linear, {}),
+)
 
 
-def _parameters(model: nn.Module) -> list[Tensor] | None:
+def parameters_as_built(model: nn.Module) -> list[Tensor] | None:
     """Weights and biases in turn; None unless the layers are those that the model was built with.
 
     A hook, a layer that is another or computes something else, a parameter that is computed: each
     makes a difference that one call for all layers would hide.
+
+    ``_C.parameters_as_built`` is the same, for eager calls; this is what torch.compile can follow,
+    and says nothing of the parameters' types, which are others in a graph.
     """
-    features, classifier = map(model._modules.get, ("features", "classifier"))
-    if type(features) is not nn.Sequential or type(classifier) is not nn.Sequential:
+    modules = model._modules
+    if len(modules) != len(_NAMES) or not all(name in modules for name in _NAMES):
         return None
-    layers = (features, classifier, *features._modules.values(), *classifier._modules.values())
-    if len(layers) != len(_KINDS) or len(model._modules) != 2:
-        return None
-    for layer, kind in zip(layers, _KINDS, strict=True):
-        of_layer = layer.__dict__  # reading from it is several times quicker
-        if type(layer) is not kind or "forward" in of_layer:
+    layers = [modules[name] for name in _NAMES]
+    for sequential in layers[:]:
+        if type(sequential) is not nn.Sequential:
             return None
-        if of_layer["_forward_hooks"] or of_layer["_forward_pre_hooks"]:
-            return None
-    if _module._global_forward_hooks or _module._global_forward_pre_hooks:
-        return None
-    flatten, dropout = layers[_FLATTEN], layers[_DROPOUT]
-    if dropout.training or flatten.start_dim != 1 or flatten.end_dim != -1:
+        layers += sequential._modules.values()
+    if len(layers) != len(_LAYERS):
         return None
     parameters = []
-    for i in _BLOCKS:
-        of_layer = layers[i].__dict__
-        if [of_layer[name] for name in _BLOCK_ARGUMENTS] != _BLOCK_VALUES:
+    for layer, (kind, attributes) in zip(layers, _LAYERS, strict=True):
+        if type(layer) is not kind or "forward" in layer.__dict__:
             return None
-    for i in (*_BLOCKS, *_LINEARS):
-        of_layer = layers[i]._parameters
-        parameters += of_layer.get("weight"), of_layer.get("bias")
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            return None
+        if [layer.__dict__[name] for name in attributes] != list(attributes.values()):
+            return None
+        if layer._parameters:
+            parameters += [layer._parameters.get(name) for name in ("weight", "bias")]
     return None if any(p is None for p in parameters) else parameters
 
 
@@ -66,40 +83,51 @@ def in_one_call(model: nn.Module, input: Tensor) -> Tensor | None:
         model: a :class:`fusedcnn.FusedSimpleCNN` in evaluation mode.
         input: whatever it was called with.
     """
-    compiling = torch.compiler.is_compiling()
-    exporting = compiling and torch.compiler.is_exporting()
-    if torch.is_grad_enabled() and not exporting:
-        return None
-    if not isinstance(input, Tensor) or not input.is_cpu or input.dim() != 4:
-        return None
+    if torch.compiler.is_compiling():
+        return _in_one_node(model, input)
     if (
-        input.dtype != torch.float32
-        or input.layout != torch.strided
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or (compiling and torch.onnx.is_in_onnx_export())
-    ):
-        return None
-    parameters = _parameters(model)
-    if parameters is None:
-        return None
-    if compiling:
-        if any(map(_is_dtensor, (input, *parameters))):
-            return None
-    elif (
         type(input) is not Tensor
-        or list(map(type, parameters)) != _PARAMETERS
+        or not input.is_cpu
+        or input.dtype != torch.float32
+        or torch.is_grad_enabled()
+        or _under_a_transform()
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._get_tracing_state() is not None
+        or (parameters := _C.parameters_as_built(model, _NAMES, _LAYERS, nn.Parameter)) is None
     ):
         return None
-    if parameters[0].dtype != torch.float32 or False in [p.is_cpu for p in parameters]:
-        return None
-    if compiling:
-        return chain_op(input, parameters, _GEOMETRY)
     try:
         with below_autograd():
             return chain_op(input, parameters, _GEOMETRY)
     except RuntimeError:  # the layers compute it or say in their own words what is wrong
         return None
+
+
+def _in_one_node(model: nn.Module, input: Tensor) -> Tensor | None:
+    """The same for a graph: of torch.compile without gradients, of torch.export in any case."""
+    if (
+        (torch.is_grad_enabled() and not torch.compiler.is_exporting())
+        or torch.onnx.is_in_onnx_export()
+        or not isinstance(input, Tensor)
+        or not input.is_cpu
+        or input.dtype != torch.float32
+        or input.layout != torch.strided
+        or input.dim() != 4
+        or _under_a_transform()
+        or (parameters := parameters_as_built(model)) is None
+        or any(map(_is_dtensor, (input, *parameters)))
+        or not all(p.is_cpu and p.dtype == torch.float32 for p in parameters)
+    ):
+        return None
+    return chain_op(input, parameters, _GEOMETRY)
+
+
+def _under_a_transform() -> bool:
+    """Whether something follows the call that has to see each layer."""
+    return (
+        torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or bool(_module._global_forward_hooks)
+        or bool(_module._global_forward_pre_hooks)
+    )
