@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 import statistics
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -53,6 +54,8 @@ class Contender:
             inputs is not timed.
         compiled: through torch.compile.
         onnx: exported to ONNX Runtime, which serves forward passes only, and is timed on the CPU.
+        aoti: compiled ahead of time by AOTInductor, likewise. Each takes 10 seconds or more, so
+            that only those asked for by name are.
         graphed: recorded as CUDA graphs, which only a CUDA device has.
     """
 
@@ -62,13 +65,14 @@ class Contender:
     channels_last: bool = False
     compiled: bool = False
     onnx: bool = False
+    aoti: bool = False
     graphed: bool = False
 
     def why_not_on(self, device_type: str) -> str:
         """Why the contender cannot run on a type of device, or ""."""
         if self.graphed and device_type != "cuda":
             return "CUDA graphs need --device cuda"
-        if self.onnx and device_type != "cpu":
+        if (self.onnx or self.aoti) and device_type != "cpu":
             return "it is timed with --device cpu only"
         return ""
 
@@ -85,12 +89,17 @@ _GRAPHED = (
     for one in _EVERYWHERE
 )
 _ONNX = Contender("onnxruntime", "ONNX Runtime", onnx=True)
-CONTENDERS = {one.name: one for one in (*_EVERYWHERE, _ONNX, *_GRAPHED)}
+_AOTI = (
+    Contender("fused-aoti", "fusedcnn, AOTInductor", fused=True, aoti=True),
+    Contender("aoti", "AOTInductor", aoti=True),
+)
+CONTENDERS = {one.name: one for one in (*_EVERYWHERE, _ONNX, *_AOTI, *_GRAPHED)}
 
 
 def contenders_on(device_type: str) -> list[str]:
-    """Names of the contenders that can run on a type of device."""
-    return [one.name for one in CONTENDERS.values() if not one.why_not_on(device_type)]
+    """Names of the contenders that run on a type of device unless others are asked for."""
+    able = [one for one in CONTENDERS.values() if not one.why_not_on(device_type)]
+    return [one.name for one in able if not one.aoti]
 
 
 def race(
@@ -103,7 +112,7 @@ def race(
         or ``"unavailable"``, ``"failed"`` or ``"wrong"`` with a ``reason``; ``speedups``, of the
         fastest fused way against all, then of each fused way against its like; ``status``:
         ``"wrong"`` where any is, and then nobody is timed, ``"incomplete"`` where a fused one has
-        no time, else ``"timed"``.
+        no time (through AOTInductor it may have none), else ``"timed"``.
     """
     rows: list[dict[str, Any]] = []
     steps: dict[str, Callable[[], object]] = {}
@@ -132,7 +141,8 @@ def race(
     steps.clear()
     if problem.device.type == "cuda":
         torch.cuda.empty_cache()  # nor are the memory pools of its graphs
-    timed = all(row["status"] == "timed" for row in rows if CONTENDERS[row["name"]].fused)
+    ours = [row for row in rows if CONTENDERS[row["name"]].fused]
+    timed = all(row["status"] == "timed" for row in ours if not CONTENDERS[row["name"]].aoti)
     status = "wrong" if wrong else "timed" if timed else "incomplete"
     return {"status": status, "rows": rows, "speedups": speedups(seconds)}
 
@@ -214,7 +224,12 @@ def prepare(contender: Contender, problem: Problem, threads: int) -> Prepared:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of exporters and compilers, not about the figures
-        return (_prepare_onnx if contender.onnx else _prepare_torch)(contender, problem, threads)
+        if contender.onnx or contender.aoti:
+            if problem.case.kind != "forward":
+                raise NotImplementedError("it serves forward passes only")
+            how = _prepare_onnx if contender.onnx else _prepare_aoti
+            return how(contender, problem, threads)
+        return _prepare_torch(contender, problem, threads)
 
 
 def _prepare_torch(contender: Contender, problem: Problem, threads: int) -> Prepared:
@@ -239,9 +254,23 @@ def _prepare_torch(contender: Contender, problem: Problem, threads: int) -> Prep
     return lambda: call(next(rotating)), results
 
 
+def _prepare_aoti(contender: Contender, problem: Problem, threads: int) -> Prepared:
+    batches = problem.batches()
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        program = torch.export.export(problem.module(fused=contender.fused), (batches[0].input,))
+        path = torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=f"{folder}/model.pt2",
+            inductor_configs={"cpp.threads": threads},  # compiled in
+        )
+        # What torch._inductor.aoti_load_package wraps: less work around a call.
+        loader = torch._C._aoti.AOTIModelPackageLoader(path, "model", False, 1, -1)
+    results = {"output": loader.run([batches[0].input])[0]}
+    rotating = itertools.cycle([[batch.input] for batch in batches])
+    return lambda: loader.run(next(rotating)), results
+
+
 def _prepare_onnx(_contender: Contender, problem: Problem, threads: int) -> Prepared:
-    if problem.case.kind != "forward":
-        raise NotImplementedError("it serves forward passes only")
     import onnxruntime
 
     batches = problem.batches()

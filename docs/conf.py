@@ -20,4 +20,4 @@ html_show_sourcelink = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say it in words
 myst_heading_anchors = 3
-nitpick_ignore = [("myst", "../examples/aoti_cpp")]  # a folder: no page, and no file to download
+nitpick_ignore = [("myst", "../examples/serve")]  # a folder: no page, and no file to download

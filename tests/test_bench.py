@@ -86,6 +86,18 @@ def test_every_contender_is_timed_or_says_why_not(block):
     assert "times as fast" in printed
 
 
+def test_ahead_of_time_compilation_where_it_serves(run_here):
+    """Asked for by name; a case that it does not serve is complete without it."""
+    arguments = ["--cases", "block1-forward", "training", "--contenders", "fused", "fused-aoti"]
+    status, printed, report = run_here("bench_block", *QUICK, *arguments)
+    assert status == 0
+    for result, state in zip(report["results"], ("timed", "unavailable"), strict=True):
+        check_times(result)
+        assert [row["status"] for row in result["rows"]] == ["timed", state]
+        assert result["status"] == "timed"
+    assert "fused-aoti: unavailable: NotImplementedError: it serves forward passes" in printed
+
+
 def test_work_is_held_against_the_limits(block):
     _, report = block
     (limits,) = report["limits"]

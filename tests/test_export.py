@@ -1,9 +1,7 @@
-"""Leaving Python and fusedcnn behind: torch.export, AOTInductor, ONNX."""
+"""Leaving fusedcnn behind: torch.export, ONNX. AOTInductor: test_serving.py."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +17,6 @@ from reference import exact_case, with_layout
 from torch import nn
 from torch.export import Dim
 
-ROOT = Path(__file__).resolve().parent.parent
 FORWARD = torch.ops.fusedcnn.conv_relu_max_pool2d.default
 CHAIN = torch.ops.fusedcnn.conv_relu_max_pool2d_chain.default
 
@@ -152,68 +149,6 @@ def test_export_decomposes_when_asked(model):
         stock = program.run_decompositions(fusedcnn.decompositions())
         assert not any("fusedcnn" in str(node.target) for node in stock.graph.nodes)
         assert_agree(stock.module(), model, 2)
-
-
-# ---- AOTInductor ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    """The example's package, and the model in it."""
-    path = tmp_path_factory.mktemp("aoti") / "simple_cnn.pt2"
-    spec = importlib.util.spec_from_file_location("export", ROOT / "examples/aoti_cpp/export.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    model = fusedcnn.FusedSimpleCNN()
-    example.export(model, path)
-    return path, model
-
-
-def test_aot_inductor_from_python(package):
-    path, model = package
-    assert_agree(torch._inductor.aoti_load_package(str(path)), model, 1, 4, 9)
-
-
-def test_aot_inductor_from_cpp(package, tmp_path):
-    """The example, built and run: a program that no Python is linked or loaded into."""
-    path, model = package
-    tools = Path(sys.executable).parent
-    cmake = tools / "cmake" if (tools / "cmake").exists() else "cmake"
-    build = tmp_path / "build"
-    torch_dir = Path(torch.__file__).parent
-    environ = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-
-    def run(*command, **options):
-        done = subprocess.run(
-            [str(part) for part in command], capture_output=True, text=True, env=environ, **options
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    run(cmake, "-S", ROOT / "examples/aoti_cpp", "-B", build, f"-DTORCH_DIR={torch_dir}")
-    run(cmake, "--build", build)
-    program, library = build / "run_simple_cnn", fusedcnn.build_info()["library"]
-    for n in (1, 6):
-        images = images_of(n)
-        (tmp_path / "images").write_bytes(images.numpy().tobytes())
-        # LD_DEBUG lists every library that is loaded, those that dlopen brings included.
-        environ |= {"LD_DEBUG": "files", "LD_DEBUG_OUTPUT": str(tmp_path / "loaded")}
-        out = run(program, library, path, tmp_path / "images", tmp_path / "logits")
-        del environ["LD_DEBUG"], environ["LD_DEBUG_OUTPUT"]
-        assert out == f"logits [{n}, 10]\n"
-        logits = torch.frombuffer(bytearray((tmp_path / "logits").read_bytes()), dtype=torch.float)
-        torch.testing.assert_close(logits.view(n, 10), model(images), **CLOSE)
-    loaded = "".join(file.read_text() for file in tmp_path.glob("loaded.*"))
-    assert "libfusedcnn" in loaded
-    assert "libtorch_cpu" in loaded
-    assert "libpython" not in loaded
-    assert "libtorch_python" not in loaded
-
-    (tmp_path / "images").write_bytes(b"12345")
-    command = [program, library, path, tmp_path / "images", tmp_path / "logits"]
-    failed = subprocess.run(command, capture_output=True, text=True)
-    assert failed.returncode == 1
-    assert "IMAGES: expected a multiple of 12288 bytes" in failed.stderr
 
 
 # ---- ONNX ----------------------------------------------------------------------------------------
