@@ -64,7 +64,9 @@ class FusedSimpleCNN(_Network):
     def forward(self, input: Tensor) -> Tensor:
         """Map images [N, 3, 32, 32] to logits [N, num_classes]."""
         if not torch.jit.is_scripting():  # as it can be after unfuse
-            logits = training_forward(self, input) if self.training else in_one_call(self, input)
+            logits = None if self.training else in_one_call(self, input)
+            if logits is None:
+                logits = training_forward(self, input)
             if logits is not None:
                 return logits
         return self.classifier(self.features(input))
