@@ -121,43 +121,57 @@ constexpr int kDotOuts = kLanes<T> / kDotRows<T>;
 // Terms that a lane adds in a row: rounding errors grow with their number.
 constexpr int64_t kDotTerms = 128;
 
-// Sums [Rows][kDotOuts]; further outputs than `outs` repeat the last.
+// The `count` terms from `from` on, and zeros.
+template <typename T>
+FUSEDCNN_INLINE Vector<T> load_some(const T* from, int64_t count) {
+  T lanes[kLanes<T>] = {};
+  for (int64_t l = 0; l < count; ++l) lanes[l] = from[l];
+  return load(lanes);
+}
+
+// Adds a vector of terms from term k on: a whole one, or `count` terms.
+template <typename T, int Rows, bool kWhole>
+FUSEDCNN_INLINE void add_dots(const T* input, int64_t stride, const T* const* weights, int64_t k,
+                              int64_t count, Vector<T> (&sums)[Rows * kDotOuts<T>]) {
+  constexpr int kOuts = kDotOuts<T>;
+  const auto load_terms = [&](const T* from) {
+    return kWhole ? load(from + k) : load_some(from + k, count);
+  };
+  Vector<T> right[kOuts];
+  FUSEDCNN_UNROLL
+  for (int o = 0; o < kOuts; ++o) {
+    right[o] = load_terms(weights[o]);
+    keep(right[o]);
+  }
+  FUSEDCNN_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    Vector<T> left = load_terms(input + r * stride);
+    keep(left);
+    FUSEDCNN_UNROLL
+    for (int o = 0; o < kOuts; ++o) sums[r * kOuts + o] += left * right[o];
+  }
+}
+
+// Sums [Rows][kDotOuts]; further outputs than `outs` repeat the last. A row's bits are the same for
+// any number of rows.
 template <typename T, int Rows>
 Vector<T> dot_tile(int64_t terms, const T* input, const T* weight, int64_t stride, int64_t outs) {
-  constexpr int kOuts = kDotOuts<T>;
+  constexpr int kOuts = kDotOuts<T>, kN = kLanes<T>;
   const T* weights[kOuts];
   for (int o = 0; o < kOuts; ++o) weights[o] = weight + smaller<int64_t>(o, outs - 1) * stride;
-  Vector<T> totals[kLanes<T>] = {};
-  int64_t k = 0;
-  while (k + kLanes<T> <= terms) {
-    const int64_t end = smaller(terms, k + kDotTerms * kLanes<T>);
+  Vector<T> totals[kN] = {};
+  for (int64_t k = 0; k < terms;) {
+    const int64_t end = smaller(terms, k + kDotTerms * kN);
     Vector<T> sums[Rows * kOuts] = {};
-    for (; k + kLanes<T> <= end; k += kLanes<T>) {
-      Vector<T> right[kOuts];
-      FUSEDCNN_UNROLL
-      for (int o = 0; o < kOuts; ++o) {
-        right[o] = load(weights[o] + k);
-        keep(right[o]);
-      }
-      FUSEDCNN_UNROLL
-      for (int r = 0; r < Rows; ++r) {
-        Vector<T> left = load(input + r * stride + k);
-        keep(left);
-        FUSEDCNN_UNROLL
-        for (int o = 0; o < kOuts; ++o) sums[r * kOuts + o] += left * right[o];
-      }
+    for (; k + kN <= end; k += kN) add_dots<T, Rows, true>(input, stride, weights, k, kN, sums);
+    if (k < end) {
+      add_dots<T, Rows, false>(input, stride, weights, k, end - k, sums);
+      k = end;
     }
     FUSEDCNN_UNROLL
     for (int i = 0; i < Rows * kOuts; ++i) totals[i] += sums[i];
   }
-  Vector<T> result = lane_sums<T>(totals);
-  for (; k < terms; ++k) {
-    for (int r = 0; r < Rows; ++r) {
-      for (int o = 0; o < kOuts; ++o)
-        result[r * kOuts + o] += input[r * stride + k] * weights[o][k];
-    }
-  }
-  return result;
+  return lane_sums<T>(totals);
 }
 
 template <typename T, int Rows = kDotRows<T>>
