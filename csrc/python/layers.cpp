@@ -56,8 +56,9 @@ PyObject* look(PyObject* model, PyObject* names, PyObject* layers, PyObject* par
   const Py_ssize_t wanted = PyTuple_GET_SIZE(names);
   if (!sequentials || PyDict_GET_SIZE(sequentials) != wanted) return nullptr;
   for (Py_ssize_t i = 0; i < wanted; ++i) {
-    PyObject* const sequential = get(sequentials, PyTuple_GET_ITEM(names, i));
-    if (!sequential) return nullptr;
+    PyObject* const name = PyTuple_GET_ITEM(names, i);
+    PyObject* const sequential = get(sequentials, name);
+    if (!sequential || get(attributes_of(model), name)) return nullptr;
     found[count++] = sequential;
   }
   for (Py_ssize_t i = 0; i < wanted; ++i) {
@@ -75,17 +76,21 @@ PyObject* look(PyObject* model, PyObject* names, PyObject* layers, PyObject* par
 
   py::list parameters;
   for (size_t i = 0; i < count; ++i) {
-    PyObject* const layer = PyTuple_GET_ITEM(layers, i);  // kind, attributes
+    PyObject* const layer = PyTuple_GET_ITEM(layers, i);  // kind, attributes, has parameters
     if (reinterpret_cast<PyObject*>(Py_TYPE(found[i])) != PyTuple_GET_ITEM(layer, 0)) {
       return nullptr;
     }
     PyObject* const attributes = attributes_of(found[i]);
-    if (get(attributes, kForward) || !is_empty(get(attributes, kHooks)) ||
-        !is_empty(get(attributes, kPreHooks)) || !holds(attributes, PyTuple_GET_ITEM(layer, 1))) {
+    // A tensor in place of a parameter is an attribute or a buffer.
+    if (get(attributes, kForward) || get(attributes, kWeight) || get(attributes, kBias) ||
+        !is_empty(get(attributes, kHooks)) || !is_empty(get(attributes, kPreHooks)) ||
+        !holds(attributes, PyTuple_GET_ITEM(layer, 1))) {
       return nullptr;
     }
+    const bool has_parameters = PyTuple_GET_ITEM(layer, 2) == Py_True;
     PyObject* const of_layer = get(attributes, kParameters);
-    if (!of_layer || is_empty(of_layer)) continue;
+    if (!of_layer || is_empty(of_layer) == has_parameters) return nullptr;
+    if (!has_parameters) continue;
     for (PyObject* const key : {kWeight, kBias}) {
       PyObject* const parameter = get(of_layer, key);
       if (!parameter || reinterpret_cast<PyObject*>(Py_TYPE(parameter)) != parameter_type) {

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
 
 from fusedcnn._geometry import pack_geometry
 from fusedcnn._ops import (
@@ -55,7 +56,7 @@ _BLOCK_VALUES = tuple(_BLOCK.values())
 _traits_of = operator.attrgetter("is_cpu", "layout", "dtype", "shape")
 _forward_of = operator.attrgetter("forward")
 _CLASSES = tuple(dict.fromkeys(_KINDS))
-_FORWARDS = tuple(map(_forward_of, _CLASSES))  # some tools replace a class's forward
+_FORWARDS = tuple(map(_forward_of, _CLASSES))  # see classes_are_patched
 
 
 def training_forward(model: nn.Module, images: Tensor) -> Tensor | None:
@@ -78,7 +79,7 @@ def training_forward(model: nn.Module, images: Tensor) -> Tensor | None:
         own = module.__dict__["_parameters"]
         parameters += own.get("weight"), own.get("bias")
     p = dropout.p if dropout.training else 0
-    if p >= 1 or not _go_together(images, parameters):
+    if type(p) not in (int, float) or not 0 <= p < 1 or not _go_together(images, parameters):
         return None
     return SimpleCNNFunction.apply(images, *parameters, p)
 
@@ -89,11 +90,25 @@ def _watched() -> bool:
         _has_any_global_hook()
         or torch._C._get_tracing_state()
         or torch.is_autocast_enabled("cpu")
-        or torch._C._len_torch_function_stack()
-        or torch._C._len_torch_dispatch_stack()
+        or under_a_mode()
+        # Checkpointing counts the tensors that are saved, which may be others when it recomputes.
+        or torch._C._autograd._top_saved_tensors_default_hooks(True)
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
+
+
+def under_a_mode() -> bool:
+    """Whether a mode sees each call; torch.set_default_device's changes none of ours."""
+    return torch._C._len_torch_dispatch_stack() > 0 or any(
+        type(torch._C._get_function_stack_at(i)) is not DeviceContext
+        for i in range(torch._C._len_torch_function_stack())
+    )
+
+
+def classes_are_patched() -> bool:
+    """Whether a tool has replaced the forward of one of the layers' classes."""
+    return tuple(map(_forward_of, _CLASSES)) != _FORWARDS
 
 
 def _modules_of(model: nn.Module) -> list[nn.Module] | None:
@@ -105,7 +120,7 @@ def _modules_of(model: nn.Module) -> list[nn.Module] | None:
     modules = containers.copy()
     for container in containers:
         modules += container.__dict__["_modules"].values()
-    if tuple(map(type, modules)) != _KINDS or tuple(map(_forward_of, _CLASSES)) != _FORWARDS:
+    if tuple(map(type, modules)) != _KINDS or classes_are_patched():
         return None
     states = list(map(vars, modules))
     if any(map(any, map(_hooks_of, states))):
@@ -121,9 +136,12 @@ def _go_together(images: Tensor, parameters: list[Tensor | None]) -> bool:
 
     How many images, hidden units and classes there are is open.
     """
-    if type(images) is not Tensor or set(map(type, parameters)) != {nn.Parameter}:
+    if type(images) is not Tensor or images.is_nested:
         return False
-    if not (images.requires_grad or any(parameter.requires_grad for parameter in parameters)):
+    if set(map(type, parameters)) != {nn.Parameter}:
+        return False
+    # The node keeps what all gradients need. Of frozen layers the modules keep less.
+    if not all(weight.requires_grad for weight in parameters[::2]):
         return False
     dtype, count = images.dtype, images.shape[:1]
     hidden, classes = parameters[4].shape[:1], parameters[6].shape[:1]
@@ -172,8 +190,10 @@ class SimpleCNNFunction(torch.autograd.Function):
         """Return the gradients of the images and parameters that are needed, None for the rest."""
         if grad_output is None:
             return (None,) * 10
-        if torch.is_grad_enabled():  # create_graph=True: record the backward itself
-            return *_recorded_gradients(ctx, grad_output), None
+        record = torch.is_grad_enabled()  # create_graph=True: record the backward itself
+        if record or forward_ad._current_level >= 0:
+            with torch.enable_grad():
+                return *_recorded_gradients(ctx, grad_output, record), None
         with below_autograd():
             return *_gradients(ctx, grad_output), None
 
@@ -204,7 +224,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     return grads
 
 
-def _recorded_gradients(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
+def _recorded_gradients(ctx: Any, grad_output: Tensor, record: bool) -> list[Tensor | None]:
     """The gradients as differentiable operations: of the layers one by one, computed again."""
     operands, kept = ctx.saved_tensors[:9], ctx.saved_tensors[14]
     needed = ctx.needs_input_grad[:9]
@@ -217,5 +237,5 @@ def _recorded_gradients(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     hidden = F.relu(F.linear(second.flatten(1), w3, b3))
     logits = F.linear(hidden if kept is None else hidden * (kept / ctx.keep), w4, b4)
     wanted = [operand for operand, need in zip(operands, needed, strict=True) if need]
-    grads = iter(torch.autograd.grad(logits, wanted, grad_output, create_graph=True))
+    grads = iter(torch.autograd.grad(logits, wanted, grad_output, create_graph=record))
     return [next(grads) if need else None for need in needed]

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fusedcnn import _C
 from fusedcnn._chain import chain_op
 from fusedcnn._geometry import pack_geometry
 from fusedcnn._ops import below_autograd
+from fusedcnn._simple_cnn import classes_are_patched, under_a_mode
 from fusedcnn.functional import _is_dtensor
 from fusedcnn.modules import ConvReLUMaxPool2d
 
@@ -30,17 +32,18 @@ _BLOCK = {
 }
 _GEOMETRY = pack_geometry((3, 3), *list(_BLOCK.values())[1:])
 
-# The two Sequentials, then what is in them: type and attributes that matter.
+# The two Sequentials, then what is in them: type, attributes that matter, whether it has a weight
+# and a bias.
 _NAMES = ("features", "classifier")
-_LAYERS: tuple[tuple[type[nn.Module], dict[str, Any]], ...] = (
-    (nn.Sequential, {}),
-    (nn.Sequential, {}),
-    *((ConvReLUMaxPool2d, _BLOCK), (nn.Identity, {}), (nn.Identity, {})) * 2,
-    (nn.Flatten, {"start_dim": 1, "end_dim": -1}),
-    (nn.Linear, {}),
-    (nn.ReLU, {}),
-    (nn.Dropout, {"training": False}),
-    (nn.Linear, {}),
+_LAYERS: tuple[tuple[type[nn.Module], dict[str, Any], bool], ...] = (
+    (nn.Sequential, {}, False),
+    (nn.Sequential, {}, False),
+    *((ConvReLUMaxPool2d, _BLOCK, True), (nn.Identity, {}, False), (nn.Identity, {}, False)) * 2,
+    (nn.Flatten, {"start_dim": 1, "end_dim": -1}, False),
+    (nn.Linear, {}, True),
+    (nn.ReLU, {}, False),
+    (nn.Dropout, {"training": False}, False),
+    (nn.Linear, {}, True),
 )
 
 
@@ -56,6 +59,8 @@ def parameters_as_built(model: nn.Module) -> list[Tensor] | None:
     modules = model._modules
     if len(modules) != len(_NAMES) or not all(name in modules for name in _NAMES):
         return None
+    if any(name in model.__dict__ for name in _NAMES):
+        return None
     layers = [modules[name] for name in _NAMES]
     for sequential in layers[:]:
         if type(sequential) is not nn.Sequential:
@@ -64,14 +69,18 @@ def parameters_as_built(model: nn.Module) -> list[Tensor] | None:
     if len(layers) != len(_LAYERS):
         return None
     parameters = []
-    for layer, (kind, attributes) in zip(layers, _LAYERS, strict=True):
-        if type(layer) is not kind or "forward" in layer.__dict__:
+    for layer, (kind, attributes, has_parameters) in zip(layers, _LAYERS, strict=True):
+        if type(layer) is not kind or any(
+            name in layer.__dict__ for name in ("forward", "weight", "bias")
+        ):
             return None
         if layer._forward_hooks or layer._forward_pre_hooks:
             return None
         if [layer.__dict__[name] for name in attributes] != list(attributes.values()):
             return None
-        if layer._parameters:
+        if bool(layer._parameters) != has_parameters:
+            return None
+        if has_parameters:
             parameters += [layer._parameters.get(name) for name in ("weight", "bias")]
     return None if any(p is None for p in parameters) else parameters
 
@@ -89,12 +98,14 @@ def in_one_call(model: nn.Module, input: Tensor) -> Tensor | None:
         type(input) is not Tensor
         or not input.is_cpu
         or input.dtype != torch.float32
-        or torch.is_grad_enabled()
         or _under_a_transform()
-        or torch._C._is_torch_function_mode_enabled()
+        or under_a_mode()
+        or classes_are_patched()
         or torch._C._get_tracing_state() is not None
         or (parameters := _C.parameters_as_built(model, _NAMES, _LAYERS, nn.Parameter)) is None
     ):
+        return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (input, *parameters)):
         return None
     try:
         with below_autograd():
@@ -115,11 +126,18 @@ def _in_one_node(model: nn.Module, input: Tensor) -> Tensor | None:
         or input.dim() != 4
         or _under_a_transform()
         or (parameters := parameters_as_built(model)) is None
-        or any(map(_is_dtensor, (input, *parameters)))
+        or any(map(_is_wrapper, (input, *parameters)))
         or not all(p.is_cpu and p.dtype == torch.float32 for p in parameters)
     ):
         return None
     return chain_op(input, parameters, _GEOMETRY)
+
+
+def _is_wrapper(tensor: Tensor) -> bool:
+    """Whether it is a tensor of another kind, which may have its own idea of a layer."""
+    if torch.compiler.is_dynamo_compiling():
+        return type(tensor) not in (Tensor, nn.Parameter)
+    return _is_dtensor(tensor) or is_traceable_wrapper_subclass(tensor)
 
 
 def _under_a_transform() -> bool:
