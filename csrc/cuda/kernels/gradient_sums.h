@@ -28,11 +28,15 @@ struct SumSizes {
 // The order of the sums must not depend on where memory begins, so a thread's channels do not.
 template <int V, typename S>
 FUSEDCNN_DEVICE Pack<V, S> load_vector(const S* from, bool aligned) {
-  if (V == 1 || aligned) return load_pack<V>(from);
-  Pack<V, S> result;
-  FUSEDCNN_UNROLL
-  for (int v = 0; v < V; ++v) result.values[v] = load_constant(from + v);
-  return result;
+  if constexpr (V > 1) {
+    if (!aligned) {
+      Pack<V, S> result;
+      FUSEDCNN_UNROLL
+      for (int v = 0; v < V; ++v) result.values[v] = load_constant(from + v);
+      return result;
+    }
+  }
+  return load_pack<V>(from);
 }
 
 // V channels a thread. Sums: what is wanted; for BiasSum, args holds nothing but the block.
