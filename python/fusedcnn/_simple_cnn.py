@@ -38,12 +38,12 @@ _CONTAINERS = (nn.Sequential, nn.Sequential)
 _FEATURES = (ConvReLUMaxPool2d, nn.Identity, nn.Identity) * 2
 _CLASSIFIER = (nn.Flatten, nn.Linear, nn.ReLU, nn.Dropout, nn.Linear)
 _KINDS = _CONTAINERS + _FEATURES + _CLASSIFIER
-_BLOCK = {
+BLOCK = {
     "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros",
     "pool_kernel_size": 2, "pool_stride": 2, "pool_padding": 0, "pool_dilation": 1,
     "ceil_mode": False,
 }  # fmt: skip
-_GEOMETRY = pack_geometry((3, 3), padding=1)
+GEOMETRY = pack_geometry((3, 3), padding=1)
 _DTYPES = (torch.float32, torch.float64)
 
 # Attributes by the dozen at every call: these getters cost a third of a loop in Python.
@@ -51,8 +51,8 @@ _hooks_of = operator.itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 )
 _OWN_CALLS = ("forward", "_compiled_call_impl")  # in a module's dictionary, if it has any
-_block_of = operator.attrgetter(*_BLOCK)
-_BLOCK_VALUES = tuple(_BLOCK.values())
+_block_of = operator.attrgetter(*BLOCK)
+_BLOCK_VALUES = tuple(BLOCK.values())
 _traits_of = operator.attrgetter("is_cpu", "layout", "dtype", "shape")
 _forward_of = operator.attrgetter("forward")
 _CLASSES = tuple(dict.fromkeys(_KINDS))
@@ -173,8 +173,8 @@ class SimpleCNNFunction(torch.autograd.Function):
         w1, b1, w2, b2, w3, b3, w4, b4 = parameters
         keep = 1 - p
         with below_autograd():
-            first, first_code = forward_op(images, w1, b1, _GEOMETRY, True)
-            second, second_code = forward_op(first, w2, b2, _GEOMETRY, True)
+            first, first_code = forward_op(images, w1, b1, GEOMETRY, True)
+            second, second_code = forward_op(first, w2, b2, GEOMETRY, True)
             kept = images.new_empty(len(images), len(b3)).bernoulli_(keep) if p else None
             hidden, dropped = linear_op(second.flatten(1), w3, b3, True, kept, keep)
             logits, _ = linear_op(dropped if p else hidden, w4, b4, False, None, 1)
@@ -217,10 +217,10 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         arguments = grad, second.flatten(1), w3, hidden, kept, ctx.keep
         grad = layer(linear_backward_op, 5, any(needed[:5]), *arguments)
     if any(needed[:5]):
-        arguments = grad.view(second.shape), first, w2, second_code, _GEOMETRY
+        arguments = grad.view(second.shape), first, w2, second_code, GEOMETRY
         grad = layer(backward_op, 3, any(needed[:3]), *arguments)
     if any(needed[:3]):
-        grads[0] = layer(backward_op, 1, needed[0], grad, images, w1, first_code, _GEOMETRY)
+        grads[0] = layer(backward_op, 1, needed[0], grad, images, w1, first_code, GEOMETRY)
     return grads
 
 

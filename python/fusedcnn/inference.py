@@ -12,25 +12,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fusedcnn import _C
 from fusedcnn._chain import chain_op
-from fusedcnn._geometry import pack_geometry
 from fusedcnn._ops import below_autograd
-from fusedcnn._simple_cnn import classes_are_patched, under_a_mode
+from fusedcnn._simple_cnn import BLOCK, GEOMETRY, classes_are_patched, under_a_mode
 from fusedcnn.functional import _is_dtensor
 from fusedcnn.modules import ConvReLUMaxPool2d
-
-_BLOCK = {
-    "padding_mode": "zeros",
-    "stride": (1, 1),
-    "padding": (1, 1),
-    "dilation": (1, 1),
-    "groups": 1,
-    "pool_kernel_size": 2,
-    "pool_stride": 2,
-    "pool_padding": 0,
-    "pool_dilation": 1,
-    "ceil_mode": False,
-}
-_GEOMETRY = pack_geometry((3, 3), *list(_BLOCK.values())[1:])
 
 # The two Sequentials, then what is in them: type, attributes that matter, whether it has a weight
 # and a bias.
@@ -38,7 +23,7 @@ _NAMES = ("features", "classifier")
 _LAYERS: tuple[tuple[type[nn.Module], dict[str, Any], bool], ...] = (
     (nn.Sequential, {}, False),
     (nn.Sequential, {}, False),
-    *((ConvReLUMaxPool2d, _BLOCK, True), (nn.Identity, {}, False), (nn.Identity, {}, False)) * 2,
+    *((ConvReLUMaxPool2d, BLOCK, True), (nn.Identity, {}, False), (nn.Identity, {}, False)) * 2,
     (nn.Flatten, {"start_dim": 1, "end_dim": -1}, False),
     (nn.Linear, {}, True),
     (nn.ReLU, {}, False),
@@ -109,7 +94,7 @@ def in_one_call(model: nn.Module, input: Tensor) -> Tensor | None:
         return None
     try:
         with below_autograd():
-            return chain_op(input, parameters, _GEOMETRY)
+            return chain_op(input, parameters, GEOMETRY)
     except RuntimeError:  # the layers compute it or say in their own words what is wrong
         return None
 
@@ -130,7 +115,7 @@ def _in_one_node(model: nn.Module, input: Tensor) -> Tensor | None:
         or not all(p.is_cpu and p.dtype == torch.float32 for p in parameters)
     ):
         return None
-    return chain_op(input, parameters, _GEOMETRY)
+    return chain_op(input, parameters, GEOMETRY)
 
 
 def _is_wrapper(tensor: Tensor) -> bool:
