@@ -71,25 +71,6 @@ void to_channels_last(const Geometry& g, const void* from, const Strides& stride
          strides, static_cast<Word*>(to), tiles);
 }
 
-template <int64_t kBytes>
-struct WordOf;
-template <>
-struct WordOf<1> {
-  using Type = uint8_t;
-};
-template <>
-struct WordOf<2> {
-  using Type = uint16_t;
-};
-template <>
-struct WordOf<4> {
-  using Type = uint32_t;
-};
-template <>
-struct WordOf<8> {
-  using Type = uint64_t;
-};
-
 // The arguments with the gradients of pooled outputs and their codes in the plane's order: those
 // that are not are copied into the workspace, in a launch for each. Planes of channels take any.
 template <typename S, typename C>
@@ -101,15 +82,13 @@ BackwardArgs in_plane_order(const BackwardArgs& args, const Execution& execution
   const Strides dense{g.h.out * row, 1, row, g.out_channels};
   char* const memory = static_cast<char*>(execution.workspace);
   if (args.grad_output_strides.c != 1) {
-    to_channels_last<typename WordOf<sizeof(S)>::Type>(g, args.grad_output,
-                                                       args.grad_output_strides, memory, execution);
+    to_channels_last<S>(g, args.grad_output, args.grad_output_strides, memory, execution);
     result.grad_output = memory;
     result.grad_output_strides = dense;
   }
   if (args.code_strides.c != 1) {
     char* const codes = memory + pooled_bytes(g, sizeof(S));
-    to_channels_last<typename WordOf<sizeof(C)>::Type>(g, args.code, args.code_strides, codes,
-                                                       execution);
+    to_channels_last<C>(g, args.code, args.code_strides, codes, execution);
     result.code = codes;
     result.code_strides = dense;
   }
