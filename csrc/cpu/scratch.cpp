@@ -25,10 +25,12 @@ void* scratch(Slot slot, int64_t bytes) {
   thread_local Block blocks[static_cast<int>(Slot::kCount)];
   Block& block = blocks[static_cast<int>(slot)];
   const bool oversized = block.bytes > kKeptBytes && bytes < block.bytes / 2;
-  if (block.bytes < bytes || oversized) {
+  if (!block.data || block.bytes < bytes || oversized) {
     std::free(block.data);
     block = Block{};
-    const int64_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    // No bytes still get an address: memset and memcpy forbid null even for a size of zero.
+    const int64_t lines = (bytes + kAlignment - 1) / kAlignment;
+    const int64_t rounded = (lines > 0 ? lines : 1) * kAlignment;
     block.data = std::aligned_alloc(kAlignment, static_cast<size_t>(rounded));
     if (!block.data) throw OutOfMemory(rounded);
     block.bytes = rounded;

@@ -28,9 +28,9 @@ enum class Slot : int {
 };
 
 // At least `bytes` bytes, 64-byte aligned, of unspecified content, valid in this thread until its
-// next call with the same slot. Blocks up to a few megabytes are kept for the thread's next call,
-// since fresh pages cost more than the work on them; a larger one is replaced by the next request.
-// Throws std::bad_alloc.
+// next call with the same slot. Never null, not even for no bytes. Blocks up to a few megabytes are
+// kept for the thread's next call, since fresh pages cost more than the work on them; a larger one
+// is replaced by the next request. Throws std::bad_alloc.
 void* scratch(Slot slot, int64_t bytes);
 
 // The self-test's: gets all memory that a kernel is about to write, before the kernel does.

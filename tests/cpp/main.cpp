@@ -16,6 +16,7 @@
 #include "test_kernels.h"
 #include "test_linear.h"
 #include "test_moments.h"
+#include "test_scratch.h"
 #include "test_select.h"
 #include "test_tiles.h"
 #include "test_without_relu.h"
@@ -71,6 +72,7 @@ int main(int count, char** arguments) {
   }
   if (fuzz_count == 0) {
     selftest::test_select();
+    selftest::test_scratch();
     selftest::test_derived_weights();
   }
   bool found = only.empty();

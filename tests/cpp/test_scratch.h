@@ -1,0 +1,8 @@
+// The threads' working memory.
+#pragma once
+
+namespace selftest {
+
+void test_scratch();
+
+}  // namespace selftest
