@@ -22,6 +22,13 @@ namespace fusedcnn::cuda {
 // ---- threads ------------------------------------------------------------------------------------
 
 FUSEDCNN_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+// The same, of which the compiler does not know that it never changes: what follows from it is
+// computed where it is used, and takes no registers in between.
+FUSEDCNN_DEVICE int fresh_thread_index() {
+  int index = thread_index();
+  asm volatile("" : "+r"(index));
+  return index;
+}
 FUSEDCNN_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
 FUSEDCNN_DEVICE int64_t block_index() { return blockIdx.x; }
 FUSEDCNN_DEVICE int64_t grid_blocks() { return gridDim.x; }
@@ -151,8 +158,19 @@ FUSEDCNN_DEVICE Float16 narrow<Float16>(float value) {
 
 FUSEDCNN_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 FUSEDCNN_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+// The larger one; NaN where either is NaN.
+FUSEDCNN_DEVICE float max_or_nan(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+  float larger = 0;
+  asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
 // Rounded to nearest.
 FUSEDCNN_DEVICE double square_root(double value) { return sqrt(value); }
+FUSEDCNN_DEVICE bool is_finite(float value) { return fabsf(value) < __int_as_float(0x7f800000); }
 template <typename T>
 FUSEDCNN_DEVICE T infinity() {
   return static_cast<T>(__int_as_float(0x7f800000));

@@ -73,6 +73,7 @@ void test_special_values(const Backend& backend) {
       operands.grad_output =
           draw(operands.grad_output.size(), [&] { return random.integer(-2, 2); });
       operands.bias[0] = -0.0;
+      operands.bias.back() = data.rare;
       const Forward want = forward(g, operands);
       // No gradient flows where ReLU is off, not even a NaN.
       for (size_t i = 0; i < want.code.size(); ++i) {

@@ -24,6 +24,7 @@ namespace fusedcnn::cuda {
 // ---- threads ------------------------------------------------------------------------------------
 
 inline int thread_index() { return cuda_on_cpu::current->index; }
+inline int fresh_thread_index() { return thread_index(); }
 inline int block_threads() { return cuda_on_cpu::block.threads; }
 inline int64_t block_index() { return cuda_on_cpu::block.index; }
 inline int64_t grid_blocks() { return cuda_on_cpu::block.count; }
@@ -234,6 +235,7 @@ inline Float16 narrow<Float16>(float value) {
 
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
+inline float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
 inline double square_root(double value) { return std::sqrt(value); }
 template <typename T>
 T infinity() {

@@ -81,37 +81,79 @@ struct MapSizes {
   int channels, out_channels;
 };
 
+// The same of N windows side by side, whose outputs v[window][element] lack the bias. Rounding
+// keeps the order, so that the bias can come after the maximum: 13 instructions a window, where
+// meeting one element after the other takes 24. Returns false where that may have to be done: for
+// NaN, and where an infinite bias may have made NaN of a smaller output.
+template <int N>
+FUSEDCNN_DEVICE bool pool_plain_windows(const float (&v)[N][4], float bias, Pooled (&to)[N]) {
+  bool plain = true;
+  FUSEDCNN_UNROLL
+  for (int j = 0; j < N; ++j) {
+    const float top = max_or_nan(v[j][0], v[j][1]);
+    const float best = max_or_nan(top, max_or_nan(v[j][2], v[j][3]));
+    const bool above = top == best, left = (above ? v[j][0] : v[j][2]) == best;
+    const float value = best + bias;
+    to[j] = {max_or_nan(value, 0.f), value <= 0 ? -1 : (above ? 0 : 2) + (left ? 0 : 1)};
+    plain = plain && value < infinity<float>();
+  }
+  return plain;
+}
+
+// Whether N windows from (oh, ow) on lie within the convolution's outputs.
+template <int N>
+FUSEDCNN_DEVICE bool windows_are_whole(const MapSizes& sizes, int oh, int ow) {
+  const int end = ow + N < sizes.out_w ? ow + N : sizes.out_w;
+  return 2 * end <= sizes.conv_w && 2 * oh + 1 < sizes.conv_h;
+}
+
+template <int N>
+FUSEDCNN_DEVICE void pool_windows_in_order(const float (&v)[N][4], float bias,
+                                           const MapSizes& sizes, int oh, int ow, Pooled (&to)[N]) {
+  FUSEDCNN_UNROLL
+  for (int j = 0; j < N; ++j) {
+    to[j] = pool_window(v[j][0] + bias, v[j][1] + bias, v[j][2] + bias, v[j][3] + bias,
+                        2 * (ow + j) + 1 < sizes.conv_w, 2 * oh + 1 < sizes.conv_h);
+  }
+}
+
 // A walk over the tasks of a launch, each a tile of one image's pooled outputs for a block of
-// output channels; a block takes every grid_blocks()-th task. Without 64-bit divisions on the way.
+// output channels; a block takes every grid_blocks()-th task. Tasks are numbered by image, channel
+// block, row and column of tiles, and a step adds up place by place: without divisions on the way.
 struct TileGrid {
   int tiles_h, tiles_w, channel_blocks;
   int per_image;  // tasks
   int batch;
-  int blocks;             // of the launch
-  int step_n, step_rest;  // as many tasks: whole images, and what is left
+  int blocks;                                                // of the launch
+  int step_n, step_channel_block, step_tile_h, step_tile_w;  // as many tasks
 };
 class TileWalk {
  public:
-  FUSEDCNN_DEVICE explicit TileWalk(const TileGrid& grid)
-      : n_(static_cast<int>(block_index()) / grid.per_image),
-        rest_(static_cast<int>(block_index()) % grid.per_image) {}
+  FUSEDCNN_DEVICE explicit TileWalk(const TileGrid& grid) {
+    const int first = static_cast<int>(block_index()), rows = first / grid.tiles_w;
+    const int channel_blocks = rows / grid.tiles_h;
+    tile_w_ = first % grid.tiles_w;
+    tile_h_ = rows % grid.tiles_h;
+    channel_block_ = channel_blocks % grid.channel_blocks;
+    n_ = channel_blocks / grid.channel_blocks;
+  }
   FUSEDCNN_DEVICE bool done(const TileGrid& grid) const { return n_ >= grid.batch; }
   FUSEDCNN_DEVICE void advance(const TileGrid& grid) {
+    tile_w_ += grid.step_tile_w;
+    tile_h_ += grid.step_tile_h;
+    channel_block_ += grid.step_channel_block;
     n_ += grid.step_n;
-    rest_ += grid.step_rest;
-    if (rest_ >= grid.per_image) rest_ -= grid.per_image, ++n_;
+    if (tile_w_ >= grid.tiles_w) tile_w_ -= grid.tiles_w, ++tile_h_;
+    if (tile_h_ >= grid.tiles_h) tile_h_ -= grid.tiles_h, ++channel_block_;
+    if (channel_block_ >= grid.channel_blocks) channel_block_ -= grid.channel_blocks, ++n_;
   }
   FUSEDCNN_DEVICE int64_t n() const { return n_; }
-  FUSEDCNN_DEVICE int tile_w(const TileGrid& grid) const { return rest_ % grid.tiles_w; }
-  FUSEDCNN_DEVICE int tile_h(const TileGrid& grid) const {
-    return rest_ / grid.tiles_w % grid.tiles_h;
-  }
-  FUSEDCNN_DEVICE int channel_block(const TileGrid& grid) const {
-    return rest_ / grid.tiles_w / grid.tiles_h;
-  }
+  FUSEDCNN_DEVICE int tile_w() const { return tile_w_; }
+  FUSEDCNN_DEVICE int tile_h() const { return tile_h_; }
+  FUSEDCNN_DEVICE int channel_block() const { return channel_block_; }
 
  private:
-  int n_, rest_;
+  int n_, channel_block_, tile_h_, tile_w_;
 };
 
 // How many parts cover the whole.
@@ -131,6 +173,13 @@ inline MapSizes map_sizes(const Geometry& g) {
           static_cast<int>(g.out_channels)};
 }
 
+// Whether an image's offsets have 32 bits.
+inline bool has_small_images(const Strides& strides, const Geometry& g) {
+  const int64_t last =
+      (g.in_channels - 1) * strides.c + (g.h.in - 1) * strides.h + (g.w.in - 1) * strides.w;
+  return last < int64_t{1} << 31;
+}
+
 // At most most_blocks blocks: few enough that each takes several tasks of a large batch, and
 // fetches one while it computes another.
 inline TileGrid tile_grid(const Geometry& g, int tile_h, int tile_w, int channels,
@@ -143,8 +192,10 @@ inline TileGrid tile_grid(const Geometry& g, int tile_h, int tile_w, int channel
   grid.batch = static_cast<int>(g.batch);
   const int64_t blocks = blocks_for(static_cast<int64_t>(grid.batch) * grid.per_image);
   grid.blocks = static_cast<int>(blocks < most_blocks ? blocks : most_blocks);
+  grid.step_tile_w = grid.blocks % grid.tiles_w;
+  grid.step_tile_h = grid.blocks / grid.tiles_w % grid.tiles_h;
+  grid.step_channel_block = grid.blocks / grid.tiles_w / grid.tiles_h % grid.channel_blocks;
   grid.step_n = grid.blocks / grid.per_image;
-  grid.step_rest = grid.blocks % grid.per_image;
   return grid;
 }
 

@@ -2,17 +2,17 @@
 //
 // A thread owns two windows side by side for eight output channels: 64 accumulators, which never
 // leave its registers; bias, ReLU, maximum and code are taken there. A block owns a tile of windows
-// of one image for 8 * Groups output channels. Input, with its halo, and weights come through
-// shared memory, kSlice channels at a time, by asynchronous copies: while one slice is used, the
-// next is under way, also across tasks. Weights lie [channel][tap][output channel], so that the
-// lanes of a warp, which have different windows, all read the same ones.
+// of one image for 8 * Groups output channels. Input, with its halo, comes through shared memory,
+// kSlice channels at a time, by asynchronous copies: while one slice is used, the next is under
+// way, also across tasks. So do weights of more than 16 input channels; those of fewer are fetched
+// once and stay. Weights lie [channel][tap][output channel], so that the lanes of a warp, which
+// have different windows, all read the same ones.
 //
 // Per input channel a thread does 2 * 4 * 8 * 9 = 576 multiply-adds and loads
 //   its windows' pixels, 4 rows of 6: 4 x (32 + 128 + 32 bits) = 12 loads, 48 wavefronts a warp
 //   the weights, 9 x 8: 18 loads of 128 bits, the same for all lanes: 18 wavefronts
 // that is 19 multiply-adds to a load, 8.7 to a wavefront, where 4 would keep shared memory (one
-// wavefront a cycle) level with the four FMA pipes (4 a cycle). After the last channel, 64
-// additions of the bias and some 16 instructions for each of the 16 pooled outputs.
+// wavefront a cycle) level with the four FMA pipes (4 a cycle).
 //
 // Up to 16 channels, 144 products, are one chain of additions. Of more, each 16 channels are one,
 // and chains are added up: 64 registers of totals and, for 9,216 multiply-adds, 64 additions and as
@@ -27,9 +27,17 @@
 // For sm_90's 128 multiply-adds a cycle at 1.98 GHz and 132 multiprocessors: 3 -> 16 channels at
 // 32x32 is 442,368 multiply-adds an image, 13.2 ns; 16 -> 32 at 16x16 1,179,648, 35.3 ns. Memory
 // moves 32 KiB and 26 KiB: 7.6 and 6.2 ns at 4.3 TB/s. So the bound is arithmetic, if issue slots
-// go to nothing else: about 1,728 of 2,300 instructions of a thread are multiply-adds in the first,
-// 9,216 of 10,500 in the second. These are counts; an H200 took 40 and 88 ns, at 1,024
-// images.
+// go to little else. Warp instructions an image, from the machine code for sm_90 (nvcc 13.0; input
+// and output contiguous, blocks of many images):
+//
+//                   multiply-adds   their loads  copies  pooling  walk and rest     all     ns
+//   3->16 at 32x32         13,824           840     980    3,050            750  19,450   18.6
+//   16->32 at 16x16        36,864         2,240   2,100    1,550            750  43,500   41.6
+//
+// The version before had 26,200 and 59,000, and an H200 took 40 and 88 ns an image of 1,024. This
+// one has not met a GPU.
+
+#include <type_traits>
 
 #include "cuda/kernels/block_3x3.h"
 
@@ -65,103 +73,105 @@ struct WindowsTile {
   // Four more: copies of 8 taps x 4 output channels then go to 32 banks.
   static constexpr int kWeightPitch = kChannels + 4;
   static constexpr int kInputStage = kSlice * kPlane;
-  static constexpr int kWeightStage = kSlice * 9 * kWeightPitch;
   static_assert(kPitch >= kLead + kCols && kPitch * 2 * TileW / 2 % 4 == 0);
 
+  // Input channels whose weights are in shared memory: where sums are one chain, all of them.
+  static constexpr int kWeightChannels = Chains ? 2 * kSlice : kChainSlices * kSlice;
+  static constexpr int kWeights = kWeightChannels * 9 * kWeightPitch;
+
   static constexpr int64_t shared() {
-    return shared_bytes<float>(2 * kInputStage) + shared_bytes<float>(2 * kWeightStage);
+    return shared_bytes<float>(2 * kInputStage) + shared_bytes<float>(kWeights) +
+           shared_bytes<float>(kChannels);
   }
 };
 
 // How a kernel gets at its tensors.
-enum class InputAccess : int { kRows, kPixels, kVectorRows };        // in which order, how wide
+enum class InputAccess : int { kWords, kPixelWords, kRows };         // in which order, how wide
 enum class OutputAccess : int { kSingle, kPairs, kChannelVectors };  // neighbours written at once
 
 struct WindowsSizes : MapSizes {
   TileGrid grid;
   InputAccess input;
   OutputAccess output;
+  bool halos;                        // whether pixels lie beside a tile that is read by rows
+  int input_c, input_h;              // strides, of what is read by rows
+  int output_c, output_h, output_w;  // strides
 };
 
-// Calls body(i) for this thread's share of 0 <= i < count. Not unrolled where totals take the
-// registers that it would take.
+// Calls body(i) for this thread's share of 0 <= i < count.
 template <typename Tile, typename Body>
 FUSEDCNN_DEVICE void for_each(int count, const Body& body) {
-  if constexpr (Tile::kChains) {
-    FUSEDCNN_NO_UNROLL
-    for (int i = thread_index(); i < count; i += Tile::kThreads) body(i);
-  } else {
-    for (int i = thread_index(); i < count; i += Tile::kThreads) body(i);
-  }
+  FUSEDCNN_NO_UNROLL
+  for (int i = fresh_thread_index(); i < count; i += Tile::kThreads) body(i);
 }
 
-// Starts the copies of input channels from `first` on, `count` of them, for one task.
+// Starts the copies of input channels from `first` on, `count` of them, for one task. Nothing is
+// ever written to the halos of images that are no wider than a tile: the caller's zeros stay.
 template <typename Tile>
 FUSEDCNN_DEVICE void fetch_input(const ForwardArgs& args, const WindowsSizes& sizes,
                                  const TileWalk& walk, int first, int count, Shared<float> to) {
-  const int h0 = walk.tile_h(sizes.grid) * 2 * Tile::kTileH - sizes.padding_h;
-  const int w0 = walk.tile_w(sizes.grid) * 2 * Tile::kTileW - sizes.padding_w;
+  const int h0 = walk.tile_h() * 2 * Tile::kTileH - sizes.padding_h;
+  const int w0 = walk.tile_w() * 2 * Tile::kTileW - sizes.padding_w;
   const Strides strides = args.input_strides;
   const float* const image =
       static_cast<const float*>(args.input) + walk.n() * strides.n + first * strides.c;
   const auto copy_one = [&](int c, int row, int col) {
     const int h = h0 + row, w = w0 + col;
-    const bool real = inside(h, sizes.in_h) && inside(w, sizes.in_w);
     copy_async<4>(to + (c * Tile::kPlane + row * Tile::kPitch + Tile::kLead + col),
-                  real ? image + c * strides.c + h * strides.h + w * strides.w : image,
-                  real ? 4 : 0);
+                  image + c * strides.c + h * strides.h + w * strides.w,
+                  inside(h, sizes.in_h) && inside(w, sizes.in_w) ? 4 : 0);
   };
-  if (sizes.input == InputAccess::kVectorRows) {
-    // Of each row: the columns between the halos by fours, then the two halos.
-    constexpr int kFours = (Tile::kCols - 2) / 4, kItems = kFours + 2;
-    for_each<Tile>(count * Tile::kRows * kItems, [&](int i) {
-      const int item = i % kItems, row = i / kItems % Tile::kRows, c = i / kItems / Tile::kRows;
-      if (item >= kFours) {
-        return copy_one(c, row, item == kFours ? 0 : Tile::kCols - 1);
-      }
-      const int h = h0 + row, w = w0 + 1 + 4 * item;
-      const bool real = inside(h, sizes.in_h) && inside(w, sizes.in_w);
-      copy_async<16>(to + (c * Tile::kPlane + row * Tile::kPitch + Tile::kLead + 1 + 4 * item),
-                     real ? image + c * strides.c + h * strides.h + w : image, real ? 16 : 0);
-    });
-  } else if (sizes.input == InputAccess::kRows) {
-    for_each<Tile>(count * Tile::kRows * Tile::kCols, [&](int i) {
-      copy_one(i / Tile::kCols / Tile::kRows, i / Tile::kCols % Tile::kRows, i % Tile::kCols);
+  if (sizes.input == InputAccess::kRows) {
+    constexpr int kFours = (Tile::kCols - 2) / 4;  // of a row, between the halos
+    const int col = 1 + fresh_thread_index() % kFours * 4, w = w0 + col;
+    const int in_h = w < sizes.in_w ? sizes.in_h : 0;
+    FUSEDCNN_NO_UNROLL
+    for (int i = fresh_thread_index() / kFours; i < count * Tile::kRows;
+         i += Tile::kThreads / kFours) {
+      const int c = i / Tile::kRows, row = i % Tile::kRows, h = h0 + row;
+      copy_async<16>(to + (c * Tile::kPlane + row * Tile::kPitch + Tile::kLead + col),
+                     image + (c * sizes.input_c + h * sizes.input_h + w), inside(h, in_h) ? 16 : 0);
+    }
+    if (!sizes.halos) return;
+    for_each<Tile>(count * Tile::kRows * 2, [&](int i) {
+      copy_one(i / 2 / Tile::kRows, i / 2 % Tile::kRows, i % 2 ? Tile::kCols - 1 : 0);
     });
   } else {
+    const bool pixels_first = sizes.input == InputAccess::kPixelWords;
     for_each<Tile>(count * Tile::kRows * Tile::kCols, [&](int i) {
-      const int place = i / count;
-      copy_one(i % count, place / Tile::kCols, place % Tile::kCols);
+      const int place = pixels_first ? i / count : i % (Tile::kRows * Tile::kCols);
+      copy_one(pixels_first ? i % count : i / (Tile::kRows * Tile::kCols), place / Tile::kCols,
+               place % Tile::kCols);
     });
   }
 }
 
-// Starts the copies of the same channels' weights; output channels that there are not get zeros.
+// Starts the copies of the same channels' weights, to [channel][tap][output channel]; output
+// channels that there are not get zeros.
 template <typename Tile>
 FUSEDCNN_DEVICE void fetch_weights(const ForwardArgs& args, const WindowsSizes& sizes,
-                                   const TileWalk& walk, int first, int count, Shared<float> to) {
-  const int oc0 = walk.channel_block(sizes.grid) * Tile::kChannels;
+                                   int channel_block, int first, int count, Shared<float> to) {
+  static_assert(Tile::kThreads % Tile::kChannels == 0);
   const Strides strides = args.weight_strides;
+  const int place = fresh_thread_index() % Tile::kChannels;
+  const int oc = channel_block * Tile::kChannels + place;
   const float* const weight =
-      static_cast<const float*>(args.weight) + oc0 * strides.n + first * strides.c;
-  const int depth = 9 * count;
-  for_each<Tile>(depth * Tile::kChannels, [&](int i) {
-    const int oc = i / 4 / depth * 4 + i % 4, k = i / 4 % depth;
-    const bool real = oc0 + oc < sizes.out_channels;
-    const int c = k / 9, kh = k % 9 / 3, kw = k % 3;
-    copy_async<4>(
-        to + (k * Tile::kWeightPitch + oc),
-        real ? weight + oc * strides.n + c * strides.c + kh * strides.h + kw * strides.w : weight,
-        real ? 4 : 0);
-  });
+      static_cast<const float*>(args.weight) + oc * strides.n + first * strides.c;
+  FUSEDCNN_NO_UNROLL
+  for (int i = fresh_thread_index() / Tile::kChannels; i < 9 * count;
+       i += Tile::kThreads / Tile::kChannels) {
+    copy_async<4>(to + (i * Tile::kWeightPitch + place),
+                  weight + i / 9 * strides.c + i % 9 / 3 * strides.h + i % 3 * strides.w,
+                  oc < sizes.out_channels ? 4 : 0);
+  }
 }
 
 // Writes what a thread owns: values and codes of two windows for eight output channels.
 FUSEDCNN_DEVICE void store_windows(const ForwardArgs& args, const WindowsSizes& sizes, int64_t n,
                                    int channel, int oh, int ow,
                                    const Pooled (&pooled)[kThreadChannels][2]) {
-  const Strides to = args.output_strides;
-  const int64_t at = n * to.n + channel * to.c + oh * to.h + ow * to.w;
+  const int64_t at = n * args.output_strides.n + channel * sizes.output_c + oh * sizes.output_h +
+                     ow * sizes.output_w;
   float* const output = static_cast<float*>(args.output) + at;
   uint8_t* const code = args.code ? static_cast<uint8_t*>(args.code) + at : nullptr;
   const auto byte = [](int winner) { return static_cast<uint8_t>(winner); };
@@ -179,29 +189,30 @@ FUSEDCNN_DEVICE void store_windows(const ForwardArgs& args, const WindowsSizes& 
           values.values[i] = pooled[o + i][j].value;
           codes.values[o + i] = byte(pooled[o + i][j].code);
         }
-        store_pack(output + j * to.w + o, values);
+        store_pack(output + j * sizes.output_w + o, values);
       }
-      if (code) store_pack(code + j * to.w, codes);
+      if (code) store_pack(code + j * sizes.output_w, codes);
     }
     return;
   }
-  FUSEDCNN_UNROLL
-  for (int o = 0; o < kThreadChannels; ++o) {
-    if (channel + o >= sizes.out_channels) continue;
-    if (sizes.output == OutputAccess::kPairs) {
-      store_pack(output + o * to.c, Pack<2, float>{{pooled[o][0].value, pooled[o][1].value}});
-      if (!code) continue;
-      store_pack(code + o * to.c,
-                 Pack<2, uint8_t>{{byte(pooled[o][0].code), byte(pooled[o][1].code)}});
-      continue;
-    }
+  const int channels = sizes.out_channels - channel;  // that there are
+  const auto store = [&](auto* to, const auto& value) {
     FUSEDCNN_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      if (ow + j >= sizes.out_w) continue;
-      output[o * to.c + j * to.w] = pooled[o][j].value;
-      if (code) code[o * to.c + j * to.w] = byte(pooled[o][j].code);
+    for (int o = 0; o < kThreadChannels; ++o, to += sizes.output_c) {
+      using T = std::decay_t<decltype(*to)>;
+      if (o >= channels) continue;
+      if (sizes.output == OutputAccess::kPairs) {
+        store_pack(to, Pack<2, T>{{value(pooled[o][0]), value(pooled[o][1])}});
+        continue;
+      }
+      FUSEDCNN_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        if (ow + j < sizes.out_w) to[j * sizes.output_w] = value(pooled[o][j]);
+      }
     }
-  }
+  };
+  store(output, [](const Pooled& window) { return window.value; });
+  if (code) store(code, [](const Pooled& window) { return static_cast<uint8_t>(window.code); });
 }
 
 // args: input [N, C, H, W], weight [OC, C, 3, 3], bias [OC] or null, output and code
@@ -210,30 +221,52 @@ template <typename Tile>
 FUSEDCNN_KERNEL_RESIDENT(Tile::kThreads, Tile::kResident)
 forward_cuda_cores_3x3_kernel(ForwardArgs args, WindowsSizes sizes) {
   SharedMemory memory;
-  // Two stages of each: input [kSlice][kRows][kPitch], weights [kSlice][9][kWeightPitch].
+  // Two stages [kSlice][kRows][kPitch], and weights [kWeightChannels][9][kWeightPitch].
   const Shared<float> inputs = memory.array<float>(2 * Tile::kInputStage);
-  const Shared<float> weights = memory.array<float>(2 * Tile::kWeightStage);
+  const Shared<float> weights = memory.array<float>(Tile::kWeights);
+  const Shared<float> biases = memory.array<float>(Tile::kChannels);
   const int group = thread_index() / Tile::kPairs, pair = thread_index() % Tile::kPairs;
   const int row = pair / (Tile::kTileW / 2), col = pair % (Tile::kTileW / 2) * 2;
+  const auto weights_of = [&](int channel) {
+    return weights + channel % Tile::kWeightChannels * 9 * Tile::kWeightPitch;
+  };
 
-  // The slice that is fetched next, one ahead of the slice in use.
-  TileWalk fetched(sizes.grid);
-  int fetched_channel = 0, stage = 0;
-  const auto fetch = [&](int into) {
-    if (!fetched.done(sizes.grid)) {
-      const int left = sizes.channels - fetched_channel, count = left < kSlice ? left : kSlice;
-      fetch_input<Tile>(args, sizes, fetched, fetched_channel, count,
-                        inputs + into * Tile::kInputStage);
-      fetch_weights<Tile>(args, sizes, fetched, fetched_channel, count,
-                          weights + into * Tile::kWeightStage);
-      fetched_channel += kSlice;
-      if (fetched_channel >= sizes.channels) fetched_channel = 0, fetched.advance(sizes.grid);
+  for_each<Tile>(2 * Tile::kInputStage / 4,
+                 [&](int i) { store_pack(inputs + 4 * i, Pack<4, float>{}); });
+  sync_threads();
+  const auto fetch = [&](const TileWalk& task, int first, int into) {
+    if (!task.done(sizes.grid)) {
+      const int left = sizes.channels - first, count = left < kSlice ? left : kSlice;
+      fetch_input<Tile>(args, sizes, task, first, count, inputs + into * Tile::kInputStage);
+      if (Tile::kChains) {
+        fetch_weights<Tile>(args, sizes, task.channel_block(), first, count,
+                            weights_of(into * kSlice));
+      }
     }
     commit_copies();
   };
-  fetch(0);
+  TileWalk walk(sizes.grid), next = walk;
+  int stage = 0;
+  fetch(walk, 0, stage);
 
-  for (TileWalk walk(sizes.grid); !walk.done(sizes.grid); walk.advance(sizes.grid)) {
+  int channel_block = -1;  // whose bias is in shared memory, and weights where they stay
+  for (; !walk.done(sizes.grid); walk = next) {
+    if (channel_block != walk.channel_block()) {
+      channel_block = walk.channel_block();
+      sync_threads();  // the task before has read its bias
+      for_each<Tile>(Tile::kChannels, [&](int i) {
+        const int oc = channel_block * Tile::kChannels + i;
+        const bool real = args.bias && oc < sizes.out_channels;
+        biases[i] =
+            real ? load_constant(static_cast<const float*>(args.bias) + oc * args.bias_stride)
+                 : 0.f;
+      });
+      if (!Tile::kChains) {
+        fetch_weights<Tile>(args, sizes, channel_block, 0, sizes.channels, weights);
+        commit_copies();
+        wait_copies<0>();
+      }
+    }
     float acc[kThreadChannels][2][4];    // [output channel][window][element]
     float total[kThreadChannels][2][4];  // of the chains before
     FUSEDCNN_UNROLL
@@ -241,14 +274,19 @@ forward_cuda_cores_3x3_kernel(ForwardArgs args, WindowsSizes sizes) {
       acc[i / 8][i / 4 % 2][i % 4] = total[i / 8][i / 4 % 2][i % 4] = 0;
     }
 
-    for (int channel = 0; channel < sizes.channels; channel += kSlice, stage ^= 1) {
-      fetch(stage ^ 1);
+    // Once where there are no channels.
+    for (int channel = 0; !channel || channel < sizes.channels; channel += kSlice, stage ^= 1) {
+      // The slice after this one, of the next task after the last.
+      int following = channel + kSlice;
+      if (following >= sizes.channels) following = 0, next.advance(sizes.grid);
+      fetch(next, following, stage ^ 1);
       wait_copies<1>();
       sync_threads();
       const int left = sizes.channels - channel, count = left < kSlice ? left : kSlice;
       Shared<float> pixels =
           inputs + (stage * Tile::kInputStage + 2 * row * Tile::kPitch + Tile::kLead + 2 * col);
-      Shared<float> taps = weights + (stage * Tile::kWeightStage + group * kThreadChannels);
+      Shared<float> taps =
+          weights_of(Tile::kChains ? stage * kSlice : channel) + group * kThreadChannels;
       for (int c = 0; c < count; ++c) {
         float patch[4][kPatch];
         FUSEDCNN_UNROLL
@@ -279,8 +317,7 @@ forward_cuda_cores_3x3_kernel(ForwardArgs args, WindowsSizes sizes) {
         taps += 9 * Tile::kWeightPitch;
       }
       sync_threads();  // the next but one overwrites this stage
-      const int next = channel + kSlice;
-      if (Tile::kChains && next % (kChainSlices * kSlice) == 0 && next < sizes.channels) {
+      if (Tile::kChains && following && following % (kChainSlices * kSlice) == 0) {
         FUSEDCNN_UNROLL
         for (int i = 0; i < kThreadChannels * 8; ++i) {
           total[i / 8][i / 4 % 2][i % 4] += acc[i / 8][i / 4 % 2][i % 4];
@@ -295,26 +332,24 @@ forward_cuda_cores_3x3_kernel(ForwardArgs args, WindowsSizes sizes) {
       }
     }
 
-    const int oh = walk.tile_h(sizes.grid) * Tile::kTileH + row;
-    const int ow = walk.tile_w(sizes.grid) * Tile::kTileW + col;
-    const int channel = walk.channel_block(sizes.grid) * Tile::kChannels + group * kThreadChannels;
+    const int oh = walk.tile_h() * Tile::kTileH + row, ow = walk.tile_w() * Tile::kTileW + col;
     if (oh >= sizes.out_h || ow >= sizes.out_w) continue;
+    // The bias comes last: partial sums that carry it round more.
+    float bias[kThreadChannels];
+    load_row(biases + group * kThreadChannels, bias);
     Pooled pooled[kThreadChannels][2];
+    bool plain = windows_are_whole<2>(sizes, oh, ow);
     FUSEDCNN_UNROLL
     for (int o = 0; o < kThreadChannels; ++o) {
-      // The bias comes last: partial sums that carry it round more.
-      float bias = 0;
-      if (args.bias && channel + o < sizes.out_channels) {
-        bias =
-            load_constant(static_cast<const float*>(args.bias) + (channel + o) * args.bias_stride);
-      }
+      plain = pool_plain_windows(acc[o], bias[o], pooled[o]) && plain;
+    }
+    if (!plain) {
       FUSEDCNN_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        const float (&v)[4] = acc[o][j];
-        pooled[o][j] = pool_window(v[0] + bias, v[1] + bias, v[2] + bias, v[3] + bias,
-                                   2 * (ow + j) + 1 < sizes.conv_w, 2 * oh + 1 < sizes.conv_h);
+      for (int o = 0; o < kThreadChannels; ++o) {
+        pool_windows_in_order(acc[o], bias[o], sizes, oh, ow, pooled[o]);
       }
     }
+    const int channel = channel_block * Tile::kChannels + group * kThreadChannels;
     store_windows(args, sizes, walk.n(), channel, oh, ow, pooled);
   }
   wait_copies<0>();
@@ -322,17 +357,25 @@ forward_cuda_cores_3x3_kernel(ForwardArgs args, WindowsSizes sizes) {
 
 // ---- host ---------------------------------------------------------------------------------------
 
-inline WindowsSizes windows_sizes(const ForwardArgs& args) {
+template <typename Tile>
+WindowsSizes windows_sizes(const ForwardArgs& args) {
   const Geometry& g = args.geometry;
   WindowsSizes s{};
   static_cast<MapSizes&>(s) = map_sizes(g);
+  s.grid = tile_grid(g, Tile::kTileH, Tile::kTileW, Tile::kChannels, 132 * Tile::kResident);
 
   const Strides in = args.input_strides, out = args.output_strides;
-  s.input = in.c == 1 && g.in_channels > 1 ? InputAccess::kPixels : InputAccess::kRows;
-  if (in.w == 1 && s.padding_w == 1 && s.in_w % 4 == 0 &&
+  s.input = in.c == 1 && g.in_channels > 1 ? InputAccess::kPixelWords : InputAccess::kWords;
+  if (in.w == 1 && s.padding_w == 1 && s.in_w % 4 == 0 && has_small_images(in, g) &&
       aligned(args.input, 4, 16, {in.n, in.c, in.h})) {
-    s.input = InputAccess::kVectorRows;
+    s.input = InputAccess::kRows;
+    s.input_c = static_cast<int>(in.c);
+    s.input_h = static_cast<int>(in.h);
   }
+  s.halos = s.grid.tiles_w > 1 || s.in_w > 2 * Tile::kTileW;
+  s.output_c = static_cast<int>(out.c);
+  s.output_h = static_cast<int>(out.h);
+  s.output_w = static_cast<int>(out.w);
   // Codes have the values' strides, in bytes.
   s.output = OutputAccess::kSingle;
   if (out.w == 1 && s.out_w % 2 == 0 && aligned(args.output, 4, 8, {out.n, out.c, out.h}) &&
@@ -348,9 +391,7 @@ inline WindowsSizes windows_sizes(const ForwardArgs& args) {
 
 template <typename Tile>
 void launch_forward_cuda_cores_3x3(const ForwardArgs& args, const Execution& execution) {
-  WindowsSizes sizes = windows_sizes(args);
-  sizes.grid =
-      tile_grid(args.geometry, Tile::kTileH, Tile::kTileW, Tile::kChannels, 132 * Tile::kResident);
+  const WindowsSizes sizes = windows_sizes<Tile>(args);
   launch("forward_cuda_cores_3x3", forward_cuda_cores_3x3_kernel<Tile>, sizes.grid.blocks,
          Tile::kThreads, Tile::shared(), execution, args, sizes);
 }
