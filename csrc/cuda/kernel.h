@@ -32,9 +32,11 @@ struct Target {
 
 // Where a kernel runs. `workspace`: as many bytes as the kernel's workspace_bytes asked for,
 // 256-byte aligned, of unspecified content, this call's own until its launches have run.
+// `multiprocessors`: the GPU's, for choices of blocks and tiles on which no result depends.
 struct Execution {
   void* stream;  // a cudaStream_t
   void* workspace;
+  int multiprocessors;
 };
 
 // One kernel. `why_not` returns null where the kernel covers the problem and otherwise the reason

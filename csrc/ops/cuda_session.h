@@ -37,7 +37,8 @@ class Session {
     // Freed at return, to torch's allocator, which hands it out again in the stream's order only.
     std::optional<torch::stable::Tensor> workspace;
     if (bytes) workspace = empty_vector(input_, bytes, torch::headeronly::ScalarType::Byte);
-    function(args, cuda::Execution{stream_, workspace ? workspace->mutable_data_ptr() : nullptr});
+    function(args, cuda::Execution{stream_, workspace ? workspace->mutable_data_ptr() : nullptr,
+                                   target_.device.multiprocessors});
   }
   // The kernel's function, with the memory that it asks for.
   template <typename Args>

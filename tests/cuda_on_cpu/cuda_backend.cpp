@@ -25,12 +25,13 @@ struct Way {
   uint64_t seed;
   bool late_copies;
   int64_t most_blocks;  // few, so that blocks take several tasks; or one for every task
+  int multiprocessors;  // few, which one problem fills; or so many that tiles are small
 };
 constexpr Way kWays[] = {
-    {"forward order, late copies", Order::kForward, 1, true, 1 << 30},
-    {"reverse order, early copies, 3 blocks", Order::kReverse, 1, false, 3},
-    {"run ahead, late copies, 5 blocks", Order::kRunAhead, 2, true, 5},
-    {"run ahead, early copies, 4 blocks", Order::kRunAhead, 3, false, 4},
+    {"forward order, late copies", Order::kForward, 1, true, 1 << 30, 1},
+    {"reverse order, early copies, 3 blocks", Order::kReverse, 1, false, 3, 1},
+    {"run ahead, late copies, 5 blocks", Order::kRunAhead, 2, true, 5, 132},
+    {"run ahead, early copies, 4 blocks", Order::kRunAhead, 3, false, 4, 132},
 };
 
 // The order of a library kernel's plane: either one in every layout and every way of running, if
@@ -62,7 +63,7 @@ void call(const Kernel& kernel, Function function, const Args& args, int way) {
   use(kWays[way]);
   const fusedcnn::Problem problem{args.geometry, args.type, args.wide_code};
   const Workspace workspace(kernel.workspace_bytes ? kernel.workspace_bytes(problem) : 0);
-  function(args, Execution{nullptr, workspace.data.get()});
+  function(args, Execution{nullptr, workspace.data.get(), kWays[way].multiprocessors});
 }
 
 // A plane that nobody has written.
@@ -140,7 +141,7 @@ NormBackend norm_backend() {
   const auto run = [](auto* function, auto* workspace_bytes, const auto& args, int way) {
     use(kWays[way]);
     const Workspace workspace(workspace_bytes(args));
-    function(args, Execution{nullptr, workspace.data.get()});
+    function(args, Execution{nullptr, workspace.data.get(), kWays[way].multiprocessors});
   };
   backend.forward = [run](const fusedcnn::NormForwardArgs& args, int way) {
     run(fusedcnn::cuda::batch_norm_forward, fusedcnn::cuda::batch_norm_forward_workspace, args,

@@ -257,11 +257,11 @@ void launch_grad_input_tensor_cores_3x3(const BackwardArgs& args, const Executio
                     aligned(args.grad_input, kBytes, kLane * kBytes, {to.n, to.h, to.w});
   s.pixel_fours = to.w == 1 && s.in_w % 4 == 0 &&
                   aligned(args.grad_input, kBytes, 4 * kBytes, {to.n, to.c, to.h});
-  // As many as 132 multiprocessors hold: each takes its share in one go.
-  constexpr int64_t kMostBlocks = 132 * Tile::kResident;
+  // As many as the multiprocessors hold: each takes its share in one go.
+  const int64_t most = int64_t{execution.multiprocessors} * Tile::kResident;
   const int64_t blocks = blocks_for(s.tasks);
   launch("grad_input_tensor_cores_3x3", grad_input_tensor_cores_3x3_kernel<S, Tile>,
-         blocks < kMostBlocks ? blocks : kMostBlocks, Tile::kThreads,
+         blocks < most ? blocks : most, Tile::kThreads,
          shared_bytes<uint32_t>(Tile::kGradients) +
              shared_bytes<uint32_t>(static_cast<int64_t>(s.kept_slices) * Tile::kSlice),
          execution, args, s);

@@ -405,9 +405,8 @@ void launch_grad_input_winners_3x3(const BackwardArgs& args, const Execution& ex
   InputWinnersSizes sizes = input_winners_sizes<Columns>(args.geometry);
   sizes.channels_last = args.grad_input_strides.c == 1;
   if (!sizes.units) return;
-  // Each block several tiles of a large batch: 8 for each of 132 multiprocessors.
-  constexpr int64_t kMostBlocks = 1056;
-  const int64_t most = (kMostBlocks + sizes.channel_blocks - 1) / sizes.channel_blocks;
+  // Each block several tiles of a large batch: 8 for each multiprocessor.
+  const int64_t most = parts(8 * int64_t{execution.multiprocessors}, sizes.channel_blocks);
   const int64_t blocks = most < blocks_for(sizes.units) ? most : blocks_for(sizes.units);
   launch("grad_input_winners_3x3", grad_input_winners_3x3_kernel<S, Columns>,
          blocks * sizes.channel_blocks, sizes.warps * kWarp, input_winners_shared<Columns>(sizes),

@@ -199,5 +199,13 @@ inline TileGrid tile_grid(const Geometry& g, int tile_h, int tile_w, int channel
   return grid;
 }
 
+// Whether there is a task for each multiprocessor. Smaller tiles are for problems that have fewer:
+// such a task takes less time, though all together take more.
+template <typename Tile>
+bool fills_gpu(const Geometry& g, int multiprocessors) {
+  return g.batch * tile_grid(g, Tile::kTileH, Tile::kTileW, Tile::kChannels, 1).per_image >=
+         multiprocessors;
+}
+
 }  // namespace
 }  // namespace fusedcnn::cuda

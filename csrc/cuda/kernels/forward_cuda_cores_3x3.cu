@@ -358,11 +358,12 @@ forward_cuda_cores_3x3_kernel(ForwardArgs args, WindowsSizes sizes) {
 // ---- host ---------------------------------------------------------------------------------------
 
 template <typename Tile>
-WindowsSizes windows_sizes(const ForwardArgs& args) {
+WindowsSizes windows_sizes(const ForwardArgs& args, int multiprocessors) {
   const Geometry& g = args.geometry;
   WindowsSizes s{};
   static_cast<MapSizes&>(s) = map_sizes(g);
-  s.grid = tile_grid(g, Tile::kTileH, Tile::kTileW, Tile::kChannels, 132 * Tile::kResident);
+  s.grid = tile_grid(g, Tile::kTileH, Tile::kTileW, Tile::kChannels,
+                     int64_t{multiprocessors} * Tile::kResident);
 
   const Strides in = args.input_strides, out = args.output_strides;
   s.input = in.c == 1 && g.in_channels > 1 ? InputAccess::kPixelWords : InputAccess::kWords;
@@ -391,7 +392,7 @@ WindowsSizes windows_sizes(const ForwardArgs& args) {
 
 template <typename Tile>
 void launch_forward_cuda_cores_3x3(const ForwardArgs& args, const Execution& execution) {
-  const WindowsSizes sizes = windows_sizes<Tile>(args);
+  const WindowsSizes sizes = windows_sizes<Tile>(args, execution.multiprocessors);
   launch("forward_cuda_cores_3x3", forward_cuda_cores_3x3_kernel<Tile>, sizes.grid.blocks,
          Tile::kThreads, Tile::shared(), execution, args, sizes);
 }
@@ -409,7 +410,7 @@ int64_t image_work(const Geometry& g) {
 // Calls body(Tile{}) with the tile of the least work for a geometry; among equals the larger one,
 // whose halo is smaller.
 template <bool Chains, typename Body>
-auto with_tile(const Geometry& g, const Body& body) {
+auto with_tile(const Geometry& g, int multiprocessors, const Body& body) {
   // 32x32 images, 16 output channels; large maps. Half as high with twice the registers, so that a
   // multiprocessor has several blocks.
   using Wide = WindowsTile<2, Chains ? 8 : 16, 16, Chains>;
@@ -418,15 +419,17 @@ auto with_tile(const Geometry& g, const Body& body) {
   using Small = WindowsTile<8, 4, 4, Chains>;   // 8x8 images, 64 output channels
   const int64_t wide = image_work<Wide>(g), square = image_work<Square>(g),
                 few = image_work<Few>(g), small = image_work<Small>(g);
-  if (wide <= square && wide <= few && wide <= small) return body(Wide{});
-  if (square <= few && square <= small) return body(Square{});
+  if (wide <= square && wide <= few && wide <= small && fills_gpu<Wide>(g, multiprocessors))
+    return body(Wide{});
+  if (square <= few && square <= small && fills_gpu<Square>(g, multiprocessors))
+    return body(Square{});
   return few <= small ? body(Few{}) : body(Small{});
 }
 
 template <typename Body>
-auto with_windows_tile(const Geometry& g, const Body& body) {
-  return g.in_channels <= kChainSlices * kSlice ? with_tile<false>(g, body)
-                                                : with_tile<true>(g, body);
+auto with_windows_tile(const Geometry& g, int multiprocessors, const Body& body) {
+  return g.in_channels <= kChainSlices * kSlice ? with_tile<false>(g, multiprocessors, body)
+                                                : with_tile<true>(g, multiprocessors, body);
 }
 
 }  // namespace
@@ -437,7 +440,7 @@ const char* why_not_cuda_cores_3x3(const Problem& problem, const Target&) {
 }
 
 void forward_cuda_cores_3x3(const ForwardArgs& args, const Execution& execution) {
-  with_windows_tile(args.geometry, [&](auto tile) {
+  with_windows_tile(args.geometry, execution.multiprocessors, [&](auto tile) {
     launch_forward_cuda_cores_3x3<decltype(tile)>(args, execution);
   });
 }

@@ -241,16 +241,16 @@ forward_tensor_cores_kernel(ForwardArgs args, MmaSizes sizes) {
 // ---- host ---------------------------------------------------------------------------------------
 
 template <typename S, typename Tile>
-MmaSizes mma_sizes(const ForwardArgs& args) {
+MmaSizes mma_sizes(const ForwardArgs& args, int multiprocessors) {
   constexpr int64_t kBytes = sizeof(S);
   constexpr int kVectorChannels = 4 * kPerWord<S>;
   const Geometry& g = args.geometry;
   const Strides in = args.input_strides, out = args.output_strides;
   MmaSizes s{};
   static_cast<MapSizes&>(s) = map_sizes(g);
-  // Blocks that all have a place at once on sm_90's 132 multiprocessors: each fetches its weights
-  // once, and an image while it pools another.
-  s.grid = tile_grid(g, Tile::kTileH, Tile::kTileW, Tile::kChannels, 132 * Tile::kResident);
+  // Blocks that all have a place at once: each fetches its weights once.
+  s.grid = tile_grid(g, Tile::kTileH, Tile::kTileW, Tile::kChannels,
+                     int64_t{multiprocessors} * Tile::kResident);
   s.slices = parts(g.in_channels > 0 ? g.in_channels : 1, Tile::kPlanes * kPerWord<S>);
   s.planes = s.slices == 1 ? parts(g.in_channels, kPerWord<S>) : Tile::kPlanes;
   s.access = Access::kWords;
@@ -282,24 +282,30 @@ MmaSizes mma_sizes(const ForwardArgs& args) {
 
 template <typename S, typename Tile>
 void launch_forward_tensor_cores(const ForwardArgs& args, const Execution& execution) {
-  const MmaSizes sizes = mma_sizes<S, Tile>(args);
+  const MmaSizes sizes = mma_sizes<S, Tile>(args, execution.multiprocessors);
   launch("forward_tensor_cores", forward_tensor_cores_kernel<S, Tile>, sizes.grid.blocks,
          Tile::kThreads, Tile::shared(sizes.slices), execution, args, sizes);
 }
 
 // Calls body(Tile{}) with the tile for a geometry.
 template <int Planes, typename Body>
-auto with_mma_tile(const Geometry& g, const Body& body) {
+auto with_mma_tile(const Geometry& g, int multiprocessors, const Body& body) {
+  using Small = MmaTile<8, 8, 1, Planes>;
+  using Wide = MmaTile<8, 16, 1, Planes>;
+  using Square = MmaTile<8, 8, 2, Planes>;
+  using Large = MmaTile<8, 16, 2, Planes>;
   // 8 x 16 windows unless 8 x 8 leave less of their tiles empty.
   const auto empty = [&](int tile_w) { return (g.w.out + tile_w - 1) / tile_w * tile_w; };
-  if (g.out_channels <= 16) return body(MmaTile<8, 16, 1, Planes>{});
-  if (empty(16) <= empty(8)) return body(MmaTile<8, 16, 2, Planes>{});
-  return body(MmaTile<8, 8, 2, Planes>{});
+  const bool wide = empty(16) <= empty(8);
+  if (g.out_channels <= 16)
+    return fills_gpu<Wide>(g, multiprocessors) ? body(Wide{}) : body(Small{});
+  if (wide && fills_gpu<Large>(g, multiprocessors)) return body(Large{});
+  return fills_gpu<Square>(g, multiprocessors) ? body(Square{}) : body(Small{});
 }
 
 template <typename S, int Planes>
 void forward_tensor_cores_planes(const ForwardArgs& args, const Execution& execution) {
-  with_mma_tile<Planes>(args.geometry, [&](auto tile) {
+  with_mma_tile<Planes>(args.geometry, execution.multiprocessors, [&](auto tile) {
     launch_forward_tensor_cores<S, decltype(tile)>(args, execution);
   });
 }

@@ -99,6 +99,7 @@ FUSEDCNN_DEVICE void copy_rows(const MmaSizes& sizes, const Place<S, Tile>& plac
   constexpr int kFours = (Tile::kCols - 2) / 4;  // of a row, between the halos
   constexpr int kStep = Tile::kThreads / kFours;
   constexpr int kRounds = (Tile::kPlanes * Tile::kRows + kStep - 1) / kStep;
+  constexpr int kAtOnce = kRounds < 3 ? kRounds : 3;
   using Held = Pack<4, uint32_t>;  // floats, or the lower channel's halves and then the upper's
   const int col = 1 + fresh_thread_index() % kFours * 4, w = place.w0 + col;
   const int in_h = w < sizes.in_w ? sizes.in_h : 0;
@@ -137,8 +138,8 @@ FUSEDCNN_DEVICE void copy_rows(const MmaSizes& sizes, const Place<S, Tile>& plac
     }
   };
 
-  copy_items<(kRounds < 3 ? kRounds : 3), kStep>(fresh_thread_index() / kFours,
-                                                 sizes.planes * Tile::kRows, load, store);
+  copy_items<kAtOnce, kStep>(fresh_thread_index() / kFours, sizes.planes * Tile::kRows, load,
+                             store);
 }
 
 // The channels of four planes of a pixel at a time.
@@ -146,6 +147,7 @@ template <typename S, typename Tile>
 FUSEDCNN_DEVICE void copy_pixels(const MmaSizes& sizes, const Place<S, Tile>& place,
                                  Shared<uint32_t> to) {
   constexpr int kVectors = (Tile::kPlanes + 3) / 4;  // of a pixel
+  constexpr int kStep = Tile::kThreads / kVectors;
   using Held = Pack<4, uint32_t>;
   const int plane = fresh_thread_index() % kVectors * 4;
   const int c = place.first + plane * kPerWord<S>;
@@ -166,8 +168,7 @@ FUSEDCNN_DEVICE void copy_pixels(const MmaSizes& sizes, const Place<S, Tile>& pl
       word[k * Tile::kPlane] = sizeof(S) == 4 ? to_tf32(float_from(v)) : v;
     }
   };
-  copy_items<3, Tile::kThreads / kVectors>(fresh_thread_index() / kVectors,
-                                           Tile::kRows * Tile::kCols, load, store);
+  copy_items<3, kStep>(fresh_thread_index() / kVectors, Tile::kRows * Tile::kCols, load, store);
 }
 
 // One word at a time: whole rows, or their two halos alone.

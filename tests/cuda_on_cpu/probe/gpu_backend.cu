@@ -34,12 +34,13 @@ using fusedcnn::cuda::Target;
 struct Way {
   const char* name;
   bool side_stream;
-  bool shifted;        // every tensor begins one element after an aligned address
-  bool nan_workspace;  // or as allocated: then a sanitizer sees what is read before it is written
+  bool shifted;         // every tensor begins one element after an aligned address
+  bool nan_workspace;   // or as allocated: then a sanitizer sees what is read before it is written
+  int multiprocessors;  // few, which one problem fills; or so many that tiles are small
 };
 constexpr Way kWays[] = {
-    {"aligned, workspace of NaNs", false, false, true},
-    {"shifted by an element, a stream of its own, workspace as it comes", true, true, false},
+    {"aligned, workspace of NaNs, large tiles", false, false, true, 1},
+    {"shifted by an element, a stream of its own, workspace as it comes", true, true, false, 132},
 };
 
 int64_t left_out = 0;
@@ -114,7 +115,7 @@ void run(const char* name, int64_t bytes, Function function, const Args& args, c
   if (way.side_stream) {
     ask(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream for");
   }
-  function(args, Execution{stream, memory});
+  function(args, Execution{stream, memory, way.multiprocessors});
   check_launch(name, cudaDeviceSynchronize(), "running");
   if (stream) ask(cudaStreamDestroy(stream), "ending the stream of");
   ask(cudaFree(memory), "freeing the workspace of");
