@@ -71,7 +71,7 @@ class Precision:
         torch.backends.cuda.matmul.allow_tf32 = self.tf32
         torch.backends.cudnn.allow_tf32 = self.tf32
         if device.type == "cuda" and _cuda.reason is None:
-            _cuda.follow_tf32()  # the modules do so by themselves, the bare operators do not
+            _cuda.follow_torch()  # the modules do so by themselves, the bare operators do not
 
 
 PRECISIONS = {

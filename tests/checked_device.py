@@ -71,6 +71,8 @@ class Library:
 
     def fusedcnn_cuda_allow_tf32(self, allowed: int) -> None: ...
 
+    def fusedcnn_cuda_benchmark(self, on: int) -> None: ...
+
 
 def another_process(library: Library) -> None:
     """Nothing is left but what is on disk."""

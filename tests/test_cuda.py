@@ -83,23 +83,29 @@ def test_routing(monkeypatch):
     assert "pixels" in why_stock(wide, input, geometry, False)
 
 
-def test_tf32_follows_torch(monkeypatch):
-    """The library hears of torch's setting for convolutions when it changes, and only then."""
-    told = []
+def test_switches_follow_torch(monkeypatch):
+    """The library hears of torch's settings for convolutions when they change, and only then."""
+    told, benchmarks = [], []
 
     class Library:
         fusedcnn_cuda_allow_tf32 = staticmethod(told.append)
+        fusedcnn_cuda_benchmark = staticmethod(benchmarks.append)
 
     monkeypatch.setattr(_cuda, "_library", Library)
     monkeypatch.setattr(_cuda, "_tf32", False)
+    monkeypatch.setattr(_cuda, "_benchmark", False)
     precision = torch.backends.cudnn.conv.fp32_precision
     try:
         for value in ("ieee", "ieee", "tf32", "tf32", "ieee"):
             torch.backends.cudnn.conv.fp32_precision = value
-            _cuda.follow_tf32()
+            _cuda.follow_torch()
     finally:
         torch.backends.cudnn.conv.fp32_precision = precision
     assert told == [1, 0]
+    for value in (False, True, True, False):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", value)
+        _cuda.follow_torch()
+    assert benchmarks == [1, 0]
 
 
 def printed_by(program: str) -> str:
@@ -237,13 +243,39 @@ def test_integers_are_exact(block, dtype):
 
 @gpu
 @over_dtypes
+def test_the_clock_chooses_where_torch_lets_it(dtype, monkeypatch):
+    """Whichever kernel is the quickest, in a captured graph, too: on integers all agree."""
+    block = BLOCKS[0]
+    operands, expected = exact_case(block.name, dtype)
+    given = operands.map(Tensor.cuda)
+
+    def results() -> dict[str, Tensor]:
+        tensors = [t.clone().requires_grad_() for t in (given.input, given.weight, given.bias)]
+        output = conv_relu_max_pool2d(*tensors, *block.conv_arguments, **block.fused_keywords)
+        output.backward(given.grad_output)
+        return dict(zip(("output", *GRADS), (output.detach(), *(t.grad for t in tensors)),
+                        strict=True))  # fmt: skip
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    measured, again = results(), results()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results()
+    graph.replay()
+    for name, result in measured.items():
+        for same in (result, again[name], captured[name]):
+            assert torch.equal(same.cpu(), getattr(expected, name)), name
+
+
+@gpu
+@over_dtypes
 @over_blocks
 def test_floats_are_as_close_as_the_stock_layers(block, dtype, monkeypatch):
     """The rule of reference.py, for each result of each kernel, against the stock layers' error on
     the CPU; for a gradient by cuDNN, which computes float32 by other algorithms, on the GPU.
     """
     monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")  # tf32 errs by more
-    _cuda.follow_tf32()  # which operators called by themselves do not
+    _cuda.follow_torch()  # which operators called by themselves do not
     case = float_case(block.name, dtype)
     operands, code = case.operands.map(Tensor.cuda), case.code.cuda()
     wrong = []

@@ -31,7 +31,7 @@ def _reproducible(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     precision = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = "ieee"
-    _cuda.follow_tf32()  # which operators called by themselves do not
+    _cuda.follow_torch()  # which operators called by themselves do not
     yield
     torch.backends.cudnn.conv.fp32_precision = precision
 

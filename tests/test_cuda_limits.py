@@ -32,7 +32,7 @@ def repeatable(monkeypatch):
     """Stock convolutions that return the same bits twice, of operands that are not rounded."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
-    _cuda.follow_tf32()  # which operators called by themselves do not
+    _cuda.follow_torch()  # which operators called by themselves do not
 
 
 @pytest.fixture

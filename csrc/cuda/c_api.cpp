@@ -72,6 +72,8 @@ FUSEDCNN_CUDA_API void fusedcnn_cuda_settle(int index, const char* const* refuse
   fusedcnn::cuda::settle(index, refused);
 }
 
+FUSEDCNN_CUDA_API void fusedcnn_cuda_benchmark(int on) { fusedcnn::cuda::benchmark(on != 0); }
+
 FUSEDCNN_CUDA_API void fusedcnn_cuda_allow_tf32(int allowed) {
   fusedcnn::cuda::allow_tf32(allowed != 0);
 }

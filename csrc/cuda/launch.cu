@@ -46,6 +46,34 @@ void allow_shared(const char* name, const void* kernel, int64_t bytes) {
   limit = bytes;
 }
 
+bool capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) != cudaSuccess) {
+    cudaGetLastError();  // as above
+    return true;         // nothing more than launches is safe then
+  }
+  return status != cudaStreamCaptureStatusNone;
+}
+
+double seconds_of(void* stream, const std::function<void()>& work) {
+  struct Event {
+    cudaEvent_t event = nullptr;
+    Event() { check_launch("timer", cudaEventCreate(&event), "making an event for"); }
+    ~Event() { cudaEventDestroy(event); }
+    void record(void* on) const {
+      check_launch("timer", cudaEventRecord(event, static_cast<cudaStream_t>(on)), "recording for");
+    }
+  };
+  const Event begin, end;
+  begin.record(stream);
+  work();
+  end.record(stream);
+  check_launch("timer", cudaEventSynchronize(end.event), "waiting for");
+  float milliseconds = 0;
+  check_launch("timer", cudaEventElapsedTime(&milliseconds, begin.event, end.event), "reading");
+  return milliseconds / 1e3;
+}
+
 const Device& use_device(int index) {
   static std::mutex mutex;
   static std::map<int, Device> devices;  // a map keeps its elements where they are

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "cuda/kernel.h"
 
@@ -23,6 +24,13 @@ void check_launch(const char* name, int status, const char* doing);
 // Lets the kernel be launched with `bytes` of shared memory on this thread's device, and with less.
 // No stream operation: graphs may be capturing. Throws as check_launch does.
 void allow_shared(const char* name, const void* kernel, int64_t bytes);
+
+// Whether a graph is being captured on the stream.
+bool capturing(void* stream);
+
+// How long what `work` launches on the stream takes on the device, in seconds; waits for it. Throws
+// std::runtime_error.
+double seconds_of(void* stream, const std::function<void()>& work);
 
 // Makes device `index` the one that this thread's next launches run on, and returns its properties,
 // which are asked for once. Throws std::runtime_error.

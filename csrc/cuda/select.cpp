@@ -14,6 +14,7 @@ namespace {
 // Points into static names, so readers need no lock; null means "choose".
 std::atomic<const char*> forced_name{nullptr};
 std::atomic<bool> tf32_switch{false};
+std::atomic<bool> benchmark_switch{false};
 
 struct Trial {
   const char* kernel;  // null: none
@@ -53,6 +54,10 @@ std::string forced_kernel() {
 }
 
 void allow_tf32(bool allowed) { tf32_switch.store(allowed, std::memory_order_relaxed); }
+
+void benchmark(bool on) { benchmark_switch.store(on, std::memory_order_relaxed); }
+
+bool benchmarking() { return benchmark_switch.load(std::memory_order_relaxed); }
 
 bool tf32_allowed() {
   return trial.kernel ? trial.allow_tf32 : tf32_switch.load(std::memory_order_relaxed);
@@ -96,16 +101,31 @@ const char* const* refused_on(int index, const Device& device) {
 
 namespace {
 
+// Why the kernel must not run, or null. What was refused may where it is forced.
+const char* why_never(const Kernel& kernel, const Problem& problem, const Target& target) {
+  const char* const because = kernel.why_not(problem, target);
+  if (because || forced() || !target.refused) return because;
+  return target.refused[&kernel - kernels().kernels];
+}
+
 auto why_not(const Problem& problem, const Target& target) {
   return [&, choose = !forced()](const Kernel& kernel) {
-    const char* because = kernel.why_not(problem, target);
-    if (because || !choose) return because;
-    if (target.refused) because = target.refused[&kernel - kernels().kernels];
-    return because || !kernel.why_slower ? because : kernel.why_slower(problem, target);
+    const char* const because = why_never(kernel, problem, target);
+    if (because || !choose || !kernel.why_slower) return because;
+    return kernel.why_slower(problem, target);
   };
 }
 
 }  // namespace
+
+std::vector<const Kernel*> candidates(Pass pass, const Problem& problem, const Target& target) {
+  std::vector<const Kernel*> found;
+  for (int i = 0; i < kernels().count; ++i) {
+    const Kernel& kernel = kernels().kernels[i];
+    if (kernel.pass == pass && !why_never(kernel, problem, target)) found.push_back(&kernel);
+  }
+  return found;
+}
 
 const Kernel* select(Pass pass, const Problem& problem, const Target& target) {
   return first_serving(kernels(), pass, forced(), why_not(problem, target));

@@ -19,7 +19,12 @@ std::string forced_kernel();
 void allow_tf32(bool allowed);
 bool tf32_allowed();
 
-// The same two for this thread alone, before what holds for all; an empty name ends it.
+// Whether the operators measure which kernel is the quickest instead of asking `select` (default:
+// no).
+void benchmark(bool on);
+bool benchmarking();
+
+// A kernel and tf32 for this thread alone, before what holds for all; an empty name ends it.
 void try_kernel(const std::string& kernel, bool allow_tf32);
 
 // Architectures on which all kernels have run and been tested, in code compiled for them. An H200's
@@ -37,6 +42,10 @@ const char* const* refused_on(int index, const Device& device);
 
 // The first kernel of the pass that serves, or null: `explain` says why not.
 const Kernel* select(Pass pass, const Problem& problem, const Target& target);
+
+// All kernels of the pass that may run, in order of preference: those, too, of which selection says
+// that they are slower.
+std::vector<const Kernel*> candidates(Pass pass, const Problem& problem, const Target& target);
 
 // What selection says of every kernel of the pass, in its order.
 std::vector<Verdict> explain(Pass pass, const Problem& problem, const Target& target);

@@ -3,8 +3,10 @@
 #include "ops/conv_relu_max_pool2d.h"
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <chrono>
 #include <cstdint>
 #include <exception>
 #include <optional>
@@ -26,6 +28,24 @@ namespace fusedcnn {
 namespace {
 
 using torch::stable::Tensor;
+
+// The quickest kernel that covers the problem with these numbers of threads. run(kernel) computes
+// the pass into its results.
+template <typename Run>
+const cpu::Kernel& quickest(Pass pass, const Problem& problem, const Run& run) {
+  static Winners<cpu::Kernel> winners;
+  const std::string key = std::string(name(pass)) + " " + cpu::selected_isa().name + " " +
+                          std::to_string(torch::stable::get_num_threads()) + " " +
+                          description(problem);
+  const auto seconds = [&](const cpu::Kernel& kernel) {
+    return least_time([&] {
+      const auto begin = std::chrono::steady_clock::now();
+      run(kernel);
+      return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    });
+  };
+  return *winners.quickest(key, cpu::candidates(pass, problem), /*may_measure=*/true, seconds);
+}
 
 // The kernel that is to compute the pass. run(kernel) does so, as often as measuring asks for.
 template <typename Run>

@@ -30,15 +30,17 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool2d_cuda(const Tensor& input, const 
   ForwardArgs& args = call.args;
   if (g.batch > 0) {
     const Session session(input);
-    const cuda::Kernel& kernel = session.select(
-        Pass::kForward, problem_of(g, args.type, args.wide_code, args.input_strides));
-    std::optional<Tensor> plane;
-    if (kernel.library) {
-      args.plane_channels_last = session.plane_channels_last(weight, args.type);
-      plane = stock_convolution(cuda_convolution(), input, weight, g, args.plane_channels_last);
-      args.plane = plane->const_data_ptr();
-    }
-    session.run(kernel, kernel.forward, args);
+    const auto run = [&](const cuda::Kernel& kernel) {
+      std::optional<Tensor> plane;
+      if (kernel.library) {
+        args.plane_channels_last = session.plane_channels_last(weight, args.type);
+        plane = stock_convolution(cuda_convolution(), input, weight, g, args.plane_channels_last);
+        args.plane = plane->const_data_ptr();
+      }
+      session.run(kernel, kernel.forward, args);
+    };
+    const Problem problem = problem_of(g, args.type, args.wide_code, args.input_strides);
+    run(session.choose(Pass::kForward, problem, run));
   }
   return {call.output, call.code};
 }
@@ -53,35 +55,48 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cuda(
   if (call.run_grad_weight() || call.run_grad_input()) {
     const Session session(input);
     const Problem problem = problem_of(g, args.type, args.wide_code, args.input_strides);
+    // Replaces the gradients that are not null.
+    const auto run_library = [&](const cuda::Kernel& kernel, Tensor* grad_input,
+                                 Tensor* grad_weight, bool want_bias) {
+      args.plane_channels_last = session.plane_channels_last(weight, args.type);
+      std::optional<Tensor> plane;
+      if (grad_input || grad_weight) {
+        plane = empty_plane(input, g, args.plane_channels_last);
+      }
+      args.plane = plane ? plane->mutable_data_ptr() : nullptr;
+      args.grad_bias = want_bias ? call.grad_bias.mutable_data_ptr() : nullptr;
+      session.run(kernel, kernel.backward, args);
+      if (plane) {
+        stock_convolution_backward(cuda_convolution(), *plane, input, weight, g,
+                                   args.plane_channels_last, grad_input, grad_weight);
+      }
+    };
+    const auto run_alone = [&](const cuda::Kernel& kernel) {
+      const bool for_weight = kernel.pass == Pass::kGradWeight;
+      if (!kernel.library) {
+        return session.run(kernel, kernel.backward,
+                           for_weight ? call.weight_args() : call.input_args());
+      }
+      // The operator's own results stay where the other kernels write.
+      Tensor grad_input = call.grad_input, grad_weight = call.grad_weight;
+      run_library(kernel, for_weight ? nullptr : &grad_input,
+                  for_weight && call.want_weight ? &grad_weight : nullptr,
+                  for_weight && call.want_bias);
+    };
     const auto kernel_if = [&](bool wanted, Pass pass) {
-      return wanted ? &session.select(pass, problem) : nullptr;
+      return wanted ? &session.choose(pass, problem, run_alone) : nullptr;
     };
     const cuda::Kernel* const for_weight = kernel_if(call.run_grad_weight(), Pass::kGradWeight);
     const cuda::Kernel* const for_input = kernel_if(call.run_grad_input(), Pass::kGradInput);
     const bool library_weight = for_weight && for_weight->library;
     const bool library_input = for_input && for_input->library;
-    if (for_weight && !library_weight) {
-      session.run(*for_weight, for_weight->backward, call.weight_args());
-    }
-    if (for_input && !library_input) {
-      session.run(*for_input, for_input->backward, call.input_args());
-    }
+    if (for_weight && !library_weight) run_alone(*for_weight);
+    if (for_input && !library_input) run_alone(*for_input);
     if (library_weight || library_input) {
-      args.plane_channels_last = session.plane_channels_last(weight, args.type);
-      std::optional<Tensor> plane;
-      if (library_input || call.want_weight) {
-        plane = empty_plane(input, g, args.plane_channels_last);
-        args.plane = plane->mutable_data_ptr();
-      }
-      if (library_weight && call.want_bias) args.grad_bias = call.grad_bias.mutable_data_ptr();
-      const cuda::Kernel& kernel = library_weight ? *for_weight : *for_input;
-      session.run(kernel, kernel.backward, args);
-      if (plane) {
-        stock_convolution_backward(
-            cuda_convolution(), *plane, input, weight, g, args.plane_channels_last,
-            library_input ? &call.grad_input : nullptr,
-            library_weight && call.want_weight ? &call.grad_weight : nullptr);
-      }
+      run_library(library_weight ? *for_weight : *for_input,
+                  library_input ? &call.grad_input : nullptr,
+                  library_weight && call.want_weight ? &call.grad_weight : nullptr,
+                  library_weight && call.want_bias);
     }
   }
   return {call.grad_input, call.grad_weight, call.grad_bias};

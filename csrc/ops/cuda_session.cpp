@@ -8,6 +8,7 @@
 #include "cuda/launch.h"
 #include "cuda/select.h"
 #include "ops/choice.h"
+#include "ops/measured.h"
 #include "ops/stock_convolution_cuda.h"
 #include "ops/torch_cuda.h"
 
@@ -49,12 +50,30 @@ Session::Session(const Tensor& input)
       target_(target_of(input.get_device_index())),
       stream_(current_stream(input.get_device_index())) {}
 
-const cuda::Kernel& Session::select(Pass pass, const Problem& problem) const {
-  const cuda::Kernel* const kernel = cuda::select(pass, problem, target_);
+const cuda::Kernel* Session::quickest(Pass pass, const Problem& problem,
+                                      const std::function<void(const cuda::Kernel&)>& run) const {
+  static Winners<cuda::Kernel> winners;
+  const std::string key = std::string(name(pass)) + " " +
+                          std::to_string(input_.get_device_index()) +
+                          (target_.allow_tf32 ? " tf32 " : " ") +
+                          (problem.channels_last ? "channels_last " : "") + description(problem);
+  return winners.quickest(
+      key, cuda::candidates(pass, problem, target_), !cuda::capturing(stream_),
+      [&](const cuda::Kernel& kernel) {
+        return least_time([&] { return cuda::seconds_of(stream_, [&] { run(kernel); }); });
+      });
+}
+
+const cuda::Kernel& Session::choose(Pass pass, const Problem& problem,
+                                    const std::function<void(const cuda::Kernel&)>& run) const {
+  const cuda::Kernel* kernel = cuda::select(pass, problem, target_);
   if (!kernel) {
     const std::string forced = cuda::forced_kernel();
     throw std::runtime_error(
         refusal(pass, explain(pass, problem), forced.empty() ? nullptr : forced.c_str()));
+  }
+  if (cuda::benchmarking() && cuda::forced_kernel().empty()) {
+    if (const cuda::Kernel* const quick = quickest(pass, problem, run)) kernel = quick;
   }
   if (logging()) log_choice("CUDA", pass, problem, kernel->name, explain(pass, problem));
   return *kernel;

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <vector>
 
@@ -23,7 +24,10 @@ class Session {
  public:
   explicit Session(const torch::stable::Tensor& input);
 
-  const cuda::Kernel& select(Pass pass, const Problem& problem) const;
+  // The kernel that is to compute the pass: selection's, or where the clock decides, the quickest.
+  // run(kernel) computes the pass into results of its own; never while a graph is captured.
+  const cuda::Kernel& choose(Pass pass, const Problem& problem,
+                             const std::function<void(const cuda::Kernel&)>& run) const;
 
   std::vector<Verdict> explain(Pass pass, const Problem& problem) const;
 
@@ -53,6 +57,9 @@ class Session {
   bool plane_channels_last(const torch::stable::Tensor& weight, DataType type) const;
 
  private:
+  const cuda::Kernel* quickest(Pass pass, const Problem& problem,
+                               const std::function<void(const cuda::Kernel&)>& run) const;
+
   const torch::stable::Tensor& input_;
   const torch::stable::accelerator::DeviceGuard guard_;
   const cuda::Target target_;

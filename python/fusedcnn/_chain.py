@@ -53,7 +53,7 @@ def _block(input: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int])
     if why_stock(input, weight, tuple(geometry), compiling) is not None:
         return _stock_block(input, weight, bias, geometry)
     if not input.is_cpu and not compiling:
-        _cuda.follow_tf32()
+        _cuda.follow_torch()
     return forward_op(input, weight, bias, geometry, torch.is_grad_enabled())[0]
 
 

@@ -19,7 +19,9 @@ from fusedcnn import _C
 
 _PATH = Path(_C.__file__).with_name("libfusedcnn_cuda.so")
 _library: ctypes.CDLL | None = None
-_tf32 = False  # what the library has been told, and its own default
+# What the library has been told, and its own defaults.
+_tf32 = False
+_benchmark = False
 
 # Why the CUDA kernels are not loaded, or None where they are.
 reason: str | None = None
@@ -48,21 +50,27 @@ def load() -> None:
         reason = f"{_PATH.name} cannot be loaded: {error}"
         return
     _library = library
-    follow_tf32()
+    follow_torch()
 
 
-def follow_tf32() -> None:
-    """Let kernels round float32 operands to tf32 exactly where torch's own convolutions may.
+def follow_torch() -> None:
+    """Hand torch's switches for its own convolutions on, where they have changed.
 
-    That is ``torch.backends.cudnn.conv.fp32_precision == "tf32"``, which the older ``allow_tf32``
-    sets too. The operators cannot ask for it through the stable ABI, so every eager call hands it
-    on when it has changed. Compiled code runs with what the latest eager call found.
+    Kernels may round float32 operands to tf32 exactly where torch's may, which is where
+    ``torch.backends.cudnn.conv.fp32_precision == "tf32"``; the older ``allow_tf32`` sets that, too.
+    And where ``torch.backends.cudnn.benchmark`` is on, the quickest kernel is measured. The
+    operators cannot ask for these through the stable ABI, so every eager call does. Compiled code
+    runs with what the latest eager call found.
     """
-    global _tf32
+    global _tf32, _benchmark
     allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
     if allowed != _tf32:
         _library.fusedcnn_cuda_allow_tf32(int(allowed))
         _tf32 = allowed
+    benchmark = torch.backends.cudnn.benchmark
+    if benchmark != _benchmark:
+        _library.fusedcnn_cuda_benchmark(int(benchmark))
+        _benchmark = benchmark
 
 
 def info() -> dict[str, Any]:

@@ -4,7 +4,8 @@
 kernel that covers it, at its first call with these sizes, layout and number of threads, and the
 quickest computes it from then on. Off at the start: then the choice depends on the problem and the
 machine alone. Results may differ from run to run by the rounding of one kernel or another. A
-compiled graph times at its own first call, never while it is traced. Process-wide.
+compiled graph times at its own first call, never while it is traced. Process-wide. On a GPU
+``torch.backends.cudnn.benchmark`` does the same, for these kernels as for torch's.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def conv_batch_norm_relu_max_pool2d(
             input, weight, bias, norm, training, momentum, eps, Geometry(*geometry)
         )
     if not input.is_cpu and not compiling:
-        _cuda.follow_tf32()
+        _cuda.follow_torch()
     arguments = (input, weight, bias, bn_weight, bn_bias, geometry, eps)
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in arguments[:5]

@@ -82,7 +82,7 @@ def explain(
             explanation[name] = Choice(STOCK, {"any kernel": reason})
         return explanation
     if not input.is_cpu:
-        _cuda.follow_tf32()
+        _cuda.follow_torch()
     chosen: dict[str, str] = {}
     why_not: dict[str, dict[str, str]] = {}
     with torch.no_grad():

@@ -173,7 +173,7 @@ def conv_relu_max_pool2d(
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     if not input.is_cpu and not compiling:
-        _cuda.follow_tf32()
+        _cuda.follow_torch()
     if compiling:
         return forward_op(input, weight, bias, geometry, needs_grad)[0]
     if needs_grad:

@@ -74,6 +74,20 @@ void test_refused() {
             said[kernels().count] == std::string("it is wrong"),
         "what was said is kept, kernel by kernel");
 
+  // What is measured: all that serve but what is refused, the slower ones, too.
+  const auto measured_on = [](const Device& device) {
+    std::string names;
+    const fusedcnn::Problem problem{case_named("block2").geometry, fusedcnn::DataType::kFloat32,
+                                    false};
+    const Target target{device, true, fusedcnn::cuda::refused_on(kIndex, device)};
+    for (const fusedcnn::cuda::Kernel* kernel :
+         fusedcnn::cuda::candidates(Pass::kForward, problem, target)) {
+      names += std::string(kernel->name) + " ";
+    }
+    return names;
+  };
+  check(measured_on(kOtherGpu) == "tensor_cores_3x3 library ", "a refused kernel is not measured");
+
   // Forcing is for tests: it asks nobody. A trial is this thread's alone.
   fusedcnn::cuda::force("library");
   fusedcnn::cuda::try_kernel("cuda_cores_3x3", false);

@@ -263,8 +263,7 @@ forward_cuda_cores_3x3_kernel(ForwardArgs args, WindowsSizes sizes) {
       });
       if (!Tile::kChains) {
         fetch_weights<Tile>(args, sizes, channel_block, 0, sizes.channels, weights);
-        commit_copies();
-        wait_copies<0>();
+        commit_copies();  // the wait for the first slice waits for these, too
       }
     }
     float acc[kThreadChannels][2][4];    // [output channel][window][element]

@@ -15,20 +15,27 @@
 namespace {
 
 constexpr char kUsage[] =
-    "usage: fusedcnn_cuda_gputest [--quick] [--stop] [--seconds N]\n"
-    "  --quick    each layout in one way of running only\n"
-    "  --stop     ends with the first failure\n"
-    "  --seconds  begins nothing more after so many, and says how much was left out\n";
+    "usage: fusedcnn_cuda_gputest [--quick] [--share K/N] [--stop] [--seconds S]\n"
+    "  --quick      each layout in one way of running only\n"
+    "  --share K/N  share K (from 0) of the calls, of N that make the whole together\n"
+    "  --stop       ends with the first failure\n"
+    "  --seconds    begins nothing more after so many, and says how much was left out\n";
 
 }  // namespace
 
 int main(int count, char** arguments) {
   bool quick = false;
   double seconds = 0;
+  int share = 0, shares = 1;
   for (int i = 1; i < count; ++i) {
     const std::string argument = arguments[i];
     if (argument == "--quick") {
       quick = true;
+    } else if (argument == "--share" && i + 1 < count &&
+               std::sscanf(arguments[i + 1], "%d/%d", &share, &shares) == 2 && share >= 0 &&
+               share < shares) {
+      selftest::take_share(share, shares);
+      ++i;
     } else if (argument == "--stop") {
       selftest::stop_at_first_failure();
     } else if (argument == "--seconds" && i + 1 < count && std::atof(arguments[i + 1]) > 0) {
