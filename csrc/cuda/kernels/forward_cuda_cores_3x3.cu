@@ -34,8 +34,8 @@
 //   3->16 at 32x32         13,824           840     980    3,050            750  19,450   18.6
 //   16->32 at 16x16        36,864         2,240   2,100    1,550            750  43,500   41.6
 //
-// The version before had 26,200 and 59,000, and an H200 took 40 and 88 ns an image of 1,024. This
-// one has not met a GPU.
+// The version before had a third more, and an H200 took 40 and 88 ns an image of 1,024. This one has
+// not met a GPU.
 
 #include <type_traits>
 

@@ -30,7 +30,7 @@
 //   16->32 at 16 bf16    980     1,220    1,600   260  4,060    3.9    14   3.3
 //               tf32   2,080     2,430    1,600   400  6,510    6.2    26   6.2
 //
-// The version before had two to five times the instructions, and an H200 took 31 (tf32: 39) and
+// The version before had two to three times the instructions, and an H200 took 31 (tf32: 39) and
 // 25 (40) ns an image of 1,024, most of them waiting. This one has not met a GPU.
 #include "cuda/kernels/forward_tensor_cores_3x3_stage.h"
 
