@@ -31,8 +31,8 @@
 // and output contiguous, blocks of many images):
 //
 //                   multiply-adds   their loads  copies  pooling  walk and rest     all     ns
-//   3->16 at 32x32         13,824           840     980    3,050            750  19,450   18.6
-//   16->32 at 16x16        36,864         2,240   2,100    1,550            750  43,500   41.6
+//   3->16 at 32x32         13,824           840     970    3,180            830  19,640   18.8
+//   16->32 at 16x16        36,864         2,240   1,950    1,590            760  43,400   41.5
 //
 // The version before had a third more, and an H200 took 40 and 88 ns an image of 1,024. This one has
 // not met a GPU.
