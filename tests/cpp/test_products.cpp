@@ -173,22 +173,25 @@ void test_tf32_rounding(const Backend& backend) {
     for (const TestedKernel& kernel : backend.kernels) {
       const fusedcnn::Problem problem{g, DataType::kFloat32, false};
       if (!kernel.tf32 || kernel.why_not(problem)) continue;
-      const Call call{&kernel, problem, Layout::kContiguous, 0};
-      const std::string what = kernel.name + std::string(" rounds to tf32, operand ") +
-                               std::to_string(odd) + ": " + name(kernel.pass);
-      if (kernel.pass == fusedcnn::Pass::kForward) {
-        Forward got;
-        run_forward(call, operands, &got, what);
-        check(got.output == want.output && got.code == want.code, what);
-        continue;
-      }
-      Gradients got;
-      run_backward(call, operands, want.code, &got, what);
-      if (kernel.pass == fusedcnn::Pass::kGradWeight) {
-        check(got.weight == grads.weight, what);
-        check(got.bias == bias, what + ", the bias's");
-      } else {
-        check(got.input == grads.input, what);
+      // By rows, by pixels and word by word.
+      for (const Layout layout : {Layout::kContiguous, Layout::kChannelsLast, Layout::kPermuted}) {
+        const Call call{&kernel, problem, layout, 0};
+        const std::string what = kernel.name + std::string(" rounds to tf32, operand ") +
+                                 std::to_string(odd) + ": " + name(kernel.pass);
+        if (kernel.pass == fusedcnn::Pass::kForward) {
+          Forward got;
+          run_forward(call, operands, &got, what);
+          check(got.output == want.output && got.code == want.code, what);
+          continue;
+        }
+        Gradients got;
+        run_backward(call, operands, want.code, &got, what);
+        if (kernel.pass == fusedcnn::Pass::kGradWeight) {
+          check(got.weight == grads.weight, what);
+          check(got.bias == bias, what + ", the bias's");
+        } else {
+          check(got.input == grads.input, what);
+        }
       }
     }
   }
