@@ -15,7 +15,6 @@
 #define FUSEDCNN_DEVICE __device__ __forceinline__
 #define FUSEDCNN_UNROLL _Pragma("unroll")
 #define FUSEDCNN_NO_UNROLL _Pragma("unroll 1")
-#define FUSEDCNN_UNROLL_TWICE _Pragma("unroll 2")
 
 namespace fusedcnn::cuda {
 
@@ -170,7 +169,6 @@ FUSEDCNN_DEVICE float max_or_nan(float a, float b) {
 }
 // Rounded to nearest.
 FUSEDCNN_DEVICE double square_root(double value) { return sqrt(value); }
-FUSEDCNN_DEVICE bool is_finite(float value) { return fabsf(value) < __int_as_float(0x7f800000); }
 template <typename T>
 FUSEDCNN_DEVICE T infinity() {
   return static_cast<T>(__int_as_float(0x7f800000));

@@ -55,22 +55,30 @@ bool capturing(void* stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-double seconds_of(void* stream, const std::function<void()>& work) {
+double seconds_of(const char* kernel, void* stream, const std::function<void()>& work) {
+  const auto check = [&](cudaError_t status) { check_launch(kernel, status, "timing"); };
+  // Another stream's capture forbids this thread to wait, unless it says that it knows better.
+  struct Relaxed {
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
+    ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
+  };
   struct Event {
     cudaEvent_t event = nullptr;
-    Event() { check_launch("timer", cudaEventCreate(&event), "making an event for"); }
-    ~Event() { cudaEventDestroy(event); }
-    void record(void* on) const {
-      check_launch("timer", cudaEventRecord(event, static_cast<cudaStream_t>(on)), "recording for");
+    ~Event() {
+      if (event) cudaEventDestroy(event);
     }
   };
-  const Event begin, end;
-  begin.record(stream);
+  const Relaxed relaxed;
+  Event begin, end;
+  check(cudaEventCreate(&begin.event));
+  check(cudaEventCreate(&end.event));
+  check(cudaEventRecord(begin.event, static_cast<cudaStream_t>(stream)));
   work();
-  end.record(stream);
-  check_launch("timer", cudaEventSynchronize(end.event), "waiting for");
+  check(cudaEventRecord(end.event, static_cast<cudaStream_t>(stream)));
+  check(cudaEventSynchronize(end.event));
   float milliseconds = 0;
-  check_launch("timer", cudaEventElapsedTime(&milliseconds, begin.event, end.event), "reading");
+  check(cudaEventElapsedTime(&milliseconds, begin.event, end.event));
   return milliseconds / 1e3;
 }
 

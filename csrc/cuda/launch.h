@@ -28,9 +28,10 @@ void allow_shared(const char* name, const void* kernel, int64_t bytes);
 // Whether a graph is being captured on the stream.
 bool capturing(void* stream);
 
-// How long what `work` launches on the stream takes on the device, in seconds; waits for it. Throws
-// std::runtime_error.
-double seconds_of(void* stream, const std::function<void()>& work);
+// How long what `work` launches on the stream takes, in seconds, from an idle stream to its end:
+// with the host's calls, where the device waits for them. Waits for it, also while other streams
+// are captured. Throws std::runtime_error, which names the kernel.
+double seconds_of(const char* kernel, void* stream, const std::function<void()>& work);
 
 // Makes device `index` the one that this thread's next launches run on, and returns its properties,
 // which are asked for once. Throws std::runtime_error.

@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstdint>
 #include <exception>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -38,6 +39,8 @@ const cpu::Kernel& quickest(Pass pass, const Problem& problem, const Run& run) {
                           std::to_string(torch::stable::get_num_threads()) + " " +
                           description(problem);
   const auto seconds = [&](const cpu::Kernel& kernel) {
+    static std::mutex one_at_a_time;
+    const std::lock_guard<std::mutex> lock(one_at_a_time);
     return least_time([&] {
       const auto begin = std::chrono::steady_clock::now();
       run(kernel);

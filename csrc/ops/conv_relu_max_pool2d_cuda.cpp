@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool2d_cuda(const Tensor& input, const 
       session.run(kernel, kernel.forward, args);
     };
     const Problem problem = problem_of(g, args.type, args.wide_code, args.input_strides);
-    run(session.choose(Pass::kForward, problem, run));
+    run(session.choose(Pass::kForward, problem, with_code, run));
   }
   return {call.output, call.code};
 }
@@ -84,7 +84,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cuda(
                   for_weight && call.want_bias);
     };
     const auto kernel_if = [&](bool wanted, Pass pass) {
-      return wanted ? &session.choose(pass, problem, run_alone) : nullptr;
+      const int results = static_cast<int>(output_mask);
+      return wanted ? &session.choose(pass, problem, results, run_alone) : nullptr;
     };
     const cuda::Kernel* const for_weight = kernel_if(call.run_grad_weight(), Pass::kGradWeight);
     const cuda::Kernel* const for_input = kernel_if(call.run_grad_input(), Pass::kGradInput);

@@ -50,21 +50,20 @@ Session::Session(const Tensor& input)
       target_(target_of(input.get_device_index())),
       stream_(current_stream(input.get_device_index())) {}
 
-const cuda::Kernel* Session::quickest(Pass pass, const Problem& problem,
+const cuda::Kernel* Session::quickest(Pass pass, const Problem& problem, int wanted,
                                       const std::function<void(const cuda::Kernel&)>& run) const {
   static Winners<cuda::Kernel> winners;
   const std::string key = std::string(name(pass)) + " " +
-                          std::to_string(input_.get_device_index()) +
-                          (target_.allow_tf32 ? " tf32 " : " ") +
-                          (problem.channels_last ? "channels_last " : "") + description(problem);
-  return winners.quickest(
-      key, cuda::candidates(pass, problem, target_), !cuda::capturing(stream_),
-      [&](const cuda::Kernel& kernel) {
-        return least_time([&] { return cuda::seconds_of(stream_, [&] { run(kernel); }); });
-      });
+                          std::to_string(input_.get_device_index()) + " " + std::to_string(wanted) +
+                          (target_.allow_tf32 ? " tf32 " : " ") + description(problem);
+  const auto seconds = [&](const cuda::Kernel& kernel) {
+    return least_time([&] { return cuda::seconds_of(kernel.name, stream_, [&] { run(kernel); }); });
+  };
+  return winners.quickest(key, cuda::candidates(pass, problem, target_), !cuda::capturing(stream_),
+                          seconds);
 }
 
-const cuda::Kernel& Session::choose(Pass pass, const Problem& problem,
+const cuda::Kernel& Session::choose(Pass pass, const Problem& problem, int wanted,
                                     const std::function<void(const cuda::Kernel&)>& run) const {
   const cuda::Kernel* kernel = cuda::select(pass, problem, target_);
   if (!kernel) {
@@ -73,7 +72,7 @@ const cuda::Kernel& Session::choose(Pass pass, const Problem& problem,
         refusal(pass, explain(pass, problem), forced.empty() ? nullptr : forced.c_str()));
   }
   if (cuda::benchmarking() && cuda::forced_kernel().empty()) {
-    if (const cuda::Kernel* const quick = quickest(pass, problem, run)) kernel = quick;
+    if (const cuda::Kernel* const quick = quickest(pass, problem, wanted, run)) kernel = quick;
   }
   if (logging()) log_choice("CUDA", pass, problem, kernel->name, explain(pass, problem));
   return *kernel;

@@ -25,8 +25,9 @@ class Session {
   explicit Session(const torch::stable::Tensor& input);
 
   // The kernel that is to compute the pass: selection's, or where the clock decides, the quickest.
-  // run(kernel) computes the pass into results of its own; never while a graph is captured.
-  const cuda::Kernel& choose(Pass pass, const Problem& problem,
+  // run(kernel) computes the pass, which the chosen kernel then does once more; never while a graph
+  // is captured. wanted: which results, for the clock.
+  const cuda::Kernel& choose(Pass pass, const Problem& problem, int wanted,
                              const std::function<void(const cuda::Kernel&)>& run) const;
 
   std::vector<Verdict> explain(Pass pass, const Problem& problem) const;
@@ -57,7 +58,7 @@ class Session {
   bool plane_channels_last(const torch::stable::Tensor& weight, DataType type) const;
 
  private:
-  const cuda::Kernel* quickest(Pass pass, const Problem& problem,
+  const cuda::Kernel* quickest(Pass pass, const Problem& problem, int wanted,
                                const std::function<void(const cuda::Kernel&)>& run) const;
 
   const torch::stable::Tensor& input_;

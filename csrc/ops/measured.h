@@ -18,14 +18,17 @@ class Winners {
   // Of the candidates, of which there is at least one, whose names belong to the key; null where
   // that is not known yet and nothing may be measured. seconds(kernel) computes a pass with it and
   // says how long that took. A kernel that fails, for want of memory say, is out; where all do,
-  // throws what the last one threw.
+  // throws what the first one threw. Threads that ask at the same time may measure the same: none
+  // waits for another, which may be waiting for it.
   const Kernel* quickest(std::string key, const std::vector<const Kernel*>& candidates,
                          bool may_measure, const std::function<double(const Kernel&)>& seconds) {
     if (candidates.size() == 1) return candidates[0];
     for (const Kernel* const kernel : candidates) key += std::string(" ") + kernel->name;
-    const std::lock_guard<std::mutex> lock(mutex_);  // also: one measurement at a time
-    const auto known = winners_.find(key);
-    if (known != winners_.end()) return known->second;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto known = winners_.find(key);
+      if (known != winners_.end()) return known->second;
+    }
     if (!may_measure) return nullptr;
     const Kernel* winner = nullptr;
     double least = std::numeric_limits<double>::infinity();
@@ -38,12 +41,12 @@ class Winners {
           winner = kernel;
         }
       } catch (...) {
-        error = std::current_exception();
+        if (!error) error = std::current_exception();
       }
     }
     if (!winner) std::rethrow_exception(error);
-    winners_.emplace(key, winner);
-    return winner;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return winners_.emplace(key, winner).first->second;
   }
 
  private:

@@ -61,8 +61,9 @@ void test_special_values(const Backend& backend) {
   constexpr Data kInputs[] = {
       {"NaN", kNan}, {"infinity", kInfinity}, {"-infinity", -kInfinity}, {"-0", -0.0}, {"ties", 1}};
   for (const char* case_name :
-       {"block1", "block2", "odd_map", "ceil", "pool2_padding1", "pool3_stride1", "depthwise",
-        "dilation2x3", "large_overlapping", "large_dilated", "global_wide_code", "text_column"}) {
+       {"block1", "block2", "channels8", "odd_map", "ceil", "pool2_padding1", "pool3_stride1",
+        "depthwise", "dilation2x3", "large_overlapping", "large_dilated", "global_wide_code",
+        "text_column"}) {
     const Geometry g = case_named(case_name).geometry;
     for (const Data& data : kInputs) {
       Random random(7);
@@ -83,7 +84,8 @@ void test_special_values(const Backend& backend) {
       const Gradients dense =
           convolution_backward(g, operands, convolution_gradient(g, operands, want.code));
       for_covering_kernels(backend, g, [&](const Problem& problem, int k) {
-        for (const Layout layout : {Layout::kContiguous, Layout::kPermuted}) {
+        for (const Layout layout :
+             {Layout::kContiguous, Layout::kChannelsLast, Layout::kPermuted}) {
           if (!in_share()) continue;
           const Call call{&backend.kernels[k], problem, layout, 0};
           check_call(call, operands, want, grads,

@@ -14,7 +14,6 @@
 #define FUSEDCNN_DEVICE inline
 #define FUSEDCNN_UNROLL
 #define FUSEDCNN_NO_UNROLL
-#define FUSEDCNN_UNROLL_TWICE
 
 // Default arguments that name the caller's line.
 #define FUSEDCNN_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()

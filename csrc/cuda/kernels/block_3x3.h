@@ -74,17 +74,11 @@ FUSEDCNN_DEVICE Pooled pool_window(float v0, float v1, float v2, float v3, bool 
   return {off ? 0.f : best, off ? -1 : winner};
 }
 
-// A problem's sizes.
-struct MapSizes {
-  int in_h, in_w, conv_h, conv_w, out_h, out_w;
-  int padding_h, padding_w;
-  int channels, out_channels;
-};
-
-// The same of N windows side by side, whose outputs v[window][element] lack the bias. Rounding
-// keeps the order, so that the bias can come after the maximum: 13 instructions a window, where
-// meeting one element after the other takes 24. Returns false where that may have to be done: for
-// NaN, and where an infinite bias may have made NaN of a smaller output.
+// The same of N whole windows side by side, whose outputs v[window][element] lack the bias.
+// Rounding keeps the order, so that the bias can come after the maximum: 13 instructions a window,
+// where meeting one element after the other takes 24. Outputs that only the bias's rounding makes
+// equal are no tie here: the larger wins. Returns false where the windows have to be met in order:
+// for NaN, and for infinity, of which an infinite bias may make NaN.
 template <int N>
 FUSEDCNN_DEVICE bool pool_plain_windows(const float (&v)[N][4], float bias, Pooled (&to)[N]) {
   bool plain = true;
@@ -99,6 +93,13 @@ FUSEDCNN_DEVICE bool pool_plain_windows(const float (&v)[N][4], float bias, Pool
   }
   return plain;
 }
+
+// A problem's sizes.
+struct MapSizes {
+  int in_h, in_w, conv_h, conv_w, out_h, out_w;
+  int padding_h, padding_w;
+  int channels, out_channels;
+};
 
 // Whether N windows from (oh, ow) on lie within the convolution's outputs.
 template <int N>
@@ -192,6 +193,10 @@ inline TileGrid tile_grid(const Geometry& g, int tile_h, int tile_w, int channel
   grid.batch = static_cast<int>(g.batch);
   const int64_t blocks = blocks_for(static_cast<int64_t>(grid.batch) * grid.per_image);
   grid.blocks = static_cast<int>(blocks < most_blocks ? blocks : most_blocks);
+  // In whole images, so that a block keeps its output channels, whose weights it has.
+  if (grid.channel_blocks > 1 && grid.blocks > grid.per_image) {
+    grid.blocks -= grid.blocks % grid.per_image;
+  }
   grid.step_tile_w = grid.blocks % grid.tiles_w;
   grid.step_tile_h = grid.blocks / grid.tiles_w % grid.tiles_h;
   grid.step_channel_block = grid.blocks / grid.tiles_w / grid.tiles_h % grid.channel_blocks;

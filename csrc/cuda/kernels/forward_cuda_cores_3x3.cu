@@ -5,8 +5,9 @@
 // of one image for 8 * Groups output channels. Input, with its halo, comes through shared memory,
 // kSlice channels at a time, by asynchronous copies: while one slice is used, the next is under
 // way, also across tasks. So do weights of more than 16 input channels; those of fewer are fetched
-// once and stay. Weights lie [channel][tap][output channel], so that the lanes of a warp, which
-// have different windows, all read the same ones.
+// once for a block's output channels, which it keeps where a launch has several images. They lie
+// [channel][tap][output channel], so that the lanes of a warp, which have different windows, all
+// read the same ones.
 //
 // Per input channel a thread does 2 * 4 * 8 * 9 = 576 multiply-adds and loads
 //   its windows' pixels, 4 rows of 6: 4 x (32 + 128 + 32 bits) = 12 loads, 48 wavefronts a warp
@@ -34,8 +35,8 @@
 //   3->16 at 32x32         13,824           840     970    3,180            830  19,640   18.8
 //   16->32 at 16x16        36,864         2,240   1,950    1,590            760  43,400   41.5
 //
-// The version before had a third more, and an H200 took 40 and 88 ns an image of 1,024. This one has
-// not met a GPU.
+// The version before had a third more, and an H200 took 40 and 88 ns an image of 1,024. This one
+// has not met a GPU.
 
 #include <type_traits>
 
@@ -53,7 +54,7 @@ constexpr int kChainSlices = 4;
 
 // TileH x TileW windows for Groups * 8 output channels. 512 threads' worth of blocks, of 128
 // registers each, fill the register file of a multiprocessor; where sums take several chains, 384,
-// of 168.
+// of 168. Shared memory has room for as many on sm_90, but of Small for half.
 template <int Groups, int TileH, int TileW, bool Chains>
 struct WindowsTile {
   static constexpr int kTileH = TileH, kTileW = TileW;
@@ -77,10 +78,12 @@ struct WindowsTile {
 
   // Input channels whose weights are in shared memory: where sums are one chain, all of them.
   static constexpr int kWeightChannels = Chains ? 2 * kSlice : kChainSlices * kSlice;
-  static constexpr int kWeights = kWeightChannels * 9 * kWeightPitch;
+  FUSEDCNN_DEVICE static constexpr int weights(int channels) {
+    return (Chains ? kWeightChannels : channels) * 9 * kWeightPitch;
+  }
 
-  static constexpr int64_t shared() {
-    return shared_bytes<float>(2 * kInputStage) + shared_bytes<float>(kWeights) +
+  static constexpr int64_t shared(int channels) {
+    return shared_bytes<float>(2 * kInputStage) + shared_bytes<float>(weights(channels)) +
            shared_bytes<float>(kChannels);
   }
 };
@@ -94,7 +97,7 @@ struct WindowsSizes : MapSizes {
   InputAccess input;
   OutputAccess output;
   bool halos;                        // whether pixels lie beside a tile that is read by rows
-  int input_c, input_h;              // strides, of what is read by rows
+  uint32_t input_c, input_h;         // strides, of what is read by rows; may wrap elsewhere
   int output_c, output_h, output_w;  // strides
 };
 
@@ -170,13 +173,13 @@ FUSEDCNN_DEVICE void fetch_weights(const ForwardArgs& args, const WindowsSizes& 
 FUSEDCNN_DEVICE void store_windows(const ForwardArgs& args, const WindowsSizes& sizes, int64_t n,
                                    int channel, int oh, int ow,
                                    const Pooled (&pooled)[kThreadChannels][2]) {
+  if (channel >= sizes.out_channels) return;
   const int64_t at = n * args.output_strides.n + channel * sizes.output_c + oh * sizes.output_h +
                      ow * sizes.output_w;
   float* const output = static_cast<float*>(args.output) + at;
   uint8_t* const code = args.code ? static_cast<uint8_t*>(args.code) + at : nullptr;
   const auto byte = [](int winner) { return static_cast<uint8_t>(winner); };
-  if (sizes.output == OutputAccess::kChannelVectors) {
-    if (channel >= sizes.out_channels) return;  // whole vectors exist, or nothing of them
+  if (sizes.output == OutputAccess::kChannelVectors) {  // of channels that all exist
     FUSEDCNN_UNROLL
     for (int j = 0; j < 2; ++j) {
       if (ow + j >= sizes.out_w) continue;
@@ -221,10 +224,10 @@ template <typename Tile>
 FUSEDCNN_KERNEL_RESIDENT(Tile::kThreads, Tile::kResident)
 forward_cuda_cores_3x3_kernel(ForwardArgs args, WindowsSizes sizes) {
   SharedMemory memory;
-  // Two stages [kSlice][kRows][kPitch], and weights [kWeightChannels][9][kWeightPitch].
+  // Two stages [kSlice][kRows][kPitch], and weights [input channel][9][kWeightPitch].
   const Shared<float> inputs = memory.array<float>(2 * Tile::kInputStage);
-  const Shared<float> weights = memory.array<float>(Tile::kWeights);
   const Shared<float> biases = memory.array<float>(Tile::kChannels);
+  const Shared<float> weights = memory.array<float>(Tile::weights(sizes.channels));
   const int group = thread_index() / Tile::kPairs, pair = thread_index() % Tile::kPairs;
   const int row = pair / (Tile::kTileW / 2), col = pair % (Tile::kTileW / 2) * 2;
   const auto weights_of = [&](int channel) {
@@ -369,8 +372,8 @@ WindowsSizes windows_sizes(const ForwardArgs& args, int multiprocessors) {
   if (in.w == 1 && s.padding_w == 1 && s.in_w % 4 == 0 && has_small_images(in, g) &&
       aligned(args.input, 4, 16, {in.n, in.c, in.h})) {
     s.input = InputAccess::kRows;
-    s.input_c = static_cast<int>(in.c);
-    s.input_h = static_cast<int>(in.h);
+    s.input_c = static_cast<uint32_t>(in.c);
+    s.input_h = static_cast<uint32_t>(in.h);
   }
   s.halos = s.grid.tiles_w > 1 || s.in_w > 2 * Tile::kTileW;
   s.output_c = static_cast<int>(out.c);
@@ -393,7 +396,7 @@ template <typename Tile>
 void launch_forward_cuda_cores_3x3(const ForwardArgs& args, const Execution& execution) {
   const WindowsSizes sizes = windows_sizes<Tile>(args, execution.multiprocessors);
   launch("forward_cuda_cores_3x3", forward_cuda_cores_3x3_kernel<Tile>, sizes.grid.blocks,
-         Tile::kThreads, Tile::shared(), execution, args, sizes);
+         Tile::kThreads, Tile::shared(sizes.channels), execution, args, sizes);
 }
 
 // Windows x output channels that a tile computes for one image, wanted or not.

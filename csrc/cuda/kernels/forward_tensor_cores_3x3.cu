@@ -14,7 +14,8 @@
 // K is eight rows of words, in which a thread needs rows t and t + 4. Planes per tap are 8, or 4 or
 // 2 where there are so few channels: one step then takes 1, 2 or 4 taps. Planes are 2 (mod 8) words
 // apart, and with 16 windows in four groups of 8 pixels the 32 lanes of a load meet 32 banks.
-// Weights lie as fragments, 128 bits a lane; a block fetches them once, of all channels.
+// Weights lie as fragments, 128 bits a lane; a block fetches those of all input channels once for
+// its output channels, which it keeps where a launch has several images.
 //
 // A step costs a warp 16 loads of 32 bits and MTiles of 128: 16 + 4 MTiles wavefronts, for 8 MTiles
 // products. Pixels come by way of registers, which round them to tf32 and pair the channels of
@@ -133,15 +134,16 @@ template <typename S, typename Tile>
 FUSEDCNN_DEVICE void store_windows(const ForwardArgs& args, const MmaSizes& sizes, int64_t n,
                                    int channel, int oh, int ow, Shared<float> biases,
                                    const float (&acc)[4][Tile::kMTiles][2][4]) {
+  if (channel >= sizes.out_channels) return;
   const int64_t at = n * args.output_strides.n + channel * sizes.output_c + oh * sizes.output_h +
                      ow * sizes.output_w;
   S* const output = static_cast<S*>(args.output) + at;
   uint8_t* const code = args.code ? static_cast<uint8_t*>(args.code) + at : nullptr;
   FUSEDCNN_UNROLL
   for (int row = 0; row < 2 * Tile::kMTiles; ++row) {
-    const int to = 8 * row * sizes.output_c;
     const int m = row / 2, i = row % 2 * 2;
     if (channel + 8 * row >= sizes.out_channels) continue;
+    const int to = 8 * row * sizes.output_c;
     float v[4][4];
     FUSEDCNN_UNROLL
     for (int j = 0; j < 16; ++j) v[j / 4][j % 4] = acc[j / 4][m][j / 2 % 2][i + j % 2];
@@ -248,16 +250,16 @@ MmaSizes mma_sizes(const ForwardArgs& args, int multiprocessors) {
   const Strides in = args.input_strides, out = args.output_strides;
   MmaSizes s{};
   static_cast<MapSizes&>(s) = map_sizes(g);
-  // Blocks that all have a place at once: each fetches its weights once.
+  // As many blocks as have a place at once.
   s.grid = tile_grid(g, Tile::kTileH, Tile::kTileW, Tile::kChannels,
                      int64_t{multiprocessors} * Tile::kResident);
   s.slices = parts(g.in_channels > 0 ? g.in_channels : 1, Tile::kPlanes * kPerWord<S>);
   s.planes = s.slices == 1 ? parts(g.in_channels, kPerWord<S>) : Tile::kPlanes;
   s.access = Access::kWords;
   if (has_small_images(in, g)) {
-    s.input_c = static_cast<int>(in.c);
-    s.input_h = static_cast<int>(in.h);
-    s.input_w = static_cast<int>(in.w);
+    s.input_c = static_cast<uint32_t>(in.c);
+    s.input_h = static_cast<uint32_t>(in.h);
+    s.input_w = static_cast<uint32_t>(in.w);
     if (in.w == 1 && s.padding_w == 1 && s.in_w % 4 == 0 &&
         aligned(args.input, kBytes, 4 * kBytes, {in.n, in.c, in.h})) {
       s.access = Access::kRows;
@@ -297,8 +299,9 @@ auto with_mma_tile(const Geometry& g, int multiprocessors, const Body& body) {
   // 8 x 16 windows unless 8 x 8 leave less of their tiles empty.
   const auto empty = [&](int tile_w) { return (g.w.out + tile_w - 1) / tile_w * tile_w; };
   const bool wide = empty(16) <= empty(8);
-  if (g.out_channels <= 16)
-    return fills_gpu<Wide>(g, multiprocessors) ? body(Wide{}) : body(Small{});
+  if (g.out_channels <= 16) {
+    return wide && fills_gpu<Wide>(g, multiprocessors) ? body(Wide{}) : body(Small{});
+  }
   if (wide && fills_gpu<Large>(g, multiprocessors)) return body(Large{});
   return fills_gpu<Square>(g, multiprocessors) ? body(Square{}) : body(Small{});
 }

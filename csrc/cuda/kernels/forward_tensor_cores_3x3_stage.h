@@ -46,9 +46,10 @@ enum class Access : int {
 
 struct MmaSizes : MapSizes {
   TileGrid grid;
-  int slices;                        // of channels
-  int planes;                        // of a slice, that channels there are lie in
-  int input_c, input_h, input_w;     // strides of the input, unless words are read one by one
+  int slices;  // of channels
+  int planes;  // of a slice, that channels there are lie in
+  // Strides of the input, unless words are read one by one. They may wrap where nothing is read.
+  uint32_t input_c, input_h, input_w;
   int output_c, output_h, output_w;  // strides of the output
   Access access;
   bool halos;          // whether pixels lie beside a tile that is read by rows
@@ -77,7 +78,7 @@ FUSEDCNN_DEVICE int place_in_stage(int plane, int row, int col) {
 }
 
 // store(i, load(i)) for every Step-th i from `begin` to `end`. AtOnce loads are under way before
-// the first arrives; load() reads nothing for an i beyond the end.
+// the first arrives; load() reads nothing outside the image for an i beyond the end.
 template <int AtOnce, int Step, typename Load, typename Store>
 FUSEDCNN_DEVICE void copy_items(int begin, int end, const Load& load, const Store& store) {
   FUSEDCNN_NO_UNROLL
