@@ -107,7 +107,7 @@ FUSEDCNN_DEVICE void copy_rows(const MmaSizes& sizes, const Place<S, Tile>& plac
   const auto load = [&](int i) {
     const int plane = i / Tile::kRows;
     const int c = place.first + plane * kPerWord<S>, h = place.h0 + i % Tile::kRows;
-    const bool real = plane < sizes.planes && c < sizes.channels && inside(h, in_h);
+    const bool real = c < sizes.channels && inside(h, in_h);
     const S* const from = place.image + (c * sizes.input_c + h * sizes.input_h + w);
     Held held{};
     if constexpr (sizeof(S) == 4) {
@@ -190,8 +190,7 @@ FUSEDCNN_DEVICE void copy_words(const ForwardArgs& args, const MmaSizes& sizes,
     const Spot at = spot(i);
     const int c = place.first + at.plane * kPerWord<S>, h = place.h0 + at.row;
     const int w = place.w0 + at.col;
-    const bool real = at.plane < Tile::kPlanes && c < sizes.channels && inside(h, sizes.in_h) &&
-                      inside(w, sizes.in_w);
+    const bool real = c < sizes.channels && inside(h, sizes.in_h) && inside(w, sizes.in_w);
     const Strides strides = args.input_strides;
     const S* const from = place.image + c * strides.c + h * strides.h + w * strides.w;
     if constexpr (sizeof(S) == 4) {
