@@ -75,10 +75,10 @@ FUSEDCNN_DEVICE Pooled pool_window(float v0, float v1, float v2, float v3, bool 
 }
 
 // The same of N whole windows side by side, whose outputs v[window][element] lack the bias.
-// Rounding keeps the order, so that the bias can come after the maximum: 13 instructions a window,
-// where meeting one element after the other takes 24. Outputs that only the bias's rounding makes
-// equal are no tie here: the larger wins. Returns false where the windows have to be met in order:
-// for NaN, and for infinity, of which an infinite bias may make NaN.
+// Rounding keeps the order, so that the bias can come after the maximum: 15 instructions a window,
+// where meeting one element after the other takes 20 or more. Outputs that only the bias's rounding
+// makes equal are no tie here: the larger wins. Returns false where the windows have to be met in
+// order: for NaN, and for infinity, of which an infinite bias may make NaN.
 template <int N>
 FUSEDCNN_DEVICE bool pool_plain_windows(const float (&v)[N][4], float bias, Pooled (&to)[N]) {
   bool plain = true;

@@ -54,7 +54,8 @@ constexpr int kChainSlices = 4;
 
 // TileH x TileW windows for Groups * 8 output channels. 512 threads' worth of blocks, of 128
 // registers each, fill the register file of a multiprocessor; where sums take several chains, 384,
-// of 168. Shared memory has room for as many on sm_90, but of Small for half.
+// of 168. On sm_90 shared memory has room for as many, but of Small with 16 input channels for
+// half.
 template <int Groups, int TileH, int TileW, bool Chains>
 struct WindowsTile {
   static constexpr int kTileH = TileH, kTileW = TileW;
@@ -78,7 +79,7 @@ struct WindowsTile {
 
   // Input channels whose weights are in shared memory: where sums are one chain, all of them.
   static constexpr int kWeightChannels = Chains ? 2 * kSlice : kChainSlices * kSlice;
-  FUSEDCNN_DEVICE static constexpr int weights(int channels) {
+  static constexpr int weights(int channels) {
     return (Chains ? kWeightChannels : channels) * 9 * kWeightPitch;
   }
 

@@ -39,7 +39,7 @@ struct MmaTile {
 
 // What lies side by side in the input.
 enum class Access : int {
-  kRows,    // four pixels of a row, which lie in no other tile's four
+  kRows,    // four pixels of a row
   kPixels,  // the channels of four planes
   kWords,   // nothing, or the two channels of a word
 };
@@ -138,7 +138,6 @@ FUSEDCNN_DEVICE void copy_rows(const MmaSizes& sizes, const Place<S, Tile>& plac
       store_pack(word + 2, Pack<2, uint32_t>{{lower(1), upper(1)}});
     }
   };
-
   copy_items<kAtOnce, kStep>(fresh_thread_index() / kFours, sizes.planes * Tile::kRows, load,
                              store);
 }

@@ -3,9 +3,10 @@
 // it writes and reads as channels grow. It does so sooner where the input is channels_last, which
 // is how cuDNN multiplies.
 //
-// Measured on an H200 under torch 2.11 with cuDNN 9.19: microseconds of all launches of a pass,
-// channels_last / contiguous. Images at 16x16, 32x32 for the third and the fifth, 56x56 for the
-// last.
+// Measured on an H200 under torch 2.11 with cuDNN 9.19, before the forwards tc and cc were
+// rewritten (see there), which may win farther than this says: microseconds of all launches of a
+// pass, channels_last / contiguous. Images at 16x16, 32x32 for the third and the fifth, 56x56 for
+// the last.
 //
 //                             16->32 1,024 / 64  32->32 256  32->64 1,024  64->64 256  64->128 64
 //   forward      bfloat16  tc  26/22       8/8      42/36        77/67
