@@ -133,7 +133,7 @@ void test_cuda_select() {
       // On tensor cores where tf32 is allowed, but for few channels; and for halves always.
       {"block2", DataType::kFloat32, 90, 227, true, "tensor_cores_3x3"},
       {"block1", DataType::kFloat32, 86, 99, true, "cuda_cores_3x3"},
-      {"block1", DataType::kFloat32, 90, 227, true, "winners_3x3_few_channels", Pass::kGradWeight},
+      {"block1", DataType::kFloat32, 90, 227, true, "winners_3x3", Pass::kGradWeight},
       {"block1", DataType::kFloat32, 90, 227, true, "tensor_cores_3x3", Pass::kGradInput},
       {"block1", DataType::kBFloat16, 90, 227, true, "tensor_cores_3x3", Pass::kGradWeight},
       {"block2", DataType::kBFloat16, 90, 227, false, "tensor_cores_3x3"},

@@ -74,6 +74,7 @@ const char* grad_weight_tensor_cores_is_slower(const Problem& problem, const Tar
 }
 
 const char* grad_weight_winners_is_slower(const Problem& problem, const Target&) {
+  if (problem.geometry.in_channels <= 4) return nullptr;
   if (more_pairs(problem, 16 * 32, 16 * 32)) return kManyChannels;
   return fewer_outputs(problem, 1 << 17) ? kFewOutputs : nullptr;
 }
