@@ -267,10 +267,10 @@ def test_threads_launch_one_kernel_with_different_amounts_of_shared_memory():
     """No launch lowers the limit that another thread's is about to need."""
     packed = by_name("simplecnn2_n2").pack()
     calls = []
-    for size in (16, 32):  # 51 and 69 KiB
-        gen = torch.Generator(device="cuda").manual_seed(size)
-        input = torch.randn(2, 16, size, size, device="cuda", generator=gen)
-        weight = torch.randn(32, 16, 3, 3, device="cuda", generator=gen)
+    for out_channels in (64, 128):  # 54 and 90 KiB
+        gen = torch.Generator(device="cuda").manual_seed(out_channels)
+        input = torch.randn(2, 16, 16, 16, device="cuda", generator=gen)
+        weight = torch.randn(out_channels, 16, 3, 3, device="cuda", generator=gen)
         output, code = _ops.forward_op(input, weight, None, packed, True)
         calls.append((output, input, weight, code, packed, INPUT))
 
@@ -279,7 +279,7 @@ def test_threads_launch_one_kernel_with_different_amounts_of_shared_memory():
         assert all(torch.equal(first, again) for again in rest)
         return first
 
-    with _cuda.force("winners_3x3"), ThreadPoolExecutor(len(calls)) as pool:
+    with _cuda.force("cuda_cores_3x3"), ThreadPoolExecutor(len(calls)) as pool:
         expected = [backward(call) for call in calls]
         assert_equal(list(pool.map(backward, calls)), expected)
 

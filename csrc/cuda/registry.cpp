@@ -10,15 +10,15 @@ using Forward = void(const ForwardArgs& args, const Execution& execution);
 using Backward = void(const BackwardArgs& args, const Execution& execution);
 WhyNot why_not_library, why_not_cuda_cores_3x3, why_not_forward_tensor_cores_3x3,
     why_not_tensor_cores_3x3;
-WhyNot why_not_grad_weight_winners_3x3, why_not_grad_input_winners_3x3;
+WhyNot why_not_grad_weight_winners_3x3, why_not_grad_input_cuda_cores_3x3;
 WhyNot forward_tensor_cores_is_slower, forward_cuda_cores_is_slower,
     grad_weight_tensor_cores_is_slower, grad_weight_winners_is_slower,
-    grad_input_tensor_cores_is_slower, grad_input_winners_is_slower;  // slower.cu
+    grad_input_tensor_cores_is_slower, grad_input_cuda_cores_is_slower;  // slower.cu
 Forward forward_tensor_cores_3x3, forward_cuda_cores_3x3, forward_library;
 WorkspaceBytes grad_weight_tensor_cores_3x3_workspace, grad_weight_winners_3x3_workspace,
     backward_library_workspace;
 Backward grad_weight_tensor_cores_3x3, grad_weight_winners_3x3;
-Backward grad_input_tensor_cores_3x3, grad_input_winners_3x3;
+Backward grad_input_tensor_cores_3x3, grad_input_cuda_cores_3x3;
 Backward backward_library;
 
 KernelList kernels() {
@@ -46,9 +46,9 @@ KernelList kernels() {
       {"tensor_cores_3x3", Pass::kGradInput, true, 2, why_not_tensor_cores_3x3, nullptr, nullptr,
        grad_input_tensor_cores_3x3, /*dense=*/false, /*tf32=*/true, /*library=*/false,
        grad_input_tensor_cores_is_slower},
-      {"winners_3x3", Pass::kGradInput, true, 2, why_not_grad_input_winners_3x3, nullptr, nullptr,
-       grad_input_winners_3x3, /*dense=*/false, /*tf32=*/false, /*library=*/false,
-       grad_input_winners_is_slower},
+      {"cuda_cores_3x3", Pass::kGradInput, true, 2, why_not_grad_input_cuda_cores_3x3, nullptr,
+       nullptr, grad_input_cuda_cores_3x3, /*dense=*/false, /*tf32=*/false, /*library=*/false,
+       grad_input_cuda_cores_is_slower},
       {"library", Pass::kGradInput, false, 4, why_not_library, backward_library_workspace, nullptr,
        backward_library, /*dense=*/false, /*tf32=*/false, /*library=*/true},
   };

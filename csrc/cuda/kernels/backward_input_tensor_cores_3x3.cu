@@ -49,13 +49,80 @@
 // in a tile, as it does in the stock layers' products; winners_3x3 meets it only where a gradient
 // does. Gradients, infinite or NaN, spread to their own nine pixels only.
 
-#include "cuda/kernels/backward_input_tensor_cores_3x3_tile.h"
+#include "cuda/kernels/backward_input_3x3_tile.h"
 
 namespace fusedcnn::cuda {
 namespace {
 
-// Bytes of weights that a block keeps: two blocks fit into a multiprocessor of sm_90, one into any.
-constexpr int64_t kMostResidentWeights = 80 * 1024;
+// 16 x TileW pixels, 8 * NTiles * Split input channels: Split warps share a warp's pixels.
+template <int TileW, int NTiles, int Split>
+struct MmaTile : InputWindows<16, TileW, TileW / 8 * Split * kWarp> {
+  using Windows = InputWindows<16, TileW, TileW / 8 * Split * kWarp>;
+  static constexpr bool kTf32 = true;
+  static constexpr int kNTiles = NTiles, kSplit = Split, kPixelWarps = TileW / 8;
+  static constexpr int kChannels = 8 * NTiles * Split;
+  static constexpr int kPatches = TileW / 4;  // next to each other
+  // Lanes g of a load reach over 8 patches, lanes t over four planes: 32 banks.
+  static constexpr int kPitch = kPatches == 4 ? 24 : 12;
+  static constexpr int kPlane = (2 * Windows::kWindowsH * kPitch + 31) / 32 * 32 + 9;
+  static_assert(kPitch >= 2 * Windows::kWindowsW && (kPatches == 4 || kPatches == 2));
+  static constexpr int kGradients = 8 * kPlane;  // words
+  static constexpr int kTap = Split * kWarp * 2 * NTiles, kSlice = 9 * kTap;
+
+  // Blocks to a multiprocessor: 128 registers of a thread for 32 accumulators, 168 for 64, and some
+  // more where a thread fetches most.
+  static constexpr int kResident =
+      ((NTiles == 1 ? 512 : 384) - (TileW == 8 && Split == 1 ? 128 : 0)) / Windows::kThreads;
+};
+
+// Column `col` of tile `tile` of N, as one of a warp's channels: columns 2t and 2t + 1 of all tiles
+// are neighbours.
+template <int NTiles>
+FUSEDCNN_DEVICE int channel_of(int tile, int col) {
+  return (col / 2 * NTiles + tile) * 2 + col % 2;
+}
+
+// Weights of `count` slices from `first` on, as fragments: [slice][tap][warp of Split][lane]
+// [tile of N][register]. Zeros behind the last channel and output channel.
+template <typename S, typename Tile>
+FUSEDCNN_DEVICE void fetch_input_fragments(const BackwardArgs& args, const InputTileSizes& sizes,
+                                           int channel_block, int first, int count,
+                                           Shared<uint32_t> to) {
+  constexpr int kLaneWords = 2 * Tile::kNTiles;
+  const Strides strides = args.weight_strides;
+  // Words of one tap, of all slices: each takes nine, all on their way at once.
+  FUSEDCNN_NO_UNROLL
+  for (int i = thread_index(); i < count * Tile::kTap; i += Tile::kThreads) {
+    const int part = i % 2, tile = i % kLaneWords / 2, lane = i / kLaneWords % kWarp;
+    const int split = i / kLaneWords / kWarp % Tile::kSplit, slice = i / Tile::kTap;
+    const int c = channel_block * Tile::kChannels + split * 8 * Tile::kNTiles +
+                  channel_of<Tile::kNTiles>(tile, lane / 4);
+    const int oc = (((first + slice) * 4 + lane % 4) * 2 + part) * kPerWord<S>;
+    const S* const from = static_cast<const S*>(args.weight) + oc * strides.n + c * strides.c;
+    FUSEDCNN_UNROLL
+    for (int kh = 0; kh < 3; ++kh) {
+      S taps[kPerWord<S>][3]{};
+      FUSEDCNN_UNROLL
+      for (int half = 0; half < kPerWord<S>; ++half) {
+        if (c >= sizes.channels || oc + half >= sizes.out_channels) continue;
+        FUSEDCNN_UNROLL
+        for (int kw = 0; kw < 3; ++kw) {
+          taps[half][kw] = load_constant(from + half * strides.n + kh * strides.h + kw * strides.w);
+        }
+      }
+      FUSEDCNN_UNROLL
+      for (int kw = 0; kw < 3; ++kw) {
+        const Shared<uint32_t> word =
+            to + (slice * Tile::kSlice + (3 * kh + kw) * Tile::kTap + i % Tile::kTap);
+        if constexpr (sizeof(S) == 4) {
+          *word = to_tf32(taps[0][kw]);
+        } else {
+          *word = two_halves(taps[0][kw], taps[1][kw]);
+        }
+      }
+    }
+  }
+}
 
 // Products of a row of four pixels with a row of taps: place `j + 2 - kw` meets tap kw.
 template <typename S, int NTiles>
@@ -77,9 +144,8 @@ FUSEDCNN_DEVICE void multiply_row(float (&acc)[4][NTiles][4], const uint32_t (&p
 // args: grad_output and code [N, OC, OH, OW], weight [OC, C, 3, 3], grad_input [N, C, H, W].
 template <typename S, typename Tile>
 FUSEDCNN_KERNEL_RESIDENT(Tile::kThreads, Tile::kResident)
-grad_input_tensor_cores_3x3_kernel(BackwardArgs args, InputMmaSizes sizes) {
+grad_input_tensor_cores_3x3_kernel(BackwardArgs args, InputTileSizes sizes) {
   constexpr int kNTiles = Tile::kNTiles;
-  constexpr int kSliceChannels = 4 * kItemChannels<S>;
   SharedMemory memory;
   const Shared<uint32_t> gradients = memory.array<uint32_t>(Tile::kGradients);
   const Shared<uint32_t> fragments = memory.array<uint32_t>(sizes.kept_slices * Tile::kSlice);
@@ -94,34 +160,9 @@ grad_input_tensor_cores_3x3_kernel(BackwardArgs args, InputMmaSizes sizes) {
                    patch_col(patch) + sizes.padding_w % 2);
   const Shared<uint32_t> lane_fragments = fragments + (split * kWarp + lane) * 2 * kNTiles;
 
-  // The item of a window and plane, for a task and a slice of output channels.
-  const auto load = [&](const InputWalk& task, int slice, int plane, int row, int col) {
-    const Strides &from = args.grad_output_strides, &at = args.code_strides;
-    const int oc = slice * kSliceChannels + plane * kItemChannels<S>;
-    const int h = task.tile_h(sizes) * (Tile::kTileH / 2) + sizes.padding_h / 2 - 1 + row;
-    const int w = task.tile_w(sizes) * (Tile::kTileW / 2) + sizes.padding_w / 2 - 1 + col;
-    const bool real = inside(h, sizes.out_h) && inside(w, sizes.out_w);
-    return load_item(
-        args, sizes,
-        static_cast<const S*>(args.grad_output) + task.n() * from.n + oc * from.c + h * from.h +
-            w * from.w,
-        static_cast<const uint8_t*>(args.code) + task.n() * at.n + oc * at.c + h * at.h + w * at.w,
-        real ? sizes.out_channels - oc : 0);
-  };
-  InputWalk fetched(sizes);
-  int fetched_slice = 0;
-  InputItem items[Tile::kCoreItems];
-  const auto fetch = [&] {
-    if (fetched.done()) return;
-    for_core_items<Tile>(sizes, [&](int index, int plane, int row, int col) {
-      items[index] = load(fetched, fetched_slice, plane, row, col);
-    });
-    if (++fetched_slice == sizes.slices) fetched_slice = 0, fetched.advance(sizes);
-  };
-  if (!sizes.ring) {
-    for (int i = thread_index(); i < Tile::kGradients; i += Tile::kThreads) gradients[i] = 0;
-  }
-  fetch();
+  GradientStage<S, Tile> stage(sizes);
+  stage.clear(sizes, gradients);
+  stage.fetch(args, sizes);
 
   int weights_of = -1;  // channel block whose weights, all of them, are in shared memory
   for (InputWalk walk(sizes); !walk.done(); walk.advance(sizes)) {
@@ -132,25 +173,7 @@ grad_input_tensor_cores_3x3_kernel(BackwardArgs args, InputMmaSizes sizes) {
     }
 
     for (int slice = 0; slice < sizes.slices; ++slice) {
-      // In the caches mostly, since it is other tiles' own.
-      InputItem ring[Tile::kRingItems];
-      if (sizes.ring) {
-        for_ring_items<Tile>([&](int index, int plane, int row, int col) {
-          ring[index] = load(walk, slice, plane, row, col);
-        });
-      }
-      sync_threads();  // the slice before is no longer read
-      const auto put = [&](const InputItem& item, int plane, int row, int col) {
-        expand<S, Tile>(item,
-                        gradients + (plane * Tile::kPlane + 2 * row * Tile::kPitch + 2 * col));
-      };
-      for_core_items<Tile>(sizes, [&](int index, int plane, int row, int col) {
-        put(items[index], plane, row, col);
-      });
-      if (sizes.ring) {
-        for_ring_items<Tile>(
-            [&](int index, int plane, int row, int col) { put(ring[index], plane, row, col); });
-      }
+      stage.write(args, sizes, walk, slice, gradients);
       const bool kept = sizes.kept_slices == sizes.slices;
       if (!kept || weights_of != walk.channel_block()) {
         fetch_input_fragments<S, Tile>(args, sizes, walk.channel_block(), kept ? 0 : slice,
@@ -158,7 +181,7 @@ grad_input_tensor_cores_3x3_kernel(BackwardArgs args, InputMmaSizes sizes) {
         weights_of = walk.channel_block();
       }
       sync_threads();
-      fetch();
+      stage.fetch(args, sizes);
 
       // Row r of the gradients meets tap kh in row dy of pixels where r = dy + 2 - kh. A row at a
       // time: more would be loaded ahead than there are registers.
@@ -213,7 +236,7 @@ grad_input_tensor_cores_3x3_kernel(BackwardArgs args, InputMmaSizes sizes) {
         Pack<4, S> pack;
         FUSEDCNN_UNROLL
         for (int j = 0; j < 4; ++j) pack.values[j] = value(j, c);
-        if (sizes.pixel_fours) {
+        if (sizes.pixel_packs) {
           store_pack(pixel + c * to.c, pack);
           continue;
         }
@@ -230,51 +253,19 @@ grad_input_tensor_cores_3x3_kernel(BackwardArgs args, InputMmaSizes sizes) {
 
 template <typename S, typename Tile>
 void launch_grad_input_tensor_cores_3x3(const BackwardArgs& args, const Execution& execution) {
-  constexpr int64_t kBytes = sizeof(S), kItem = kItemChannels<S>, kLane = 2 * Tile::kNTiles;
-  const Geometry& g = args.geometry;
-  InputMmaSizes s{};
-  static_cast<MapSizes&>(s) = map_sizes(g);
-  s.tiles_h = parts(s.in_h, Tile::kTileH);
-  s.tiles_w = parts(s.in_w, Tile::kTileW);
-  s.batch = static_cast<int>(g.batch);
-  s.channel_blocks = parts(s.channels, Tile::kChannels);
-  s.tasks = static_cast<int64_t>(s.channel_blocks) * s.batch * s.tiles_h * s.tiles_w;
-  s.slices = parts(s.out_channels, 4 * kItem);
-  s.kept_slices = s.slices;
-  if (shared_bytes<uint32_t>(static_cast<int64_t>(s.slices) * Tile::kSlice) >
-      kMostResidentWeights) {
-    s.kept_slices = 1;
-  }
-  s.ring = s.tiles_h > 1 || s.tiles_w > 1 || s.padding_h > 1 || s.padding_w > 1 ||
-           s.out_h > Tile::kWindowsH - 2 || s.out_w > Tile::kWindowsW - 2;
-  const Strides from = args.grad_output_strides, at = args.code_strides;
-  s.gradients_last = from.c == 1 && at.c == 1 && s.out_channels > 1;
-  s.gradient_packs = s.gradients_last && s.out_channels % kItem == 0 &&
-                     aligned(args.grad_output, kBytes, kItem * kBytes, {from.n, from.h, from.w}) &&
-                     aligned(args.code, 1, kItem, {at.n, at.h, at.w});
-  const Strides to = args.grad_input_strides;
-  s.channel_packs = to.c == 1 && s.channels % kLane == 0 &&
-                    aligned(args.grad_input, kBytes, kLane * kBytes, {to.n, to.h, to.w});
-  s.pixel_fours = to.w == 1 && s.in_w % 4 == 0 &&
-                  aligned(args.grad_input, kBytes, 4 * kBytes, {to.n, to.c, to.h});
-  // As many as the multiprocessors hold: each takes its share in one go.
-  const int64_t most = int64_t{execution.multiprocessors} * Tile::kResident;
-  const int64_t blocks = blocks_for(s.tasks);
-  launch("grad_input_tensor_cores_3x3", grad_input_tensor_cores_3x3_kernel<S, Tile>,
-         blocks < most ? blocks : most, Tile::kThreads,
-         shared_bytes<uint32_t>(Tile::kGradients) +
-             shared_bytes<uint32_t>(static_cast<int64_t>(s.kept_slices) * Tile::kSlice),
-         execution, args, s);
+  launch_input_tiles<Tile>("grad_input_tensor_cores_3x3",
+                           grad_input_tensor_cores_3x3_kernel<S, Tile>, args,
+                           input_tile_sizes<S, Tile>(args, 4, 2 * Tile::kNTiles), execution);
 }
 
 template <typename S, int TileW>
 void grad_input_tensor_cores_3x3_wide(const BackwardArgs& args, const Execution& execution) {
   if (args.geometry.in_channels <= 8) {
-    launch_grad_input_tensor_cores_3x3<S, InputTile<TileW, 1, 1>>(args, execution);
+    launch_grad_input_tensor_cores_3x3<S, MmaTile<TileW, 1, 1>>(args, execution);
   } else if (args.geometry.in_channels <= 16) {
-    launch_grad_input_tensor_cores_3x3<S, InputTile<TileW, 2, 1>>(args, execution);
+    launch_grad_input_tensor_cores_3x3<S, MmaTile<TileW, 2, 1>>(args, execution);
   } else {
-    launch_grad_input_tensor_cores_3x3<S, InputTile<TileW, 2, 2>>(args, execution);
+    launch_grad_input_tensor_cores_3x3<S, MmaTile<TileW, 2, 2>>(args, execution);
   }
 }
 

@@ -22,10 +22,12 @@
 //                float32    w 353/350     83/83    671/625   1,138/1,095 2,560/2,467 4,172/4,195
 //                     library 453/425     59/44    552/563   1,017/1,006 1,771/1,648 1,262/1,138
 //
-// tc: tensor cores; cc: CUDA cores; w: winners. In float32, of the gradients by winners, grad_input
-// alone takes 148/142, 35/34, 243/235 and 317/312 of the first four, and wins there but for few
-// outputs. In tf32 and 3 -> 16 channels, CUDA cores take 1.02 (forward) and 0.90 (grad_weight) of
-// the tensor cores' time, and round nothing. The bounds below are drawn through these.
+// tc: tensor cores; cc: CUDA cores; w: kernels by winners that both gradients had then. In float32,
+// of the gradients by winners, grad_input alone took 148/142, 35/34, 243/235 and 317/312 of the
+// first four, and won there but for few outputs. Those of now have a third of these times by count,
+// so where one won, they do. In tf32 and 3 -> 16 channels, CUDA cores take 1.02 (forward) and 0.90
+// (grad_weight) of the tensor cores' time, and round nothing. The bounds below are drawn through
+// these.
 #include "cuda/kernel.h"
 
 namespace fusedcnn::cuda {
@@ -83,8 +85,12 @@ const char* grad_input_tensor_cores_is_slower(const Problem& problem, const Targ
   return more_pairs(problem, 32 * 64, 64 * 64) ? kManyChannels : nullptr;
 }
 
-const char* grad_input_winners_is_slower(const Problem& problem, const Target&) {
-  if (problem.geometry.in_channels < 8) return "fewer than 8 input channels leave lanes idle";
+const char* grad_input_cuda_cores_is_slower(const Problem& problem, const Target&) {
+  // A warp's lanes cover 16 x 16 pixels.
+  const Geometry& g = problem.geometry;
+  if (2 * g.h.in * g.w.in < (g.h.in + 15) / 16 * 16 * ((g.w.in + 15) / 16 * 16)) {
+    return "images that leave lanes idle";
+  }
   if (more_pairs(problem, 32 * 64, 32 * 64)) return kManyChannels;
   return fewer_outputs(problem, 1 << 16) ? kFewOutputs : nullptr;
 }
