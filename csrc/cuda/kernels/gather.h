@@ -113,7 +113,9 @@ gather_channels_kernel(BackwardArgs args, PlaneSizes sizes, Finish finish) {
       FUSEDCNN_UNROLL
       for (int v = 0; v < V; ++v) total.values[v] = narrow<S>(sum[v]);
       S* const to = plane + p * sizes.plane.column;
-      store_pack(to, finish(total, to, channel));
+      // A register less over the loop, which sm_75 would spill.
+      const int fresh_lane = fresh_thread_index() & ((1 << tiles.channel_bits) - 1);
+      store_pack(to, finish(total, to, tile.channel + fresh_lane * V));
     }
   }
 }
