@@ -159,20 +159,21 @@ grad_weight_tensor_cores_3x3_kernel(BackwardArgs args, WeightMmaSizes sizes, flo
   const Shared<float> sums = memory.array<float>(want_weight ? kTileSums * kSumPitch : 0);
   const Shared<Pixel<S>> pixels = memory.array<Pixel<S>>(want_weight ? CTiles * sizes.plane : 0);
 
-  const int lane = thread_index() % kWarp, warp = thread_index() / kWarp, g = lane / 4,
-            t = lane % 4;
-  const int m_warp = warp % sizes.m_warps, share = warp / sizes.m_warps;
-  // Where this lane's four neighbouring windows lie in a quad.
-  const int window_h = 4 * t / sizes.tile_w, window_w = 4 * t % sizes.tile_w;
+  const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
+  const int share = warp / sizes.m_warps;
+  // Where this lane's four neighbouring windows lie in a quad. Asked for where it is needed: less
+  // to keep in registers.
+  const auto window_h = [&] { return 4 * (fresh_thread_index() % 4) >> sizes.tile_w_bits; };
+  const auto window_w = [&] { return 4 * (fresh_thread_index() % 4) & (sizes.tile_w - 1); };
   // What this lane loads of a quad's pixels: channel g of its windows; or, for ldmatrix, all
   // channels of pixel lane % 8, of the row that is matrix lane / 8.
   const int odd = sizeof(S) == 4 ? 0 : lane % 2;
-  const int loaded = sizeof(S) == 4 ? 4 * t : lane % 8 / 2 * 4;
+  const int loaded = sizeof(S) == 4 ? lane % 4 * 4 : lane % 8 / 2 * 4;
   const int loaded_h = loaded / sizes.tile_w * 2 + (sizeof(S) == 4 ? 0 : lane / 8);
   const int loaded_w = loaded % sizes.tile_w;
   const Shared<Pixel<S>> lane_pixels =
       pixels + ((loaded_h * sizes.pitch + 2 * loaded_w + loaded_w / 4 * kSkew<S> + odd) * kNTile +
-                (sizeof(S) == 4 ? g : 0));
+                (sizeof(S) == 4 ? lane / 4 : 0));
   const PairWalk pairs(sizes);
 
   const int slices = want_weight ? sizes.slices : 1;
@@ -196,8 +197,10 @@ grad_weight_tensor_cores_3x3_kernel(BackwardArgs args, WeightMmaSizes sizes, flo
     for (; left > 0; --left) {
       const int first_h = tile_y * sizes.tile_h, first_w = tile_x * sizes.tile_w;
       const auto fetch = [&](int quad) {
-        return fetch_gradients<S>(args, sizes, n, first_h + quad * sizes.quad_h + window_h,
-                                  first_w + window_w, block_oc + m_warp * 16 + g);
+        const int thread = fresh_thread_index(), m_warp = thread / kWarp & (sizes.m_warps - 1);
+        return fetch_gradients<S>(args, sizes, n, first_h + quad * sizes.quad_h + window_h(),
+                                  first_w + window_w(),
+                                  block_oc + m_warp * 16 + thread % kWarp / 4);
       };
       // Under way while the pixels are.
       Gradients<S> next{};
@@ -225,8 +228,8 @@ grad_weight_tensor_cores_3x3_kernel(BackwardArgs args, WeightMmaSizes sizes, flo
         if (!want_weight) continue;
         // Pixels of this lane's windows, upper and lower, that are the convolution's. Zero times
         // what others find in the image would be NaN where that is infinite.
-        const int cols = sizes.cover_w - 2 * (first_w + window_w);
-        const int rows = sizes.cover_h - 2 * (first_h + quad * sizes.quad_h + window_h);
+        const int cols = sizes.cover_w - 2 * (first_w + window_w());
+        const int rows = sizes.cover_h - 2 * (first_h + quad * sizes.quad_h + window_h());
         const uint32_t upper = cols >= 8 ? 0xffu : cols > 0 ? (1u << cols) - 1 : 0u;
         const uint32_t valid = (rows > 0 ? upper : 0u) | (rows > 1 ? upper << 8 : 0u);
         const Shared<Pixel<S>> at = lane_pixels + quad * sizes.quad_h * 2 * sizes.pitch * kNTile;
@@ -242,6 +245,7 @@ grad_weight_tensor_cores_3x3_kernel(BackwardArgs args, WeightMmaSizes sizes, flo
     }
 
     // The slab's sums are those of the warps, in the order of their shares.
+    const int thread = fresh_thread_index();
     const int64_t row_sums = sizes.sums.row;  // 64 rows may be 2^31 or more
     float* const to =
         partial + (static_cast<int64_t>(slab) * sizes.out_channels + block_oc) * row_sums;
@@ -249,20 +253,20 @@ grad_weight_tensor_cores_3x3_kernel(BackwardArgs args, WeightMmaSizes sizes, flo
     for (int row = 0; row < 2; ++row) {
       bias[row] += shuffle_xor(bias[row], 1);
       bias[row] += shuffle_xor(bias[row], 2);
-      if (t == 0) biases[warp * 16 + 8 * row + g] = bias[row];
+      if (thread % 4 == 0) biases[thread / kWarp * 16 + 8 * row + thread % kWarp / 4] = bias[row];
     }
     FUSEDCNN_UNROLL
     for (int tile = 0; tile < CTiles; ++tile) {
       if (want_weight) {
         FUSEDCNN_UNROLL
         for (int i = 0; i < kTileSums; ++i) {
-          sums[i * kSumPitch + thread_index()] = acc[tile][i / 4][i % 4];
+          sums[i * kSumPitch + thread] = acc[tile][i / 4][i % 4];
         }
       }
       sync_threads();
       const int channels = sizes.m_warps * 16;
       FUSEDCNN_NO_UNROLL
-      for (int e = thread_index(); want_weight && e < channels * 9 * kNTile; e += kMmaThreads) {
+      for (int e = thread; want_weight && e < channels * 9 * kNTile; e += kMmaThreads) {
         const int oc = e / (9 * kNTile), k = e % (9 * kNTile);
         const int c = k / 9, tap = k % 9;
         if (block_oc + oc >= sizes.out_channels || first + tile * kNTile + c >= sizes.channels) {
@@ -275,11 +279,10 @@ grad_weight_tensor_cores_3x3_kernel(BackwardArgs args, WeightMmaSizes sizes, flo
         for (int i = 0; i < sizes.shares; ++i) sum += sums[slot + i * sizes.m_warps * kWarp];
         to[oc * row_sums + (first + tile * kNTile) * 9 + k] = sum;
       }
-      if (tile == 0 && first == 0 && thread_index() < channels &&
-          block_oc + thread_index() < sizes.out_channels) {
+      if (tile == 0 && first == 0 && thread < channels && block_oc + thread < sizes.out_channels) {
         float sum = 0;
-        for (int i = 0; i < sizes.shares; ++i) sum += biases[i * channels + thread_index()];
-        to[(thread_index() + 1) * row_sums - 1] = sum;
+        for (int i = 0; i < sizes.shares; ++i) sum += biases[i * channels + thread];
+        to[(thread + 1) * row_sums - 1] = sum;
       }
       sync_threads();  // the next sums overwrite these
     }
@@ -303,6 +306,7 @@ WeightMmaSizes weight_mma_sizes(const Geometry& g) {
   const auto covered = [](const Axis& axis) {
     return static_cast<int>(axis.conv < 2 * axis.out ? axis.conv : 2 * axis.out);
   };
+  s.tile_w_bits = tile_w == 4 ? 2 : tile_w == 8 ? 3 : 4;
   s.cover_h = covered(g.h), s.cover_w = covered(g.w);
   s.quad_h = quad_h;
   s.quads = s.tile_h / s.quad_h;

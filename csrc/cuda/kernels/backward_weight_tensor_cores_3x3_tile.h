@@ -22,6 +22,7 @@ template <typename S>
 constexpr int kSkew = sizeof(S) == 4 ? 1 : 2;
 
 struct WeightMmaSizes : WeightTileSizes {
+  int tile_w_bits;           // tile_w is a power of two
   int cover_h, cover_w;      // convolution outputs that lie in windows
   int rows, pitch, pairs;    // of pixels of a tile: rows, places in a row, pairs in a row
   int step_line, step_pair;  // from a thread's pair to its next
@@ -162,29 +163,49 @@ FUSEDCNN_DEVICE Pack<PixelPair<S>::kChannels, Pixel<S>> pixel_of(const PixelPair
   return pixel;
 }
 
+// The first column of a tile's pair. Pairs begin at odd columns: with a padding of 1, at even ones
+// of the image.
+FUSEDCNN_DEVICE int first_column(const PairWalk& walk) { return 2 * walk.pair - 1; }
+
 // Writes the pixels of input channels from `first` on whose upper left one is (h0, w0), [tile of
 // channels][row][place][channel].
 template <typename S, int CTiles>
 FUSEDCNN_DEVICE void stage_pixels(const BackwardArgs& args, const WeightMmaSizes& sizes,
                                   PairWalk walk, int n, int first, int h0, int w0,
                                   Shared<Pixel<S>> to) {
-  constexpr int kChannels = PixelPair<S>::kChannels;
+  constexpr int kChannels = PixelPair<S>::kChannels, kParts = kNTile / kChannels;
+  // Pairs whose loads are under way together, of the three to five that a tile has for a thread: as
+  // many as there are registers for.
+  constexpr int kAtOnce = sizeof(S) == 4 ? CTiles : 2;
+  const int lines = CTiles * sizes.rows;
   FUSEDCNN_NO_UNROLL
-  for (; walk.line < CTiles * sizes.rows; walk.advance(sizes)) {
-    const bool second = CTiles > 1 && walk.line >= sizes.rows;
-    const int h = h0 + walk.line - (second ? sizes.rows : 0);
-    // Pairs begin at odd columns: with a padding of 1, at even ones of the image.
-    const int col = 2 * walk.pair - 1;
+  while (walk.line < lines) {
+    PairWalk stored = walk;
+    PixelPair<S> pairs[kAtOnce][kParts];
     FUSEDCNN_UNROLL
-    for (int c = 0; c < kNTile; c += kChannels) {
-      const int c0 = first + (second ? kNTile : 0) + c;
-      const PixelPair<S> pair = load_pair<S>(args, sizes, n, c0, h, w0 + col);
+    for (int i = 0; i < kAtOnce; ++i, walk.advance(sizes)) {
+      const bool second = CTiles > 1 && walk.line >= sizes.rows;
+      const int h = h0 + walk.line - (second ? sizes.rows : 0);
       FUSEDCNN_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int x = col + i;
-        if (!inside(x, 2 * sizes.tile_w + 2)) continue;
-        const int place = walk.line * sizes.pitch + x + x / 8 * kSkew<S>;
-        store_pack(to + (place * kNTile + c), pixel_of(pair, i));
+      for (int part = 0; part < kParts; ++part) {
+        const int c = first + (second ? kNTile : 0) + part * kChannels;
+        pairs[i][part] = {};
+        if (walk.line < lines) {
+          pairs[i][part] = load_pair<S>(args, sizes, n, c, h, w0 + first_column(walk));
+        }
+      }
+    }
+    FUSEDCNN_UNROLL
+    for (int i = 0; i < kAtOnce; ++i, stored.advance(sizes)) {
+      FUSEDCNN_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const int x = first_column(stored) + j;
+        if (stored.line >= lines || !inside(x, 2 * sizes.tile_w + 2)) continue;
+        const int place = stored.line * sizes.pitch + x + x / 8 * kSkew<S>;
+        FUSEDCNN_UNROLL
+        for (int part = 0; part < kParts; ++part) {
+          store_pack(to + (place * kNTile + part * kChannels), pixel_of(pairs[i][part], j));
+        }
       }
     }
   }
