@@ -64,7 +64,7 @@ StockConvolution::StockConvolution(const Session& session, const Tensor& input,
     : session_(session),
       g_(g),
       channels_last_(in_channels_last(session, input, weight)),
-      image_(image_of(batched(input), reads.input)),
+      image_(image_of(input, reads.input)),
       taps_(taps_of(weight, reads.weight)) {}
 
 Tensor StockConvolution::empty(const Tensor& like, int64_t n, int64_t c, int64_t h,
@@ -89,10 +89,11 @@ Tensor StockConvolution::image_of(const Tensor& input, bool read) const {
     return empty(input, g_.batch, g_.in_channels, pad ? g_.h.padded() : g_.h.in,
                  pad ? g_.w.padded() : g_.w.in);
   }
-  if (!pad) return in_order(input);
+  const Tensor images = batched(input);
+  if (!pad) return in_order(images);
   // Padded where torch's convolution cannot.
   const int64_t sides[] = {g_.w.padding, g_.w.padding_after, g_.h.padding, g_.h.padding_after};
-  return in_order(torch::stable::pad(input, {sides, 4}));
+  return in_order(torch::stable::pad(images, {sides, 4}));
 }
 
 Tensor StockConvolution::taps_of(const Tensor& weight, bool read) const {
