@@ -98,7 +98,7 @@ transpose_kernel(const Unit* from, Strides strides, int64_t line, Unit* to, Matr
     for (int i = 0; i < G::kCount; ++i, in += in_step * V * strides.c) {
       if (in_row + i * in_step >= in_rows) continue;
       FUSEDCNN_UNROLL
-      for (int v = 0; v < V; ++v) square[i][v] = in[v * strides.c];
+      for (int v = 0; v < V; ++v) square[i][v] = load_pack<1>(in + v * strides.c).values[0];
     }
     sync_warp();  // no store waits for its load while others are to be issued
     Shared<Unit> at = units + (in_column * pitch + in_row);
@@ -129,7 +129,7 @@ transpose_kernel(const Unit* from, Strides strides, int64_t line, Unit* to, Matr
     for (int i = 0; i < G::kCount; ++i, out += out_step * V * matrix.rows) {
       if (out_column + i * out_step >= out_columns) continue;
       FUSEDCNN_UNROLL
-      for (int v = 0; v < V; ++v) out[v * matrix.rows] = square[i][v];
+      for (int v = 0; v < V; ++v) store_pack<1, Unit>(out + v * matrix.rows, {{square[i][v]}});
     }
     sync_threads();  // the next tile overwrites this one
   }
