@@ -74,10 +74,13 @@ Tensor StockConvolution::empty(const Tensor& like, int64_t n, int64_t c, int64_t
 
 Tensor StockConvolution::in_order(const Tensor& tensor) const {
   if (dense(tensor, channels_last_)) return tensor;
+  if (!dense(tensor, !channels_last_)) {
+    return torch::stable::contiguous(
+        tensor, channels_last_ ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  }
   const Tensor to = empty(tensor, tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3));
-  if (turn(session_, tensor, to)) return to;
-  return torch::stable::contiguous(
-      tensor, channels_last_ ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  turn(session_, tensor, to);
+  return to;
 }
 
 // Of an operand that is not read, only the sizes count. Its own memory may be gone; any other order
