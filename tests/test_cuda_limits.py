@@ -12,9 +12,10 @@ import fusedcnn
 import pytest
 import torch
 from checks import assert_equal, leaves_of, over, over_dtypes, step
+from forcing import CUDA_KERNELS, run_pass
 from fusedcnn import _cuda, _ops, conv_relu_max_pool2d
-from geometries import Block, by_name, stock
-from reference import INPUT, with_layout
+from geometries import BLOCKS, Block, by_name, stock
+from reference import INPUT, float_case, with_layout
 from torch import Tensor, nn
 
 pytestmark = [
@@ -131,6 +132,23 @@ def test_what_the_library_kernels_return_is_the_stock_convolutions(repeatable):
     assert_equal(found[0], found[1])
     double = results(*(t.double() for t in tensors))
     torch.testing.assert_close([t.double() for t in found[0]], double, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@over(BLOCKS)
+def test_half_types_have_the_same_bits_in_either_layout(block, dtype, repeatable):
+    """Their convolution is called in channels_last whatever the layout of its operands."""
+    case = float_case(block.name, dtype)
+    found = []
+    for layout in ("contiguous", "channels_last"):
+        given = case.operands.map(lambda t, layout=layout: with_layout(t.cuda(), layout))
+        code = with_layout(case.code.cuda(), layout)
+        library = [f for f in CUDA_KERNELS if f.kernel == "library"]
+        passes = [run_pass(forced, block, given, code) for forced in library]
+        found.append({name: t for results in passes for name, t in results.items()})
+    # All but grad_bias, which a kernel sums in the order in which gradients lie.
+    for name in ("output", "code", "grad_input", "grad_weight"):
+        assert torch.equal(found[0][name], found[1][name]), name
 
 
 def test_the_operator_refuses_operands_that_autocast_would_cast():

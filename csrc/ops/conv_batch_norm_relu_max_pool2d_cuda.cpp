@@ -28,13 +28,6 @@ void check_sizes(const Geometry& g) {
   }
 }
 
-// The convolution's output, without its bias.
-Tensor plane_of(const Session& session, const Tensor& input, const Tensor& weight,
-                const Geometry& g, DataType type) {
-  return stock_convolution(cuda_convolution(), input, weight, g,
-                           session.plane_channels_last(weight, type));
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_batch_norm_relu_max_pool2d_cuda(
     const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& bn_weight, const std::optional<Tensor>& bn_bias,
@@ -46,9 +39,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_batch_norm_relu_max_pool
   if (call.run()) {
     const Session session(input);
     session.check_batch_norm();
-    const Tensor plane = plane_of(session, input, weight, block.geometry, block.type);
-    block.plane = plane.const_data_ptr();
-    block.plane_channels_last = session.plane_channels_last(weight, block.type);
+    std::optional<Tensor> plane;
+    {  // its operands are not needed any longer
+      const StockConvolution convolution(session, input, weight, block.geometry, Reads{true, true});
+      plane = convolution.plane();
+      block.plane_channels_last = convolution.channels_last();
+    }
+    block.plane = plane->const_data_ptr();
     session.run(cuda::batch_norm_forward_workspace(call.args), cuda::batch_norm_forward, call.args);
   }
   return {call.output, call.code, call.extremum, call.mean, call.var};
@@ -66,20 +63,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_batch_norm_relu_max_pool2d_backw
   if (call.run()) {
     const Session session(input);
     session.check_batch_norm();
+    std::optional<StockConvolution> convolution;
     std::optional<Tensor> plane;
     if (call.want_input || call.want_weight) {
       // Computed again, which costs less than to keep it.
-      plane = plane_of(session, input, weight, block.geometry, block.type);
+      convolution.emplace(session, input, weight, block.geometry, Reads{true, true});
+      plane = convolution->plane();
       block.plane = plane->mutable_data_ptr();
-      block.plane_channels_last = session.plane_channels_last(weight, block.type);
+      block.plane_channels_last = convolution->channels_last();
     }
     session.run(cuda::batch_norm_backward_workspace(call.args), cuda::batch_norm_backward,
                 call.args);
     if (plane) {
-      stock_convolution_backward(cuda_convolution(), *plane, input, weight, block.geometry,
-                                 block.plane_channels_last,
-                                 call.want_input ? &call.grad_input : nullptr,
-                                 call.want_weight ? &call.grad_weight : nullptr);
+      convolution->backward(*plane, call.want_input ? &call.grad_input : nullptr,
+                            call.want_weight ? &call.grad_weight : nullptr);
     }
   }
   return {call.grad_input, call.grad_weight, call.grad_bn_weight, call.grad_bn_bias};

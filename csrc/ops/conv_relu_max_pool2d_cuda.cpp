@@ -33,9 +33,10 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool2d_cuda(const Tensor& input, const 
     const auto run = [&](const cuda::Kernel& kernel) {
       std::optional<Tensor> plane;
       if (kernel.library) {
-        args.plane_channels_last = session.plane_channels_last(weight, args.type);
-        plane = stock_convolution(cuda_convolution(), input, weight, g, args.plane_channels_last);
+        const StockConvolution convolution(session, input, weight, g, Reads{true, true});
+        plane = convolution.plane();
         args.plane = plane->const_data_ptr();
+        args.plane_channels_last = convolution.channels_last();
       }
       session.run(kernel, kernel.forward, args);
     };
@@ -58,18 +59,18 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cuda(
     // Replaces the gradients that are not null.
     const auto run_library = [&](const cuda::Kernel& kernel, Tensor* grad_input,
                                  Tensor* grad_weight, bool want_bias) {
-      args.plane_channels_last = session.plane_channels_last(weight, args.type);
+      std::optional<StockConvolution> convolution;
       std::optional<Tensor> plane;
       if (grad_input || grad_weight) {
-        plane = empty_plane(input, g, args.plane_channels_last);
+        convolution.emplace(session, input, weight, g,
+                            Reads{grad_weight != nullptr, grad_input != nullptr});
+        plane = convolution->empty_plane();
+        args.plane_channels_last = convolution->channels_last();
       }
       args.plane = plane ? plane->mutable_data_ptr() : nullptr;
       args.grad_bias = want_bias ? call.grad_bias.mutable_data_ptr() : nullptr;
       session.run(kernel, kernel.backward, args);
-      if (plane) {
-        stock_convolution_backward(cuda_convolution(), *plane, input, weight, g,
-                                   args.plane_channels_last, grad_input, grad_weight);
-      }
+      if (plane) convolution->backward(*plane, grad_input, grad_weight);
     };
     const auto run_alone = [&](const cuda::Kernel& kernel) {
       const bool for_weight = kernel.pass == Pass::kGradWeight;

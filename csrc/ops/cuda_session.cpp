@@ -9,7 +9,6 @@
 #include "cuda/select.h"
 #include "ops/choice.h"
 #include "ops/measured.h"
-#include "ops/stock_convolution_cuda.h"
 #include "ops/torch_cuda.h"
 
 namespace fusedcnn {
@@ -91,10 +90,10 @@ void Session::check_batch_norm() const {
   }
 }
 
-bool Session::plane_channels_last(const Tensor& weight, DataType type) const {
+bool Session::on_tensor_cores(DataType type) const {
   const bool half = type == DataType::kBFloat16 || type == DataType::kFloat16;
   const bool tf32 = type == DataType::kFloat32 && target_.allow_tf32;
-  return plane_in_channels_last(input_, weight, half || (tf32 && target_.device.capability >= 80));
+  return half || (tf32 && target_.device.capability >= 80);
 }
 
 }  // namespace fusedcnn

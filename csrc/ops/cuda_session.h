@@ -54,8 +54,8 @@ class Session {
     run(kernel.workspace_bytes ? kernel.workspace_bytes(problem) : 0, function, args);
   }
 
-  // The order of a library kernel's plane.
-  bool plane_channels_last(const torch::stable::Tensor& weight, DataType type) const;
+  // Whether torch's convolutions multiply operands of this type on tensor cores.
+  bool on_tensor_cores(DataType type) const;
 
  private:
   const cuda::Kernel* quickest(Pass pass, const Problem& problem, int wanted,

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "cuda/transpose.h"
 #include "ops/checks.h"
+#include "ops/convolution_call.h"
 #include "ops/torch_cuda.h"
 
 namespace fusedcnn {
@@ -12,10 +14,21 @@ namespace {
 using torch::headeronly::MemoryFormat;
 using torch::stable::Tensor;
 
-Tensor in_order(const Tensor& tensor, bool channels_last) {
-  if (dense(tensor, channels_last)) return tensor;
-  return torch::stable::contiguous(
-      tensor, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+// libtorch_cuda's.
+template <typename Function>
+Function cuda_function(const char* name) {
+  return reinterpret_cast<Function>(torch_cuda_function(name));
+}
+
+bool in_channels_last(const Session& session, const Tensor& input, const Tensor& weight) {
+  // The strides of one input channel fit both orders, and torch reads them as contiguous.
+  if (weight.size(1) == 1 && input.size(input.dim() - 3) == 1) return false;
+  // The caller's choice, where it is one: torch's own, too.
+  if (is_channels_last(input) || is_channels_last(weight)) return true;
+  // cuDNN's kernels on tensor cores are for channels_last, and it transposes what comes in planes
+  // of channels: both operands, and the output back. Those on CUDA cores, Winograd's among them,
+  // are for planes.
+  return session.on_tensor_cores(check_type(input));
 }
 
 bool symmetric(const Geometry& g) {
@@ -29,93 +42,114 @@ ConvolutionArgs call_args(const Geometry& g) {
   return args;
 }
 
-// The input, padded where torch's convolution cannot.
-Tensor image_of(const Tensor& input, const Geometry& g, bool channels_last) {
-  if (symmetric(g)) return in_order(batched(input), channels_last);
-  const int64_t sides[] = {g.w.padding, g.w.padding_after, g.h.padding, g.h.padding_after};
-  return in_order(torch::stable::pad(batched(input), {sides, 4}), channels_last);
+// Copies if one of the two is dense in channels_last and the other one contiguous, for which torch
+// has no copy of its own. Returns whether they are.
+bool turn(const Session& session, const Tensor& from, const Tensor& to) {
+  for (const bool last : {false, true}) {
+    if (!dense(from, !last) || !dense(to, last)) continue;
+    const int64_t channels = to.size(1), pixels = to.size(2) * to.size(3);
+    session.run(
+        0, cuda::transpose,
+        cuda::matrices(element_size(check_type(from)), to.size(0), last ? channels : pixels,
+                       last ? pixels : channels, from.const_data_ptr(), to.mutable_data_ptr()));
+    return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+StockConvolution::StockConvolution(const Session& session, const Tensor& input,
+                                   const Tensor& weight, const Geometry& g, Reads reads)
+    : session_(session),
+      g_(g),
+      channels_last_(in_channels_last(session, input, weight)),
+      image_(image_of(input, reads.input)),
+      taps_(taps_of(weight, reads.weight)) {}
+
+Tensor StockConvolution::empty(const Tensor& like, int64_t n, int64_t c, int64_t h,
+                               int64_t w) const {
+  return empty_image(like, true, n, c, h, w, like.scalar_type(), channels_last_);
+}
+
+Tensor StockConvolution::in_order(const Tensor& tensor) const {
+  if (dense(tensor, channels_last_)) return tensor;
+  if (!dense(tensor, !channels_last_)) {
+    return torch::stable::contiguous(
+        tensor, channels_last_ ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  }
+  const Tensor to = empty(tensor, tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3));
+  turn(session_, tensor, to);
+  return to;
+}
+
+// Of an operand that is not read, only the sizes count. Its own memory may be gone; any other order
+// than the plane's, and torch would copy it.
+Tensor StockConvolution::image_of(const Tensor& input, bool read) const {
+  const WithoutGrad without_grad;
+  const bool pad = !symmetric(g_);
+  if (!read) {
+    return empty(input, g_.batch, g_.in_channels, pad ? g_.h.padded() : g_.h.in,
+                 pad ? g_.w.padded() : g_.w.in);
+  }
+  const Tensor images = batched(input);
+  if (!pad) return in_order(images);
+  // Padded where torch's convolution cannot.
+  const int64_t sides[] = {g_.w.padding, g_.w.padding_after, g_.h.padding, g_.h.padding_after};
+  return in_order(torch::stable::pad(images, {sides, 4}));
+}
+
+Tensor StockConvolution::taps_of(const Tensor& weight, bool read) const {
+  const WithoutGrad without_grad;
+  if (read) return in_order(weight);
+  return empty(weight, weight.size(0), weight.size(1), weight.size(2), weight.size(3));
+}
+
+Tensor StockConvolution::plane() const {
+  static const auto function = cuda_function<Convolution>("aoti_torch_cuda_convolution");
+  const WithoutGrad without_grad;
+  const Tensor plane = convolution(function, image_, taps_, std::nullopt, call_args(g_));
+  // torch casts the operands of a convolution that is called under autocast.
+  if (plane.scalar_type() != image_.scalar_type()) {
+    throw std::runtime_error("input: expected autocast's type, or autocast switched off");
+  }
+  return in_order(plane);
+}
+
+Tensor StockConvolution::empty_plane() const {
+  return empty(image_, g_.batch, g_.out_channels, g_.h.conv, g_.w.conv);
+}
+
+void StockConvolution::backward(const Tensor& plane, Tensor* grad_input,
+                                Tensor* grad_weight) const {
+  static const auto function =
+      cuda_function<ConvolutionBackward>("aoti_torch_cuda_convolution_backward");
+  if (!grad_input && !grad_weight) return;
+  const WithoutGrad without_grad;
+  const ConvolutionGradients gradients =
+      convolution_backward(function, plane, image_, taps_, call_args(g_),
+                           {grad_input != nullptr, grad_weight != nullptr, false});
+  if (grad_input) {
+    Tensor from = *gradients.input;
+    if (!symmetric(g_)) {
+      from = torch::stable::narrow(from, 2, g_.h.padding, g_.h.in);
+      from = torch::stable::narrow(from, 3, g_.w.padding, g_.w.in);
+    }
+    put(grad_input, grad_input->dim() == 3 ? torch::stable::squeeze(from, 0) : from);
+  }
+  if (grad_weight) put(grad_weight, *gradients.weight);
 }
 
 // `from`, which torch computed, as the gradient that the operator returns.
-void put(Tensor* to, const Tensor& from) {
+void StockConvolution::put(Tensor* to, const Tensor& from) const {
   const auto same = [](const auto& a, const auto& b) {
     return std::equal(a.begin(), a.end(), b.begin(), b.end());
   };
   if (same(to->sizes(), from.sizes()) && same(to->strides(), from.strides())) {
     *to = from;
-  } else {
+  } else if (!turn(session_, batched(from), batched(*to))) {
     torch::stable::copy_(*to, from);
   }
-}
-
-}  // namespace
-
-const StockConvolution& cuda_convolution() {
-  static const StockConvolution stock{
-      reinterpret_cast<Convolution>(torch_cuda_function("aoti_torch_cuda_convolution")),
-      reinterpret_cast<ConvolutionBackward>(
-          torch_cuda_function("aoti_torch_cuda_convolution_backward"))};
-  return stock;
-}
-
-bool plane_in_channels_last(const Tensor& input, const Tensor& weight, bool tensor_cores) {
-  // The strides of one input channel fit both orders, and torch reads them as contiguous.
-  if (weight.size(1) == 1 && input.size(input.dim() - 3) == 1) return false;
-  // The caller's choice, where it is one: torch's own, too.
-  if (is_channels_last(input) || is_channels_last(weight)) return true;
-  // cuDNN's kernels on tensor cores are for channels_last, and it transposes what comes in planes
-  // of channels: both operands, and the output back. Those on CUDA cores, Winograd's among them,
-  // are for planes.
-  return tensor_cores;
-}
-
-Tensor stock_convolution(const StockConvolution& stock, const Tensor& input, const Tensor& weight,
-                         const Geometry& g, bool channels_last) {
-  const WithoutGrad without_grad;
-  const Tensor plane = convolution(stock.forward, image_of(input, g, channels_last),
-                                   in_order(weight, channels_last), std::nullopt, call_args(g));
-  // torch casts the operands of a convolution that is called under autocast.
-  if (plane.scalar_type() != input.scalar_type()) {
-    throw std::runtime_error("input: expected autocast's type, or autocast switched off");
-  }
-  return in_order(plane, channels_last);
-}
-
-Tensor empty_plane(const Tensor& like, const Geometry& g, bool channels_last) {
-  return empty_image(like, true, g.batch, g.out_channels, g.h.conv, g.w.conv, like.scalar_type(),
-                     channels_last);
-}
-
-void stock_convolution_backward(const StockConvolution& stock, const Tensor& plane,
-                                const Tensor& input, const Tensor& weight, const Geometry& g,
-                                bool channels_last, Tensor* grad_input, Tensor* grad_weight) {
-  if (!grad_input && !grad_weight) return;
-  const WithoutGrad without_grad;
-  const ConvolutionArgs args = call_args(g);
-  // Of an operand that is not read, only the sizes count. Its own memory may be gone; any other
-  // order than the plane's, and torch would copy it.
-  const auto stand_in = [&](int64_t n, int64_t c, int64_t h, int64_t w) {
-    return empty_image(plane, true, n, c, h, w, plane.scalar_type(), channels_last);
-  };
-  const Tensor image = grad_weight
-                           ? image_of(input, g, channels_last)
-                           : stand_in(g.batch, g.in_channels, symmetric(g) ? g.h.in : g.h.padded(),
-                                      symmetric(g) ? g.w.in : g.w.padded());
-  const Tensor taps =
-      grad_input ? in_order(weight, channels_last)
-                 : stand_in(weight.size(0), weight.size(1), weight.size(2), weight.size(3));
-  const ConvolutionGradients gradients =
-      convolution_backward(stock.backward, plane, image, taps, args,
-                           {grad_input != nullptr, grad_weight != nullptr, false});
-  if (grad_input) {
-    Tensor from = *gradients.input;
-    if (!symmetric(g)) {
-      from = torch::stable::narrow(from, 2, g.h.padding, g.h.in);
-      from = torch::stable::narrow(from, 3, g.w.padding, g.w.in);
-    }
-    put(grad_input, grad_input->dim() == 3 ? torch::stable::squeeze(from, 0) : from);
-  }
-  if (grad_weight) put(grad_weight, *gradients.weight);
 }
 
 }  // namespace fusedcnn

@@ -4,38 +4,49 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "core/geometry.h"
-#include "ops/convolution_call.h"
+#include "ops/cuda_session.h"
 
 namespace fusedcnn {
 
-struct StockConvolution {
-  Convolution forward;
-  ConvolutionBackward backward;
+// The operands that a call reads: the convolution both, its backward weight for grad_input and
+// input for grad_weight.
+struct Reads {
+  bool input, weight;
 };
-// libtorch_cuda's, looked up once.
-const StockConvolution& cuda_convolution();
 
-// Whether the convolution is called, and leaves its output, in channels_last. tensor_cores: whether
-// they multiply operands of this type.
-bool plane_in_channels_last(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
-                            bool tensor_cores);
+// The convolution of one call of an operator. Its operands are put into its order once, for all
+// that follows.
+class StockConvolution {
+ public:
+  StockConvolution(const Session& session, const torch::stable::Tensor& input,
+                   const torch::stable::Tensor& weight, const Geometry& g, Reads reads);
 
-// [N, OC, conv h, conv w] without the bias, dense in that order.
-torch::stable::Tensor stock_convolution(const StockConvolution& stock,
-                                        const torch::stable::Tensor& input,
-                                        const torch::stable::Tensor& weight, const Geometry& g,
-                                        bool channels_last);
+  // Whether it is called, and leaves its output, in channels_last.
+  bool channels_last() const { return channels_last_; }
 
-// A gradient for that output, uninitialised.
-torch::stable::Tensor empty_plane(const torch::stable::Tensor& like, const Geometry& g,
-                                  bool channels_last);
+  // [N, OC, conv h, conv w] without the bias, dense in that order.
+  torch::stable::Tensor plane() const;
 
-// Puts the gradients that `plane` implies into those tensors that are not null: replaces them where
-// torch computed them in their order. Reads input for grad_weight only, weight for grad_input only.
-void stock_convolution_backward(const StockConvolution& stock, const torch::stable::Tensor& plane,
-                                const torch::stable::Tensor& input,
-                                const torch::stable::Tensor& weight, const Geometry& g,
-                                bool channels_last, torch::stable::Tensor* grad_input,
-                                torch::stable::Tensor* grad_weight);
+  // A gradient for that output, uninitialised.
+  torch::stable::Tensor empty_plane() const;
+
+  // Puts the gradients that `plane` implies into those tensors that are not null: replaces them
+  // where torch computed them in their order.
+  void backward(const torch::stable::Tensor& plane, torch::stable::Tensor* grad_input,
+                torch::stable::Tensor* grad_weight) const;
+
+ private:
+  torch::stable::Tensor in_order(const torch::stable::Tensor& tensor) const;
+  torch::stable::Tensor image_of(const torch::stable::Tensor& input, bool read) const;
+  torch::stable::Tensor taps_of(const torch::stable::Tensor& weight, bool read) const;
+  torch::stable::Tensor empty(const torch::stable::Tensor& like, int64_t n, int64_t c, int64_t h,
+                              int64_t w) const;
+  void put(torch::stable::Tensor* to, const torch::stable::Tensor& from) const;
+
+  const Session& session_;
+  const Geometry& g_;
+  const bool channels_last_;
+  const torch::stable::Tensor image_, taps_;
+};
 
 }  // namespace fusedcnn

@@ -154,4 +154,14 @@ NormBackend norm_backend() {
   return backend;
 }
 
+TransposeBackend transpose_backend() {
+  TransposeBackend backend;
+  for (const Way& way : kWays) backend.ways.push_back(way.name);
+  backend.run = [](const fusedcnn::cuda::TransposeArgs& args, int way) {
+    use(kWays[way]);
+    fusedcnn::cuda::transpose(args, Execution{nullptr, nullptr, kWays[way].multiprocessors});
+  };
+  return backend;
+}
+
 }  // namespace selftest

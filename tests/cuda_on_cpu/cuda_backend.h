@@ -3,11 +3,14 @@
 
 #include "backend.h"
 #include "test_batch_norm.h"
+#include "test_transpose.h"
 
 namespace selftest {
 
 Backend cuda_backend(bool allow_tf32 = true);
 
 NormBackend norm_backend();
+
+TransposeBackend transpose_backend();
 
 }  // namespace selftest

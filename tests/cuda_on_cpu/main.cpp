@@ -14,6 +14,7 @@
 #include "test_kernels.h"
 #include "test_machine.h"
 #include "test_products.h"
+#include "test_transpose.h"
 
 namespace {
 
@@ -31,6 +32,7 @@ void all_tests(bool quick) {
   selftest::test_machine();
   selftest::test_device();
   selftest::test_cuda_select();
+  selftest::test_transpose(selftest::transpose_backend());
   selftest::test_batch_norm(selftest::norm_backend(), quick);
   const selftest::Backend backend = selftest::cuda_backend();
   selftest::test_float32_products(backend);  // few calls, which tell much

@@ -36,7 +36,7 @@ template <typename S, typename C>
 void backward_typed(const BackwardArgs& args, const Execution& execution) {
   const Geometry& g = args.geometry;
   if (args.plane) {
-    gather<S, C>("backward_library", in_plane_order<S, C>(args, execution), AsTheyAre{}, execution);
+    gather<S, C>("backward_library", in_plane_order(args, execution), AsTheyAre{}, execution);
   }
   if (!args.grad_bias) return;
   auto* const parts = reinterpret_cast<BiasSum*>(static_cast<char*>(execution.workspace) +

@@ -90,7 +90,7 @@ void backward_typed(const NormBackwardArgs& args, const Execution& execution) {
          kLibraryThreads, shared_bytes<double>(kLibraryThreads / kWarp), execution, args, parts,
          count, per_output(g), own_affine(args.affine, args.block.type), numbers);
   if (args.block.plane) {
-    gather<S, C>("batch_norm_grad_plane", in_plane_order<S, C>(args.block, execution),
+    gather<S, C>("batch_norm_grad_plane", in_plane_order(args.block, execution),
                  Normalised<T>{numbers}, execution);
   }
 }

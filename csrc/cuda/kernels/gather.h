@@ -10,8 +10,8 @@
 #include "cuda/device.h"
 #include "cuda/kernel.h"
 #include "cuda/kernels/library.h"
+#include "cuda/kernels/plane_order.h"
 #include "cuda/kernels/sizes.h"
-#include "cuda/kernels/to_channels_last.h"
 #include "cuda/launch.h"
 
 namespace fusedcnn::cuda {

@@ -8,6 +8,7 @@
 #include "cuda/batch_norm.h"
 #include "cuda/kernel.h"
 #include "cuda/launch.h"
+#include "cuda/transpose.h"
 #include "gpu_backend.h"
 #include "stock_convolution.h"
 #include "storage.h"
@@ -367,6 +368,25 @@ Backend gpu_backend(double seconds) {
     }
     backend.kernels.push_back(tested);
   }
+  return backend;
+}
+
+TransposeBackend gpu_transpose_backend() {
+  TransposeBackend backend;
+  for (const Way& way : kWays) backend.ways.push_back(way.name);
+  backend.run = [](const fusedcnn::cuda::TransposeArgs& host, int way) {
+    const int64_t size = host.element_bytes;
+    const bool shifted = kWays[way].shifted;
+    const Copy from(host.from,
+                    span(host.images, host.channels, host.rows, host.columns, host.strides), size,
+                    shifted);
+    const Copy to(host.to, host.images * host.channels * host.rows * host.columns, size, shifted);
+    fusedcnn::cuda::TransposeArgs args = host;
+    args.from = from.data();
+    args.to = to.data();
+    run("transpose", 0, fusedcnn::cuda::transpose, args, kWays[way]);
+    to.back_to(host.to);
+  };
   return backend;
 }
 

@@ -5,6 +5,7 @@
 
 #include "backend.h"
 #include "test_batch_norm.h"
+#include "test_transpose.h"
 
 namespace selftest {
 
@@ -14,5 +15,7 @@ Backend gpu_backend(double seconds);
 int64_t problems_left_out();
 
 NormBackend gpu_norm_backend();
+
+TransposeBackend gpu_transpose_backend();
 
 }  // namespace selftest

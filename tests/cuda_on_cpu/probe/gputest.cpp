@@ -11,6 +11,7 @@
 #include "test_batch_norm.h"
 #include "test_kernels.h"
 #include "test_products.h"
+#include "test_transpose.h"
 
 namespace {
 
@@ -48,6 +49,7 @@ int main(int count, char** arguments) {
   try {
     const selftest::Backend backend = selftest::gpu_backend(seconds);
     // Few calls first: where a sanitizer is slow, they are what it gets to see.
+    selftest::test_transpose(selftest::gpu_transpose_backend());
     selftest::test_batch_norm(selftest::gpu_norm_backend(), quick || seconds > 0);
     selftest::test_optional_arguments(backend);
     selftest::test_special_values(backend);
