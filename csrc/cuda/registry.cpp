@@ -10,7 +10,7 @@ using Forward = void(const ForwardArgs& args, const Execution& execution);
 using Backward = void(const BackwardArgs& args, const Execution& execution);
 WhyNot why_not_library, why_not_cuda_cores_3x3, why_not_forward_tensor_cores_3x3,
     why_not_tensor_cores_3x3;
-WhyNot why_not_grad_weight_winners_3x3, why_not_grad_input_cuda_cores_3x3;
+WhyNot why_not_grad_weight_winners_3x3;
 WhyNot forward_tensor_cores_is_slower, forward_cuda_cores_is_slower,
     grad_weight_tensor_cores_is_slower, grad_weight_winners_is_slower,
     grad_input_tensor_cores_is_slower, grad_input_cuda_cores_is_slower;  // slower.cu
@@ -46,8 +46,8 @@ KernelList kernels() {
       {"tensor_cores_3x3", Pass::kGradInput, true, 2, why_not_tensor_cores_3x3, nullptr, nullptr,
        grad_input_tensor_cores_3x3, /*dense=*/false, /*tf32=*/true, /*library=*/false,
        grad_input_tensor_cores_is_slower},
-      {"cuda_cores_3x3", Pass::kGradInput, true, 2, why_not_grad_input_cuda_cores_3x3, nullptr,
-       nullptr, grad_input_cuda_cores_3x3, /*dense=*/false, /*tf32=*/false, /*library=*/false,
+      {"cuda_cores_3x3", Pass::kGradInput, true, 2, why_not_cuda_cores_3x3, nullptr, nullptr,
+       grad_input_cuda_cores_3x3, /*dense=*/false, /*tf32=*/false, /*library=*/false,
        grad_input_cuda_cores_is_slower},
       {"library", Pass::kGradInput, false, 4, why_not_library, backward_library_workspace, nullptr,
        backward_library, /*dense=*/false, /*tf32=*/false, /*library=*/true},

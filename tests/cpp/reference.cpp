@@ -109,22 +109,60 @@ Forward forward(const Geometry& g, const Operands& operands, const Stored& store
   return result;
 }
 
-Gradients backward(const Geometry& g, const Operands& operands, const std::vector<int32_t>& code) {
-  Gradients grads{std::vector<double>(operands.input.size()),
-                  std::vector<double>(operands.weight.size()), std::vector<double>(g.out_channels)};
+namespace {
+
+// Calls gradient(output channel, gradient) for every window that has a winner, and product(input,
+// weight, gradient) for every tap of it.
+template <typename OfGradient, typename OfProduct>
+void for_winners(const Geometry& g, const Operands& operands, const std::vector<int32_t>& code,
+                 const OfGradient& gradient, const OfProduct& product) {
   for (int64_t i = 0; i < static_cast<int64_t>(code.size()); ++i) {
     if (code[i] < 0) continue;
     const int64_t n = i / (g.outputs() * g.out_channels), oc = i / g.outputs() % g.out_channels;
     const int64_t o = i % g.outputs();
     const int64_t ch = conv_place(g.h, o / g.w.out, code[i] / g.w.pool_kernel);
     const int64_t cw = conv_place(g.w, o % g.w.out, code[i] % g.w.pool_kernel);
-    const double gradient = operands.grad_output[i];
-    grads.bias[oc] += gradient;
-    for_taps(g, n, oc, ch, cw, [&](int64_t input, int64_t weight) {
-      grads.input[input] += gradient * operands.weight[weight];
-      grads.weight[weight] += gradient * operands.input[input];
-    });
+    const double value = operands.grad_output[i];
+    gradient(oc, value);
+    for_taps(g, n, oc, ch, cw,
+             [&](int64_t input, int64_t weight) { product(input, weight, value); });
   }
+}
+
+}  // namespace
+
+Gradients backward(const Geometry& g, const Operands& operands, const std::vector<int32_t>& code) {
+  Gradients grads{std::vector<double>(operands.input.size()),
+                  std::vector<double>(operands.weight.size()), std::vector<double>(g.out_channels)};
+  for_winners(
+      g, operands, code, [&](int64_t oc, double gradient) { grads.bias[oc] += gradient; },
+      [&](int64_t input, int64_t weight, double gradient) {
+        grads.input[input] += gradient * operands.weight[weight];
+        grads.weight[weight] += gradient * operands.input[input];
+      });
+  return grads;
+}
+
+Gradients backward_in_chains(const Geometry& g, const Operands& operands,
+                             const std::vector<int32_t>& code, int chain) {
+  struct Sum {
+    float sum = 0, total = 0;
+    int length = 0;
+  };
+  std::vector<Sum> input(operands.input.size()), weight(operands.weight.size());
+  const auto add = [&](Sum* to, double a, double b) {
+    to->sum = std::fma(static_cast<float>(a), static_cast<float>(b), to->sum);
+    if (++to->length % chain == 0) to->total += to->sum, to->sum = 0;
+  };
+  for_winners(
+      g, operands, code, [](int64_t, double) {},
+      [&](int64_t i, int64_t w, double gradient) {
+        add(&input[i], gradient, operands.weight[w]);
+        add(&weight[w], gradient, operands.input[i]);
+      });
+  Gradients grads;
+  for (const Sum& one : input) grads.input.push_back(one.total + one.sum);
+  for (const Sum& one : weight) grads.weight.push_back(one.total + one.sum);
   return grads;
 }
 

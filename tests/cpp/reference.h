@@ -54,7 +54,12 @@ Forward forward(const fusedcnn::Geometry& g, const Operands& operands, const Sto
 Gradients backward(const fusedcnn::Geometry& g, const Operands& operands,
                    const std::vector<int32_t>& code);
 
-// The same gradients of all convolution outputs, [N, OC, conv h, conv w], most of which are zero.
+// The same in float, without the bias's: the products of at most `chain` winners at a time are
+// added to a sum, and these sums to the total.
+Gradients backward_in_chains(const fusedcnn::Geometry& g, const Operands& operands,
+                             const std::vector<int32_t>& code, int chain);
+
+// The gradients of all convolution outputs, [N, OC, conv h, conv w], most of which are zero.
 std::vector<double> convolution_gradient(const fusedcnn::Geometry& g, const Operands& operands,
                                          const std::vector<int32_t>& code);
 

@@ -163,11 +163,9 @@ FUSEDCNN_DEVICE void place_word(S, uint32_t value, uint32_t codes, uint32_t flip
 }
 
 // Writes an item's four places in both of its planes, `to` being the first. Windows of neighbouring
-// lanes are two columns apart: the upper half of a warp begins with the second one, and all lanes
-// meet different banks.
+// lanes are two columns apart: lanes that `flip` begin with the second one, and meet other banks.
 template <typename S, typename Tile>
-FUSEDCNN_DEVICE void expand(const InputItem& item, Shared<uint32_t> to) {
-  const int flip = thread_index() / 16 % 2;
+FUSEDCNN_DEVICE void expand(const InputItem& item, int flip, Shared<uint32_t> to) {
   FUSEDCNN_UNROLL
   for (int plane = 0; plane < 2; ++plane) {
     uint32_t words[4];
@@ -215,8 +213,10 @@ class GradientStage {
       });
     }
     sync_threads();
+    const int flip = thread_index() >> (sizes.gradients_last ? 4 : Tile::kFlipBit) & 1;
     const auto put = [&](const InputItem& item, int plane, int row, int col) {
-      expand<S, Tile>(item, gradients + (plane * Tile::kPlane + 2 * row * Tile::kPitch + 2 * col));
+      expand<S, Tile>(item, flip,
+                      gradients + (plane * Tile::kPlane + 2 * row * Tile::kPitch + 2 * col));
     };
     for_core_items<Tile>(sizes, [&](int index, int plane, int row, int col) {
       put(items_[index], plane, row, col);
@@ -252,9 +252,6 @@ class GradientStage {
 
 // ---- host ---------------------------------------------------------------------------------------
 
-// Bytes of weights that a block keeps: two blocks fit into a multiprocessor of sm_90, one into any.
-constexpr int64_t kMostResidentWeights = 80 * 1024;
-
 // Slices of output channels, and those whose weights a block keeps: all, or one.
 template <typename S>
 int slices_of(const Geometry& g) {
@@ -263,7 +260,7 @@ int slices_of(const Geometry& g) {
 template <typename S, typename Tile>
 int kept_slices(const Geometry& g) {
   const int64_t bytes = shared_bytes<uint32_t>(int64_t{slices_of<S>(g)} * Tile::kSlice);
-  return bytes > kMostResidentWeights ? 1 : slices_of<S>(g);
+  return bytes > Tile::kMostWeights ? 1 : slices_of<S>(g);
 }
 // Bytes of shared memory of a block.
 template <typename Tile>

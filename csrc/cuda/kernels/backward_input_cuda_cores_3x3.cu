@@ -15,20 +15,20 @@
 // load two columns at once, so that 16 lanes meet 32 banks. What they load begins at an even place:
 // where the padding is odd, places are written one to the right.
 //
-// 16 -> 32 at 16x16, warp instructions an image in sm_90's code, 32 output channels x 2 warps:
-//   products: 576 each, 36,900 in all
-//   loads and loops: 43 each, 2,800
-//   to fetch and expand windows of 8 output channels: 400 each, 3,200
-//   to write: 300 a warp, 600
-// 43,500: 10,900 cycles of four issue slots, 42 ns on 132 multiprocessors at 1.98 GHz. Shared
-// memory is busy for 3,100 to 6,600 of them, as a load of 128 bits of one address takes one
-// wavefront or four; memory takes 6.2 ns. 3 -> 16 at 32x32: 38,000, 37 ns, a third of it to fetch.
+// 16 -> 32 at 16x16, warp instructions an image in sm_90's code, 32 output channels x 4 warps:
+//   products: 288 each, 36,900 in all
+//   loads and loops: 30 each, 3,800
+//   to fetch and expand windows of 8 output channels, and to add up: 370 each, 5,900
+//   to write: 170 a warp, 700
+// 47,300: 11,800 cycles of four issue slots, 45 ns on 132 multiprocessors at 1.98 GHz. Shared
+// memory is busy for 4,200 to 7,700 of them, as a load of 128 bits of one address takes one
+// wavefront or four; memory takes 6.2 ns. 3 -> 16 at 32x32: 39,000, 37 ns, a third of it to fetch.
 // These are counts; no GPU has run it.
 //
-// All taps and output channels of a pixel and channel make one chain, in which the products with
-// zeros round nothing: 9 OC / 4 of them are left. The product is dense: an infinite or NaN weight
-// makes NaN of every pixel of its channel that lies in a tile, as in
-// backward_input_tensor_cores_3x3.cu.
+// A chain of additions has the products of a slice of eight output channels, of which one in four
+// is with a gradient that is not zero; then come the slices' totals, to round no more than the
+// stock layers do: in one chain, 16 -> 32 channels err by 2.6 times as much as these, and 4 -> 512
+// by 7. The product is dense: see backward_input_tensor_cores_3x3.cu on NaN.
 
 #include "cuda/kernels/backward_input_3x3_tile.h"
 
@@ -47,8 +47,11 @@ struct CoresTile : InputWindows<16, 16, Split * kWarp> {
   static constexpr int kPlanes = 8;  // output channels of a slice
   static constexpr int kGradients = kPlanes * kPlane;
   static constexpr int kSlice = kPlanes * 9 * kChannels;
-  // Blocks to a multiprocessor: 168 registers of a thread for 64 sums.
-  static constexpr int kResident = (LaneChannels < 8 ? 512 : 384) / Windows::kThreads;
+  static constexpr int kFlipBit = 3;
+  // Bytes of weights that a block keeps: one fits into any multiprocessor.
+  static constexpr int64_t kMostWeights = 44 * 1024;
+  // Blocks to a multiprocessor: 168 registers of a thread, or 128 where it fetches least.
+  static constexpr int kResident = (Split < 8 ? 384 : 512) / Windows::kThreads;
 };
 
 // Weights of `count` slices from `first` on, [slice][plane][tap][channel]. Zeros behind the last
@@ -86,6 +89,7 @@ template <typename Tile>
 FUSEDCNN_KERNEL_RESIDENT(Tile::kThreads, Tile::kResident)
 grad_input_cuda_cores_3x3_kernel(BackwardArgs args, InputTileSizes sizes) {
   constexpr int kLaneChannels = Tile::kLaneChannels, kH = Tile::kPatchH, kW = Tile::kPatchW;
+  constexpr int kSums = kH * kW * kLaneChannels;
   SharedMemory memory;
   const Shared<uint32_t> gradients = memory.array<uint32_t>(Tile::kGradients);
   const Shared<float> weights = memory.array<float>(sizes.kept_slices * Tile::kSlice);
@@ -103,11 +107,9 @@ grad_input_cuda_cores_3x3_kernel(BackwardArgs args, InputTileSizes sizes) {
 
   int weights_of = -1;  // channel block whose weights, all of them, are in shared memory
   for (InputWalk walk(sizes); !walk.done(); walk.advance(sizes)) {
-    float sum[kH][kW][kLaneChannels];
+    float sum[kSums], total[kSums];  // [row][column][channel]
     FUSEDCNN_UNROLL
-    for (int i = 0; i < kH * kW * kLaneChannels; ++i) {
-      sum[i / kLaneChannels / kW][i / kLaneChannels % kW][i % kLaneChannels] = 0;
-    }
+    for (int i = 0; i < kSums; ++i) sum[i] = total[i] = 0;
 
     for (int slice = 0; slice < sizes.slices; ++slice) {
       stage.write(args, sizes, walk, slice, gradients + odd_w);
@@ -137,14 +139,15 @@ grad_input_cuda_cores_3x3_kernel(BackwardArgs args, InputTileSizes sizes) {
           float weight[kLaneChannels];
           load_row(slice_weights + (9 * plane + tap) * Tile::kChannels, weight);
           FUSEDCNN_UNROLL
-          for (int i = 0; i < kH * kW * kLaneChannels; ++i) {
+          for (int i = 0; i < kSums; ++i) {
             const int dy = i / kLaneChannels / kW, dx = i / kLaneChannels % kW;
             const int c = i % kLaneChannels;
-            sum[dy][dx][c] =
-                multiply_add(place[dy + 2 - tap / 3][dx + 2 - tap % 3], weight[c], sum[dy][dx][c]);
+            sum[i] = multiply_add(place[dy + 2 - tap / 3][dx + 2 - tap % 3], weight[c], sum[i]);
           }
         }
       }
+      FUSEDCNN_UNROLL
+      for (int i = 0; i < kSums; ++i) total[i] += sum[i], sum[i] = 0;
     }
 
     const Strides to = args.grad_input_strides;
@@ -154,18 +157,17 @@ grad_input_cuda_cores_3x3_kernel(BackwardArgs args, InputTileSizes sizes) {
     for (int dy = 0; dy < kH; ++dy) {
       const int h = walk.tile_h(sizes) * Tile::kTileH + patch_h + dy;
       if (h >= sizes.in_h || w >= sizes.in_w) continue;
+      const auto value = [&](int dx, int c) { return total[(dy * kW + dx) * kLaneChannels + c]; };
       float* const pixel = static_cast<float*>(args.grad_input) + walk.n() * to.n + channel * to.c +
                            h * to.h + w * to.w;
       if (sizes.channel_packs) {
-        constexpr int kPack = kLaneChannels < 4 ? kLaneChannels : 4;
         FUSEDCNN_UNROLL
-        for (int i = 0; i < kW * kLaneChannels; i += kPack) {
-          const int dx = i / kLaneChannels, c = i % kLaneChannels;
-          if (w + dx >= sizes.in_w || channel + c >= sizes.channels) continue;
-          Pack<kPack, float> pack;
+        for (int dx = 0; dx < kW; ++dx) {
+          if (w + dx >= sizes.in_w || channel >= sizes.channels) continue;
+          Pack<kLaneChannels, float> pack;
           FUSEDCNN_UNROLL
-          for (int j = 0; j < kPack; ++j) pack.values[j] = sum[dy][dx][c + j];
-          store_pack(pixel + dx * to.w + c, pack);
+          for (int c = 0; c < kLaneChannels; ++c) pack.values[c] = value(dx, c);
+          store_pack(pixel + dx * to.w, pack);
         }
         continue;
       }
@@ -174,10 +176,10 @@ grad_input_cuda_cores_3x3_kernel(BackwardArgs args, InputTileSizes sizes) {
         if (channel + c >= sizes.channels) continue;
         float* const at = pixel + c * to.c;
         if (sizes.pixel_packs) {
-          store_pack(at, Pack<2, float>{{sum[dy][0][c], sum[dy][1][c]}});
+          store_pack(at, Pack<2, float>{{value(0, c), value(1, c)}});
         } else {
-          at[0] = sum[dy][0][c];
-          if (w + 1 < sizes.in_w) at[to.w] = sum[dy][1][c];
+          at[0] = value(0, c);
+          if (w + 1 < sizes.in_w) at[to.w] = value(1, c);
         }
       }
     }
@@ -186,36 +188,21 @@ grad_input_cuda_cores_3x3_kernel(BackwardArgs args, InputTileSizes sizes) {
 
 // ---- host ---------------------------------------------------------------------------------------
 
-// Calls body(Tile{}) with the tile for the problem's channels.
-template <typename Body>
-auto with_tile(const Geometry& g, const Body& body) {
-  if (g.in_channels <= 4) return body(CoresTile<2, 2>{});
-  if (g.in_channels <= 8) return body(CoresTile<4, 2>{});
-  if (g.in_channels <= 16) return body(CoresTile<8, 2>{});
-  return body(CoresTile<8, 4>{});
+template <typename Tile>
+void launch_grad_input_cuda_cores_3x3(const BackwardArgs& args, const Execution& execution) {
+  launch_input_tiles<Tile>(
+      "grad_input_cuda_cores_3x3", grad_input_cuda_cores_3x3_kernel<Tile>, args,
+      input_tile_sizes<float, Tile>(args, Tile::kPatchW, Tile::kLaneChannels), execution);
 }
 
 }  // namespace
 
-const char* why_not_grad_input_cuda_cores_3x3(const Problem& problem, const Target& target) {
-  if (problem.type != DataType::kFloat32) return "not float32";
-  if (const char* reason = why_not_3x3_block(problem)) return reason;
-  const Geometry& g = problem.geometry;
-  const int64_t shared = with_tile(g, [&](auto tile) {
-    using Tile = decltype(tile);
-    return input_tile_shared<Tile>(kept_slices<float, Tile>(g));
-  });
-  return shared <= target.device.shared_bytes ? nullptr : kTooLittleShared;
-}
-
 void grad_input_cuda_cores_3x3(const BackwardArgs& args, const Execution& execution) {
-  with_tile(args.geometry, [&](auto tile) {
-    using Tile = decltype(tile);
-    constexpr int kPack = Tile::kLaneChannels < 4 ? Tile::kLaneChannels : 4;
-    launch_input_tiles<Tile>("grad_input_cuda_cores_3x3", grad_input_cuda_cores_3x3_kernel<Tile>,
-                             args, input_tile_sizes<float, Tile>(args, Tile::kPatchW, kPack),
-                             execution);
-  });
+  const int64_t channels = args.geometry.in_channels;
+  if (channels <= 4) return launch_grad_input_cuda_cores_3x3<CoresTile<2, 2>>(args, execution);
+  if (channels <= 8) return launch_grad_input_cuda_cores_3x3<CoresTile<4, 2>>(args, execution);
+  if (channels <= 16) return launch_grad_input_cuda_cores_3x3<CoresTile<4, 4>>(args, execution);
+  launch_grad_input_cuda_cores_3x3<CoresTile<4, 8>>(args, execution);
 }
 
 }  // namespace fusedcnn::cuda

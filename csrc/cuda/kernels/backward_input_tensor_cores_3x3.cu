@@ -46,8 +46,8 @@
 // are not cut.
 //
 // The product is dense: an infinite or NaN weight makes NaN of every pixel of its channel that lies
-// in a tile, as it does in the stock layers' products; winners_3x3 meets it only where a gradient
-// does. Gradients, infinite or NaN, spread to their own nine pixels only.
+// in a tile, and so of at least those that it spoils in the stock layers' products. Gradients,
+// infinite or NaN, spread to their own nine pixels only.
 
 #include "cuda/kernels/backward_input_3x3_tile.h"
 
@@ -69,6 +69,10 @@ struct MmaTile : InputWindows<16, TileW, TileW / 8 * Split * kWarp> {
   static constexpr int kGradients = 8 * kPlane;  // words
   static constexpr int kTap = Split * kWarp * 2 * NTiles, kSlice = 9 * kTap;
 
+  static constexpr int kFlipBit = 4;
+  // Bytes of weights that a block keeps: two blocks fit into a multiprocessor of sm_90, one into
+  // any of sm_80 and later.
+  static constexpr int64_t kMostWeights = 80 * 1024;
   // Blocks to a multiprocessor: 128 registers of a thread for 32 accumulators, 168 for 64, and some
   // more where a thread fetches most.
   static constexpr int kResident =

@@ -29,7 +29,7 @@
 //
 // An image, in sm_90's code, on 132 multiprocessors of four issue slots at 1.98 GHz:
 //                      windows         lists and tiles  issue  wavefronts     memory
-//   3 -> 16 at 32x32   128 of 84       5,100            16 ns  4,100, 16 ns   7.6 ns
+//   3 -> 16 at 32x32   128 of 84       5,100            15 ns  4,100, 16 ns   7.6 ns
 //   16 -> 32 at 16x16  4 x 64 of 83    7,500            28 ns  10,000, 38 ns  6.2 ns
 // At 1,024 images in float32, an H200 took 40 ns of the first; no GPU has run the second. Windows
 // that are off save something only where they are so for all 32 lanes.
@@ -86,8 +86,10 @@ WeightWinnersSizes weight_winners_sizes(const Geometry& g) {
   WeightWinnersSizes s{weight_tile_sizes(g, parts(out_h, parts(out_h, Tile::kTileH)),
                                          parts(out_w, parts(out_w, Tile::kTileW)), lane_channels),
                        lane_channels, parts(g.in_channels, Channels * Slices), Channels * Slices};
-  // 4 blocks for each of 132 multiprocessors.
-  set_slabs(&s, 528 / (static_cast<int64_t>(s.channel_blocks) * s.chunks));
+  // 4 blocks for each of 132 multiprocessors, and no more than 256 tiles in a chain of totals.
+  const int64_t wanted = 528 / (static_cast<int64_t>(s.channel_blocks) * s.chunks);
+  const int64_t chains = (s.units + 255) / 256;
+  set_slabs(&s, wanted < chains ? chains : wanted);
   return s;
 }
 
