@@ -149,8 +149,8 @@ FUSEDCNN_DEVICE void multiply_quad(const Gradients<S>& gradients, Shared<Pixel<S
 }
 
 // args: grad_output and code [N, OC, OH, OW], input [N, C, H, W] or null where only grad_bias is
-// wanted. partial: [slabs][OC][9 C + 1].
-template <typename S, int CTiles>
+// wanted. partial: [slabs][OC][9 C + 1]. Loaded: of a tile's channels those that there may be.
+template <typename S, int CTiles, int Loaded>
 FUSEDCNN_KERNEL_RESIDENT(kMmaThreads, kMmaResident<CTiles>)
 grad_weight_tensor_cores_3x3_kernel(BackwardArgs args, WeightMmaSizes sizes, float* partial) {
   const bool want_weight = args.grad_weight != nullptr;
@@ -206,8 +206,8 @@ grad_weight_tensor_cores_3x3_kernel(BackwardArgs args, WeightMmaSizes sizes, flo
       Gradients<S> next{};
       if (share < sizes.quads) next = fetch(share);
       if (want_weight) {
-        stage_pixels<S, CTiles>(args, sizes, pairs, n, first, 2 * first_h - sizes.padding_h,
-                                2 * first_w - sizes.padding_w, pixels);
+        stage_pixels<S, CTiles, Loaded>(args, sizes, pairs, n, first, 2 * first_h - sizes.padding_h,
+                                        2 * first_w - sizes.padding_w, pixels);
         sync_threads();
       }
       FUSEDCNN_NO_UNROLL
@@ -357,9 +357,13 @@ void launch_grad_weight_tensor_cores_3x3(const BackwardArgs& args, const Executi
   float* const partial = static_cast<float*>(execution.workspace);
   const bool want_weight = args.grad_weight != nullptr;
   const int64_t tasks = sizes.slabs * (want_weight ? sizes.slices : 1) * sizes.channel_blocks;
-  launch("grad_weight_tensor_cores_3x3", grad_weight_tensor_cores_3x3_kernel<S, CTiles>,
-         blocks_for(tasks), kMmaThreads, weight_mma_shared<S, CTiles>(sizes, want_weight),
-         execution, args, sizes, partial);
+  auto* kernel = grad_weight_tensor_cores_3x3_kernel<S, CTiles, kNTile>;
+  // In float32, CUDA cores are as quick: see slower.cu.
+  if constexpr (sizeof(S) == 2 && CTiles == 1) {
+    if (g.in_channels <= 4) kernel = grad_weight_tensor_cores_3x3_kernel<S, CTiles, 4>;
+  }
+  launch("grad_weight_tensor_cores_3x3", kernel, blocks_for(tasks), kMmaThreads,
+         weight_mma_shared<S, CTiles>(sizes, want_weight), execution, args, sizes, partial);
   launch_grad_weight_finish<S>(args, sizes.sums, partial, execution);
 }
 

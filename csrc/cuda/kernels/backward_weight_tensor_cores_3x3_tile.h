@@ -102,20 +102,21 @@ struct PairWalk {
   }
 };
 
-// Two neighbouring pixels of a row, 16 bytes of channels each.
-template <typename S>
+// Two neighbouring pixels of a row, 16 bytes of channels each, or of those the first Loaded.
+template <typename S, int Loaded>
 struct PixelPair {
-  static constexpr int kChannels = 16 / sizeof(S);
+  static constexpr int kPack = 16 / sizeof(S), kChannels = Loaded < kPack ? Loaded : kPack;
   Pack<2, S> channels[kChannels];
 };
 
 // Reads input channels c0, c0 + 1, ... of pixels (h, w) and (h, w + 1); zeros outside the image and
 // behind the last channel.
-template <typename S>
-FUSEDCNN_DEVICE PixelPair<S> load_pair(const BackwardArgs& args, const WeightMmaSizes& sizes, int n,
-                                       int c0, int h, int w) {
-  constexpr int kChannels = PixelPair<S>::kChannels;
-  PixelPair<S> got{};
+template <typename S, int Loaded>
+FUSEDCNN_DEVICE PixelPair<S, Loaded> load_pair(const BackwardArgs& args,
+                                               const WeightMmaSizes& sizes, int n, int c0, int h,
+                                               int w) {
+  constexpr int kChannels = PixelPair<S, Loaded>::kChannels;
+  PixelPair<S, Loaded> got{};
   if (!inside(h, sizes.in_h)) return got;
   const Strides from = args.input_strides;
   const S* const row = static_cast<const S*>(args.input) + n * from.n + c0 * from.c + h * from.h;
@@ -147,12 +148,12 @@ FUSEDCNN_DEVICE PixelPair<S> load_pair(const BackwardArgs& args, const WeightMma
   return got;
 }
 
-// All channels of the pair's first or second pixel, 16 bytes.
-template <typename S>
-FUSEDCNN_DEVICE Pack<PixelPair<S>::kChannels, Pixel<S>> pixel_of(const PixelPair<S>& pair, int i) {
-  Pack<PixelPair<S>::kChannels, Pixel<S>> pixel;
+// All channels of the pair's first or second pixel, 16 bytes; zeros for those that are not loaded.
+template <typename S, int Loaded>
+FUSEDCNN_DEVICE Pack<16 / sizeof(S), Pixel<S>> pixel_of(const PixelPair<S, Loaded>& pair, int i) {
+  Pack<16 / sizeof(S), Pixel<S>> pixel{};
   FUSEDCNN_UNROLL
-  for (int c = 0; c < PixelPair<S>::kChannels; ++c) {
+  for (int c = 0; c < PixelPair<S, Loaded>::kChannels; ++c) {
     const S value = pair.channels[c].values[i];
     if constexpr (sizeof(S) == 4) {
       pixel.values[c] = to_tf32(value);
@@ -169,19 +170,19 @@ FUSEDCNN_DEVICE int first_column(const PairWalk& walk) { return 2 * walk.pair - 
 
 // Writes the pixels of input channels from `first` on whose upper left one is (h0, w0), [tile of
 // channels][row][place][channel].
-template <typename S, int CTiles>
+template <typename S, int CTiles, int Loaded>
 FUSEDCNN_DEVICE void stage_pixels(const BackwardArgs& args, const WeightMmaSizes& sizes,
                                   PairWalk walk, int n, int first, int h0, int w0,
                                   Shared<Pixel<S>> to) {
-  constexpr int kChannels = PixelPair<S>::kChannels, kParts = kNTile / kChannels;
+  constexpr int kChannels = PixelPair<S, Loaded>::kChannels, kParts = Loaded / kChannels;
   // Pairs whose loads are under way together, of the three to five that a tile has for a thread: as
   // many as there are registers for.
-  constexpr int kAtOnce = sizeof(S) == 4 ? CTiles : 2;
+  constexpr int kAtOnce = Loaded < kNTile ? 3 : sizeof(S) == 4 ? CTiles : 2;
   const int lines = CTiles * sizes.rows;
   FUSEDCNN_NO_UNROLL
   while (walk.line < lines) {
     PairWalk stored = walk;
-    PixelPair<S> pairs[kAtOnce][kParts];
+    PixelPair<S, Loaded> pairs[kAtOnce][kParts];
     FUSEDCNN_UNROLL
     for (int i = 0; i < kAtOnce; ++i, walk.advance(sizes)) {
       const bool second = CTiles > 1 && walk.line >= sizes.rows;
@@ -191,7 +192,7 @@ FUSEDCNN_DEVICE void stage_pixels(const BackwardArgs& args, const WeightMmaSizes
         const int c = first + (second ? kNTile : 0) + part * kChannels;
         pairs[i][part] = {};
         if (walk.line < lines) {
-          pairs[i][part] = load_pair<S>(args, sizes, n, c, h, w0 + first_column(walk));
+          pairs[i][part] = load_pair<S, Loaded>(args, sizes, n, c, h, w0 + first_column(walk));
         }
       }
     }
