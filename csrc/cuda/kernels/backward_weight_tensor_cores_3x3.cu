@@ -228,10 +228,14 @@ grad_weight_tensor_cores_3x3_kernel(BackwardArgs args, WeightMmaSizes sizes, flo
         if (!want_weight) continue;
         // Pixels of this lane's windows, upper and lower, that are the convolution's. Zero times
         // what others find in the image would be NaN where that is infinite.
-        const int cols = sizes.cover_w - 2 * (first_w + window_w());
-        const int rows = sizes.cover_h - 2 * (first_h + quad * sizes.quad_h + window_h());
-        const uint32_t upper = cols >= 8 ? 0xffu : cols > 0 ? (1u << cols) - 1 : 0u;
-        const uint32_t valid = (rows > 0 ? upper : 0u) | (rows > 1 ? upper << 8 : 0u);
+        uint32_t valid = 0xffff;
+        if (2 * (first_w + sizes.tile_w) > sizes.cover_w ||
+            2 * (first_h + sizes.tile_h) > sizes.cover_h) {
+          const int cols = sizes.cover_w - 2 * (first_w + window_w());
+          const int rows = sizes.cover_h - 2 * (first_h + quad * sizes.quad_h + window_h());
+          const uint32_t upper = cols >= 8 ? 0xffu : cols > 0 ? (1u << cols) - 1 : 0u;
+          valid = (rows > 0 ? upper : 0u) | (rows > 1 ? upper << 8 : 0u);
+        }
         const Shared<Pixel<S>> at = lane_pixels + quad * sizes.quad_h * 2 * sizes.pitch * kNTile;
         if (ballot(valid == 0xffffu) == ~0u) {
           multiply_quad<false, S, CTiles>(gradients, at, sizes.plane, sizes.pitch, odd, valid, acc);
