@@ -21,14 +21,15 @@
 // Estimates per image, an SM's issue slots from the compiled code (four a cycle), wavefronts of
 // shared memory, tensor cores at 60 % of their peak, and memory at 4.3 TB/s; 132 SMs, 1.98 GHz:
 //                      instructions            issue  shared  tensor  memory
-//   16 -> 32 at 16x16  8 quads of 320 + 1,700  4.1    2.9     3.7     3.3 ns   16 bits
-//                      8 quads of 550 + 2,100  6.2    5.4     7.3     6.2 ns   tf32
-//   3 -> 16 at 32x32   16 of 250 + 2,200       5.9    3.4     3.7     4.2 ns   16 bits
-//                      16 of 380 + 3,600       9.3    7.5     7.3     7.6 ns   tf32
-// Issue bounds it, but for 16 -> 32 in tf32, which the products do: of a quad's instructions, 36
-// CTiles (tf32: 72 CTiles) are these. Five of eight channels are zeros where there are 3. A quad
-// with windows or pixels that there are not costs 70 % more. These are counts;
-// an H200 took 43 ns (tf32: 47) an image of 16 -> 32 and 38 (43) of 3 -> 16, at 1,024 images.
+//   16 -> 32 at 16x16  8 quads of 390 + 3,200  6.0    2.9     3.7     3.3 ns   16 bits
+//                      8 quads of 620 + 3,400  8.0    5.4     7.3     6.2 ns   tf32
+//   3 -> 16 at 32x32   16 of 320 + 2,900       7.6    3.4     3.7     4.2 ns   16 bits
+//                      16 of 430 + 4,700       11     7.5     7.3     7.6 ns   tf32
+// Issue bounds it: of a quad's instructions, 36 CTiles (tf32: 72 CTiles) are products, and 140
+// fetch. Five of eight channels are zeros where there are 3. A quad with windows or pixels that
+// there are not costs 70 % more. These are counts; an H200 took 43 ns (tf32: 47) an image of 16 ->
+// 32 and 38 (43) of 3 -> 16, at 1,024 images, when a quad had 15 % more of them and a tile's pixels
+// were waited for one after the other.
 //
 // A block sums a slab of the images' tiles in registers; its warps' sums are added in order, and
 // the second stage adds up the slabs. How many there are depends on the geometry alone. For 16 ->
@@ -159,8 +160,7 @@ grad_weight_tensor_cores_3x3_kernel(BackwardArgs args, WeightMmaSizes sizes, flo
   const Shared<float> sums = memory.array<float>(want_weight ? kTileSums * kSumPitch : 0);
   const Shared<Pixel<S>> pixels = memory.array<Pixel<S>>(want_weight ? CTiles * sizes.plane : 0);
 
-  const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
-  const int share = warp / sizes.m_warps;
+  const int lane = thread_index() % kWarp;
   // Where this lane's four neighbouring windows lie in a quad. Asked for where it is needed: less
   // to keep in registers.
   const auto window_h = [&] { return 4 * (fresh_thread_index() % 4) >> sizes.tile_w_bits; };
@@ -183,6 +183,10 @@ grad_weight_tensor_cores_3x3_kernel(BackwardArgs args, WeightMmaSizes sizes, flo
     const int first = task % slices * kNTile * CTiles;
     const int block_oc = task / slices % sizes.channel_blocks * sizes.m_warps * 16;
     const int slab = task / slices / sizes.channel_blocks;
+    const auto first_oc = [&] {
+      const int thread = fresh_thread_index(), m_warp = thread / kWarp & (sizes.m_warps - 1);
+      return block_oc + m_warp * 16 + thread % kWarp / 4;
+    };
 
     float acc[CTiles][9][4], bias[2] = {0, 0};
     FUSEDCNN_UNROLL
@@ -196,14 +200,22 @@ grad_weight_tensor_cores_3x3_kernel(BackwardArgs args, WeightMmaSizes sizes, flo
     int tile_x = static_cast<int>(begin % tiles) % sizes.tiles_w;
     for (; left > 0; --left) {
       const int first_h = tile_y * sizes.tile_h, first_w = tile_x * sizes.tile_w;
+      // Of the tile's first quad, what this lane fetches.
+      const Strides &at = args.code_strides, &from = args.grad_output_strides;
+      const S* const values = static_cast<const S*>(args.grad_output) + n * from.n +
+                              (first_h + window_h()) * from.h + (first_w + window_w()) * from.w +
+                              first_oc() * from.c;
+      const uint8_t* const codes = static_cast<const uint8_t*>(args.code) + n * at.n +
+                                   (first_h + window_h()) * at.h + (first_w + window_w()) * at.w +
+                                   first_oc() * at.c;
       const auto fetch = [&](int quad) {
-        const int thread = fresh_thread_index(), m_warp = thread / kWarp & (sizes.m_warps - 1);
-        return fetch_gradients<S>(args, sizes, n, first_h + quad * sizes.quad_h + window_h(),
-                                  first_w + window_w(),
-                                  block_oc + m_warp * 16 + thread % kWarp / 4);
+        return fetch_gradients<S>(
+            args, sizes, values + quad * sizes.value_step, codes + quad * sizes.code_step,
+            first_h + quad * sizes.quad_h + window_h(), first_w + window_w(), first_oc());
       };
       // Under way while the pixels are.
       Gradients<S> next{};
+      const int share = fresh_thread_index() / kWarp >> sizes.m_warp_bits;
       if (share < sizes.quads) next = fetch(share);
       if (want_weight) {
         stage_pixels<S, CTiles, Loaded>(args, sizes, pairs, n, first, 2 * first_h - sizes.padding_h,
@@ -325,7 +337,7 @@ WeightMmaSizes weight_mma_sizes(const Geometry& g) {
   if (s.tile_w == 8 && sizeof(S) == 2) s.pitch += (2 - s.pitch % 4 + 4) % 4;
   s.plane = s.rows * s.pitch * kNTile;
   s.slices = parts(s.channels, kNTile * CTiles);
-  s.m_warps = m_warps;
+  s.m_warps = m_warps, s.m_warp_bits = m_warps / 2;
   s.shares = kMmaWarps / s.m_warps;
   // As many blocks as 132 multiprocessors hold.
   const int64_t wanted =
@@ -355,6 +367,7 @@ void launch_grad_weight_tensor_cores_3x3(const BackwardArgs& args, const Executi
                       aligned(args.input, kBytes, 2 * kBytes, {in.n, in.c, in.h});
   sizes.input_channels = in.c == 1 && g.in_channels % kNTile == 0 &&
                          aligned(args.input, kBytes, 16, {in.n, in.h, in.w});
+  sizes.value_step = sizes.quad_h * out.h, sizes.code_step = sizes.quad_h * code.h;
   sizes.window_fours = out.w == 1 && code.w == 1 && g.w.out % 4 == 0 &&
                        aligned(args.grad_output, kBytes, 4 * kBytes, {out.n, out.c, out.h}) &&
                        aligned(args.code, 1, 4, {code.n, code.c, code.h});

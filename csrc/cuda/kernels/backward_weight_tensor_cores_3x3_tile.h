@@ -29,11 +29,13 @@ struct WeightMmaSizes : WeightTileSizes {
   int plane;                 // elements of a tile of channels in shared memory
   int quads, quad_h;         // of a tile; rows of windows of one
   int slices;                // of input channels
-  int m_warps;          // warps of a block with different output channels; the others share these
-  int shares;           // warps that share output channels: each takes quads of its own
-  bool input_pairs;     // two pixels of a row can be read at once
-  bool input_channels;  // kNTile channels of a pixel can
-  bool window_fours;    // gradients of four windows, and their codes, can
+  int m_warps;      // warps of a block with different output channels; the others share these
+  int m_warp_bits;  // m_warps is a power of two
+  int shares;       // warps that share output channels: each takes quads of its own
+  int64_t value_step, code_step;  // elements from a quad to the next, of gradients and of codes
+  bool input_pairs;               // two pixels of a row can be read at once
+  bool input_channels;            // kNTile channels of a pixel can
+  bool window_fours;              // gradients of four windows, and their codes, can
 };
 
 // Four neighbouring windows of a row, in output channels g and g + 8.
@@ -45,7 +47,8 @@ struct Gradients {
 
 template <typename S>
 FUSEDCNN_DEVICE Gradients<S> fetch_gradients(const BackwardArgs& args, const WeightMmaSizes& sizes,
-                                             int64_t n, int oh, int ow, int oc) {
+                                             const S* value, const uint8_t* code, int oh, int ow,
+                                             int oc) {
   Gradients<S> got;
   FUSEDCNN_UNROLL
   for (int row = 0; row < 2; ++row) {
@@ -55,19 +58,15 @@ FUSEDCNN_DEVICE Gradients<S> fetch_gradients(const BackwardArgs& args, const Wei
     const int channel = oc + 8 * row;
     if (channel < sizes.out_channels && oh < sizes.out_h && ow < sizes.out_w) {
       const Strides &at = args.code_strides, &from = args.grad_output_strides;
-      const uint8_t* const code = static_cast<const uint8_t*>(args.code) + n * at.n +
-                                  channel * at.c + oh * at.h + ow * at.w;
-      const S* const value = static_cast<const S*>(args.grad_output) + n * from.n +
-                             channel * from.c + oh * from.h + ow * from.w;
       if (sizes.window_fours) {
-        values = load_pack<4, S>(value);
-        codes = load_pack<4, uint8_t>(code);
+        values = load_pack<4, S>(value + 8 * row * from.c);
+        codes = load_pack<4, uint8_t>(code + 8 * row * at.c);
       } else {
         FUSEDCNN_UNROLL
         for (int j = 0; j < 4; ++j) {
           if (ow + j >= sizes.out_w) continue;
-          values.values[j] = load_constant(value + j * from.w);
-          codes.values[j] = load_constant(code + j * at.w);
+          values.values[j] = load_constant(value + 8 * row * from.c + j * from.w);
+          codes.values[j] = load_constant(code + 8 * row * at.c + j * at.w);
         }
       }
     }
