@@ -137,7 +137,9 @@ def test_what_the_library_kernels_return_is_the_stock_convolutions(repeatable):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @over(BLOCKS)
 def test_half_types_have_the_same_bits_in_either_layout(block, dtype, repeatable):
-    """Their convolution is called in channels_last whatever the layout of its operands."""
+    """Their convolution is called in one order whatever the layout of its operands: channels_last,
+    unless there is one channel.
+    """
     case = float_case(block.name, dtype)
     found = []
     for layout in ("contiguous", "channels_last"):

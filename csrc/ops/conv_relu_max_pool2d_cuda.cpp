@@ -59,18 +59,21 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cuda(
     // Replaces the gradients that are not null.
     const auto run_library = [&](const cuda::Kernel& kernel, Tensor* grad_input,
                                  Tensor* grad_weight, bool want_bias) {
-      std::optional<StockConvolution> convolution;
+      args.plane_channels_last = in_channels_last(session, input, weight);
       std::optional<Tensor> plane;
       if (grad_input || grad_weight) {
-        convolution.emplace(session, input, weight, g,
-                            Reads{grad_weight != nullptr, grad_input != nullptr});
-        plane = convolution->empty_plane();
-        args.plane_channels_last = convolution->channels_last();
+        plane = empty_image(input, true, g.batch, g.out_channels, g.h.conv, g.w.conv,
+                            input.scalar_type(), args.plane_channels_last);
       }
       args.plane = plane ? plane->mutable_data_ptr() : nullptr;
       args.grad_bias = want_bias ? call.grad_bias.mutable_data_ptr() : nullptr;
       session.run(kernel, kernel.backward, args);
-      if (plane) convolution->backward(*plane, grad_input, grad_weight);
+      if (plane) {
+        // Copies of its operands would have taken memory beside the workspace.
+        const Reads reads{grad_weight != nullptr, grad_input != nullptr};
+        StockConvolution(session, input, weight, g, reads)
+            .backward(*plane, grad_input, grad_weight);
+      }
     };
     const auto run_alone = [&](const cuda::Kernel& kernel) {
       const bool for_weight = kernel.pass == Pass::kGradWeight;

@@ -20,17 +20,6 @@ Function cuda_function(const char* name) {
   return reinterpret_cast<Function>(torch_cuda_function(name));
 }
 
-bool in_channels_last(const Session& session, const Tensor& input, const Tensor& weight) {
-  // The strides of one input channel fit both orders, and torch reads them as contiguous.
-  if (weight.size(1) == 1 && input.size(input.dim() - 3) == 1) return false;
-  // The caller's choice, where it is one: torch's own, too.
-  if (is_channels_last(input) || is_channels_last(weight)) return true;
-  // cuDNN's kernels on tensor cores are for channels_last, and it transposes what comes in planes
-  // of channels: both operands, and the output back. Those on CUDA cores, Winograd's among them,
-  // are for planes.
-  return session.on_tensor_cores(check_type(input));
-}
-
 bool symmetric(const Geometry& g) {
   return g.h.padding == g.h.padding_after && g.w.padding == g.w.padding_after;
 }
@@ -58,6 +47,17 @@ bool turn(const Session& session, const Tensor& from, const Tensor& to) {
 }
 
 }  // namespace
+
+bool in_channels_last(const Session& session, const Tensor& input, const Tensor& weight) {
+  // The strides of one input channel fit both orders, and torch reads them as contiguous.
+  if (weight.size(1) == 1 && input.size(input.dim() - 3) == 1) return false;
+  // The caller's choice, where it is one: torch's own, too.
+  if (is_channels_last(input) || is_channels_last(weight)) return true;
+  // cuDNN's kernels on tensor cores are for channels_last, and it transposes what comes in planes
+  // of channels: both operands, and the output back. Those on CUDA cores, Winograd's among them,
+  // are for planes.
+  return session.on_tensor_cores(check_type(input));
+}
 
 StockConvolution::StockConvolution(const Session& session, const Tensor& input,
                                    const Tensor& weight, const Geometry& g, Reads reads)
@@ -114,10 +114,6 @@ Tensor StockConvolution::plane() const {
     throw std::runtime_error("input: expected autocast's type, or autocast switched off");
   }
   return in_order(plane);
-}
-
-Tensor StockConvolution::empty_plane() const {
-  return empty(image_, g_.batch, g_.out_channels, g_.h.conv, g_.w.conv);
 }
 
 void StockConvolution::backward(const Tensor& plane, Tensor* grad_input,

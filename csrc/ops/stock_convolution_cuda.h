@@ -8,6 +8,10 @@
 
 namespace fusedcnn {
 
+// Whether it is called, and leaves its output, in channels_last.
+bool in_channels_last(const Session& session, const torch::stable::Tensor& input,
+                      const torch::stable::Tensor& weight);
+
 // The operands that a call reads: the convolution both, its backward weight for grad_input and
 // input for grad_weight.
 struct Reads {
@@ -21,14 +25,10 @@ class StockConvolution {
   StockConvolution(const Session& session, const torch::stable::Tensor& input,
                    const torch::stable::Tensor& weight, const Geometry& g, Reads reads);
 
-  // Whether it is called, and leaves its output, in channels_last.
   bool channels_last() const { return channels_last_; }
 
   // [N, OC, conv h, conv w] without the bias, dense in that order.
   torch::stable::Tensor plane() const;
-
-  // A gradient for that output, uninitialised.
-  torch::stable::Tensor empty_plane() const;
 
   // Puts the gradients that `plane` implies into those tensors that are not null: replaces them
   // where torch computed them in their order.

@@ -174,7 +174,7 @@ FUSEDCNN_DEVICE void stage_pixels(const BackwardArgs& args, const WeightMmaSizes
                                   PairWalk walk, int n, int first, int h0, int w0,
                                   Shared<Pixel<S>> to) {
   constexpr int kChannels = PixelPair<S, Loaded>::kChannels, kParts = Loaded / kChannels;
-  // Pairs whose loads are under way together, of the three to five that a tile has for a thread: as
+  // Pairs whose loads are under way together, of up to five that a tile has for a thread: as
   // many as there are registers for.
   constexpr int kAtOnce = Loaded < kNTile ? 3 : sizeof(S) == 4 ? CTiles : 2;
   const int lines = CTiles * sizes.rows;

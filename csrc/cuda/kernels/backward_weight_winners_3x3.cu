@@ -86,7 +86,8 @@ WeightWinnersSizes weight_winners_sizes(const Geometry& g) {
   WeightWinnersSizes s{weight_tile_sizes(g, parts(out_h, parts(out_h, Tile::kTileH)),
                                          parts(out_w, parts(out_w, Tile::kTileW)), lane_channels),
                        lane_channels, parts(g.in_channels, Channels * Slices), Channels * Slices};
-  // 4 blocks for each of 132 multiprocessors, and no more than 256 tiles in a chain of totals.
+  // 4 blocks for each of 132 multiprocessors, and no more than 256 tiles in a chain of totals,
+  // but for kMostPartialBytes.
   const int64_t wanted = 528 / (static_cast<int64_t>(s.channel_blocks) * s.chunks);
   const int64_t chains = (s.units + 255) / 256;
   set_slabs(&s, wanted < chains ? chains : wanted);
@@ -231,7 +232,9 @@ grad_weight_winners_3x3_kernel(BackwardArgs args, WeightWinnersSizes sizes, floa
           FUSEDCNN_UNROLL
           for (int i = 0; i < kAtOnce; ++i) {
             const int element = place + winner[i] + (winner[i] >> 1) * (kPitch - 2);
-            to_places[i * kListPitch] = winner[i] < 0 ? kNowhere : static_cast<uint16_t>(element);
+            // Codes that no forward writes are off, too: they would point beyond the pixels.
+            const bool on = inside(winner[i], 4);
+            to_places[i * kListPitch] = on ? static_cast<uint16_t>(element) : kNowhere;
             to_gradients[i * kListPitch] = value[i];
           }
           to_places += kAtOnce * kListPitch;
@@ -333,7 +336,7 @@ auto for_channels(const Geometry& g, const Body& body) {
     case 8: return body(k4, k2);
     default: break;
   }
-  // Of more than a block takes: chunks of about the same size.
+  // Of more than a block takes: as many chunks as it takes, and no larger ones than needed.
   const int64_t chunk = parts(g.in_channels, parts(g.in_channels, kMostChannels));
   return chunk <= 12 ? body(k3, k4) : body(k4, k4);
 }

@@ -1,9 +1,9 @@
 // Matrices turned over, a tile at a time: a row's columns, which lie side by side, come in, a
 // column's rows go out, and in between they cross over in shared memory.
 //
-// A thread moves 4 bytes in an access, of half types a pair: it loads two of a row and two of the
-// next, and exchanges their halves in registers. Where sizes or addresses are odd, and of codes, it
-// moves one element.
+// A thread moves an element in an access, of half types a pair: it loads two of a row and two of
+// the next, and exchanges their halves in registers. Where sizes or addresses are odd, and of
+// codes, it moves one element.
 //
 // No GPU has measured it. Of a whole tile, by sm_90's machine code:
 //
