@@ -245,6 +245,27 @@ void test_rounding(const Backend& backend) {
   });
 }
 
+void test_stray_codes(const Backend& backend) {
+  for (const char* case_name : {"block1", "block2", "channels8", "pool3"}) {
+    const Geometry g = case_named(case_name).geometry;
+    const Operands operands = integer_operands(g);
+    const std::vector<int32_t> code(operands.grad_output.size(), 200);
+    const auto zero = [](double value) { return value == 0; };
+    for_covering_kernels(backend, g, [&](const Problem& problem, int k) {
+      const Call call{&backend.kernels[k], problem, Layout::kContiguous, 0};
+      if (call.kernel->pass == Pass::kForward || !in_share()) return;
+      const std::string what = describe(backend, call, std::string(case_name) + ", stray codes");
+      Gradients got;
+      if (!run_backward(call, operands, code, &got, what)) return;
+      const std::string misuse = backend.misuse ? backend.misuse() : "";
+      check(misuse.empty(), what + ": " + misuse);
+      const bool zeros = std::all_of(got.input.begin(), got.input.end(), zero) &&
+                         std::all_of(got.weight.begin(), got.weight.end(), zero);
+      check(zeros, what + ": expected no gradient");
+    });
+  }
+}
+
 void test_determinism(const Backend& backend) {
   for (const char* case_name :
        {"block1", "block2", "many_images", "pool3", "groups3_uneven", "overlapping_slices"}) {

@@ -17,6 +17,10 @@ void test_optional_arguments(const Backend& backend);
 // Long sums of float data: their rounding errors, beside those of sums in short chains.
 void test_rounding(const Backend& backend);
 
+// Where codes are taken as they come: those that name no element of their windows move no gradient,
+// and lead nowhere.
+void test_stray_codes(const Backend& backend);
+
 // Float data: the same bits whatever the way.
 void test_determinism(const Backend& backend);
 

@@ -41,6 +41,7 @@ void all_tests(bool quick) {
   selftest::test_exact(backend, quick);
   selftest::test_special_values(backend);
   selftest::test_optional_arguments(backend);
+  selftest::test_stray_codes(backend);
   selftest::test_determinism(backend);
 }
 

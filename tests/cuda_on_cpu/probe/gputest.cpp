@@ -55,6 +55,7 @@ int main(int count, char** arguments) {
     selftest::test_special_values(backend);
     selftest::test_float32_products(backend);
     selftest::test_tf32_rounding(backend);
+    selftest::test_stray_codes(backend);
     selftest::test_determinism(backend);
     selftest::test_exact(backend, quick);
   } catch (const std::exception& error) {
