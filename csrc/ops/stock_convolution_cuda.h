@@ -8,7 +8,7 @@
 
 namespace fusedcnn {
 
-// Whether it is called, and leaves its output, in channels_last.
+// Whether torch's convolution of these is called, and leaves its output, in channels_last.
 bool in_channels_last(const Session& session, const torch::stable::Tensor& input,
                       const torch::stable::Tensor& weight);
 

@@ -190,7 +190,11 @@ void check_rounding(double errors, double in_chains, const std::string& what) {
 // grad_input's where a pixel meets all taps, some 1,000 of grad_weight's.
 void test_rounding_of_gradients(const Backend& backend, Pass pass) {
   Geometry g = case_named(pass == Pass::kGradInput ? "channels8" : "block1").geometry;
-  pass == Pass::kGradInput ? g.out_channels = 512 : g.batch = 8;
+  if (pass == Pass::kGradInput) {
+    g.out_channels = 512;
+  } else {
+    g.batch = 8;
+  }
   Random random(11);
   const auto real = [&] { return rounded(DataType::kFloat32, random.real()); };
   const Operands operands = draw_operands(g, real, real);

@@ -17,8 +17,8 @@
 namespace fusedcnn::cuda {
 namespace {
 
-// Windows that the taps of kRows x kCols pixels may meet: as many as these have, and a ring around
-// them; and how many items, a plane's channels of a window, each of kThreads threads fetches.
+// Windows that the taps of Rows x Cols pixels may meet: as many as these have, and a ring around
+// them; and how many items, a plane's channels of a window, each of the block's threads fetches.
 template <int Rows, int Cols, int Threads>
 struct InputWindows {
   static constexpr int kTileH = Rows, kTileW = Cols, kThreads = Threads;
@@ -252,23 +252,6 @@ class GradientStage {
 
 // ---- host ---------------------------------------------------------------------------------------
 
-// Slices of output channels, and those whose weights a block keeps: all, or one.
-template <typename S>
-int slices_of(const Geometry& g) {
-  return parts(g.out_channels, 4 * kItemChannels<S>);
-}
-template <typename S, typename Tile>
-int kept_slices(const Geometry& g) {
-  const int64_t bytes = shared_bytes<uint32_t>(int64_t{slices_of<S>(g)} * Tile::kSlice);
-  return bytes > Tile::kMostWeights ? 1 : slices_of<S>(g);
-}
-// Bytes of shared memory of a block.
-template <typename Tile>
-int64_t input_tile_shared(int kept_slices) {
-  return shared_bytes<uint32_t>(Tile::kGradients) +
-         shared_bytes<uint32_t>(int64_t{kept_slices} * Tile::kSlice);
-}
-
 // A thread writes `row` neighbouring pixels and `channels` neighbouring channels at once where it
 // can.
 template <typename S, typename Tile>
@@ -282,8 +265,9 @@ InputTileSizes input_tile_sizes(const BackwardArgs& args, int row, int channels)
   s.batch = static_cast<int>(g.batch);
   s.channel_blocks = parts(s.channels, Tile::kChannels);
   s.tasks = static_cast<int64_t>(s.channel_blocks) * s.batch * s.tiles_h * s.tiles_w;
-  s.slices = slices_of<S>(g);
-  s.kept_slices = kept_slices<S, Tile>(g);
+  s.slices = parts(s.out_channels, 4 * kItem);
+  const int64_t weights = shared_bytes<uint32_t>(int64_t{s.slices} * Tile::kSlice);
+  s.kept_slices = weights > Tile::kMostWeights ? 1 : s.slices;
   s.ring = s.tiles_h > 1 || s.tiles_w > 1 || s.padding_h > 1 || s.padding_w > 1 ||
            s.out_h > Tile::kWindowsH - 2 || s.out_w > Tile::kWindowsW - 2;
   const Strides from = args.grad_output_strides, at = args.code_strides;
@@ -307,7 +291,9 @@ void launch_input_tiles(const char* name, void (*kernel)(BackwardArgs, InputTile
   const int64_t most = int64_t{execution.multiprocessors} * Tile::kResident;
   const int64_t blocks = blocks_for(sizes.tasks);
   launch(name, kernel, blocks < most ? blocks : most, Tile::kThreads,
-         input_tile_shared<Tile>(sizes.kept_slices), execution, args, sizes);
+         shared_bytes<uint32_t>(Tile::kGradients) +
+             shared_bytes<uint32_t>(int64_t{sizes.kept_slices} * Tile::kSlice),
+         execution, args, sizes);
 }
 
 }  // namespace

@@ -47,6 +47,7 @@ struct CoresTile : InputWindows<16, 16, Split * kWarp> {
   static constexpr int kPlanes = 8;  // output channels of a slice
   static constexpr int kGradients = kPlanes * kPlane;
   static constexpr int kSlice = kPlanes * 9 * kChannels;
+  // Of a thread's number, by which it flips (see expand) where gradients lie in planes.
   static constexpr int kFlipBit = 3;
   // Bytes of weights that a block keeps: one fits into any multiprocessor.
   static constexpr int64_t kMostWeights = 44 * 1024;

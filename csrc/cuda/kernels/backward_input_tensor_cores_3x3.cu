@@ -69,6 +69,7 @@ struct MmaTile : InputWindows<16, TileW, TileW / 8 * Split * kWarp> {
   static constexpr int kGradients = 8 * kPlane;  // words
   static constexpr int kTap = Split * kWarp * 2 * NTiles, kSlice = 9 * kTap;
 
+  // Of a thread's number, by which it flips (see expand) where gradients lie in planes.
   static constexpr int kFlipBit = 4;
   // Bytes of weights that a block keeps: two blocks fit into a multiprocessor of sm_90, one into
   // any of sm_80 and later.

@@ -337,7 +337,7 @@ WeightMmaSizes weight_mma_sizes(const Geometry& g) {
   if (s.tile_w == 8 && sizeof(S) == 2) s.pitch += (2 - s.pitch % 4 + 4) % 4;
   s.plane = s.rows * s.pitch * kNTile;
   s.slices = parts(s.channels, kNTile * CTiles);
-  s.m_warps = m_warps, s.m_warp_bits = m_warps / 2;
+  s.m_warps = m_warps, s.m_warp_bits = m_warps / 2;  // of 1, 2 and 4
   s.shares = kMmaWarps / s.m_warps;
   // As many blocks as 132 multiprocessors hold.
   const int64_t wanted =

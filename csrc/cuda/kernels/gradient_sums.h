@@ -45,7 +45,7 @@ FUSEDCNN_KERNEL_RESIDENT(kLibraryThreads, 3)
 gradient_sums_kernel(NormBackwardArgs args, SumSizes sizes, Sums* parts) {
   using T = Accumulator<S>;
   constexpr bool kWeight = std::is_same<Sums, GradientSums>::value;
-  // Pixels whose loads are under way together: a fourth of three vectors would spill.
+  // Pixels whose loads are under way together: four, of three vectors each, would spill.
   constexpr int kAtOnce = kWeight && V > 2 ? 3 : 4;
   const Tiles& tiles = sizes.tiles;
   const Lanes lanes = lanes_of<V>(sizes.sharing);

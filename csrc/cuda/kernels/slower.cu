@@ -25,9 +25,9 @@
 // tc: tensor cores; cc: CUDA cores; w: kernels by winners that both gradients had then. In float32,
 // of the gradients by winners, grad_input alone took 148/142, 35/34, 243/235 and 317/312 of the
 // first four, and won there but for few outputs. Those of now have a third of these times by count,
-// so where one won, they do. In tf32 and 3 -> 16 channels, CUDA cores take 1.02 (forward) and 0.90
-// (grad_weight) of the tensor cores' time, and round nothing. The bounds below are drawn through
-// these.
+// so where one won, they do; that grad_input wins below 8 channels, too, is by count alone. In tf32
+// and 3 -> 16 channels, CUDA cores take 1.02 (forward) and 0.90 (grad_weight) of the tensor cores'
+// time, and round nothing. The bounds below are drawn through these.
 #include "cuda/kernel.h"
 
 namespace fusedcnn::cuda {
